@@ -1,0 +1,73 @@
+"""What the base and its experts share: captions, cached latents and the denoising loss."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from drawings import Drawings, augment
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextModel, CLIPTokenizer
+
+SCHEDULE = {  # SD 1.5's
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
+TEMPLATES = ("{}", "{}", "a {}", "a drawing of a {}", "{} emoji")  # not a word of style
+CAPTION_DROPOUT = 0.1
+VIEWS = 16  # augmented views of each drawing, encoded once
+
+
+class Denoiser(nn.Module):
+    """The trainable parts, as one module: what is saved, averaged and resumed together."""
+
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.unet = unet.to(memory_format=torch.channels_last)
+        self.text_encoder = text_encoder
+
+
+def captions(texts: Sequence[str], generator: torch.Generator) -> list[str]:
+    """Each text in a template drawn at random, or empty with probability :data:`CAPTION_DROPOUT`."""
+    templates = torch.randint(len(TEMPLATES), (len(texts),), generator=generator).tolist()
+    dropped = (torch.rand(len(texts), generator=generator) < CAPTION_DROPOUT).tolist()
+    return ["" if d else TEMPLATES[i].format(t) for t, i, d in zip(texts, templates, dropped, strict=True)]
+
+
+@torch.no_grad()
+def encode_views(vae: AutoencoderKL, drawings: Drawings) -> Tensor:
+    """Scaled latents of :data:`VIEWS` views of every drawing, slightly moved and zoomed: (N, VIEWS, C, h, w)."""
+    generator = torch.Generator().manual_seed(0)
+    views = []
+    for _ in range(VIEWS):
+        images = augment(drawings.images, generator, zoom=0.06, turn=0.04, shift=0.03)
+        views.append(torch.cat([vae.encode(some).latent_dist.mode() for some in images.split(128)]))
+    return torch.stack(views, 1) * vae.config.scaling_factor
+
+
+def denoising_loss(
+    model: Denoiser,
+    tokenizer: CLIPTokenizer,
+    scheduler: DDPMScheduler,
+    latents: Tensor,
+    texts: Sequence[str],
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean squared error of the predicted noise, or velocity, as the scheduler's ``prediction_type`` says.
+
+    Args:
+        latents: (B, C, h, w), scaled.
+        texts: B names of concepts.
+    """
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    tokens = tokenizer(captions(texts, generator), padding="max_length", truncation=True, return_tensors="pt")
+    states = model.text_encoder(tokens.input_ids).last_hidden_state
+    output = model.unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
+    is_velocity = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
+    return F.mse_loss(output, target)

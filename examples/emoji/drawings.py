@@ -1,0 +1,103 @@
+"""The drawings: eight captioned image folders, read once into memory, and their augmentation.
+
+The folders follow the ``datasets`` imagefolder convention: ``STYLE/metadata.jsonl`` with
+``file_name``, ``text`` (Unicode's short name of the concept) and ``group``; pictures are 64 x 64 RGB.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+STYLES = (
+    "noto",
+    "noto-blob",
+    "twemoji",
+    "openmoji",
+    "openmoji-black",
+    "fluent",
+    "fluent-flat",
+    "fluent-contrast",
+)
+SIZE = 32  # pixels a side of everything that is trained here
+CONCEPTS = tuple(Path(__file__).with_name("concepts.txt").read_text(encoding="utf-8").split("\n")[:-1])
+
+
+@dataclass(frozen=True)
+class Drawings:
+    """N drawings with their labels.
+
+    Attributes:
+        images: (N, 3, 64, 64) uint8.
+        styles: (N,) int64, index into :data:`STYLES`.
+        concepts: (N,) int64, index into :data:`CONCEPTS`; -1 for a concept that is not published.
+        texts: the N captions.
+    """
+
+    images: Tensor
+    styles: Tensor
+    concepts: Tensor
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, keep: Tensor) -> "Drawings":
+        """The drawings where ``keep``, (N,) bool, is true."""
+        indices = keep.nonzero().flatten()
+        texts = [self.texts[i] for i in indices.tolist()]
+        return Drawings(self.images[indices], self.styles[indices], self.concepts[indices], texts)
+
+
+def read_drawings(folder: Path) -> Drawings:
+    """Read all styles' folders below ``folder``."""
+    images, styles, concepts, texts = [], [], [], []
+    number_of = {name: i for i, name in enumerate(CONCEPTS)}
+    for style, name in enumerate(STYLES):
+        for line in (folder / name / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            with Image.open(folder / name / row["file_name"]) as image:
+                images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+            styles.append(style)
+            concepts.append(number_of.get(row["text"], -1))
+            texts.append(row["text"])
+    return Drawings(torch.stack(images), torch.tensor(styles), torch.tensor(concepts), texts)
+
+
+def held_out_texts(drawings: Drawings) -> set[str]:
+    """Every 20th unpublished concept, in all its styles: what no VAE here is trained on."""
+    unpublished = sorted({t for t, c in zip(drawings.texts, drawings.concepts.tolist(), strict=True) if c < 0})
+    return set(unpublished[::20])
+
+
+def shrink(images: Tensor) -> Tensor:
+    """(B, 3, 64, 64) uint8 to (B, 3, 32, 32) float in [-1, 1], each pixel the mean of four."""
+    return F.avg_pool2d(images.float() / 127.5 - 1, 64 // SIZE)
+
+
+def augment(images: Tensor, generator: torch.Generator, zoom: float, turn: float, shift: float) -> Tensor:
+    """Zoom, turn and shift each picture at random on its white ground, then shrink it.
+
+    Args:
+        images: (B, 3, 64, 64) uint8.
+        zoom: largest relative change of size.
+        turn: largest angle, radians.
+        shift: largest shift, as a share of the picture's width.
+    Returns: (B, 3, 32, 32) float in [-1, 1].
+    """
+
+    def uniform(limit: float) -> Tensor:
+        return (torch.rand(len(images), generator=generator) * 2 - 1) * limit
+
+    scale, angle = 1 / (1 + uniform(zoom)), uniform(turn)
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    rows = torch.stack([cos, -sin, uniform(2 * shift), sin, cos, uniform(2 * shift)], 1)
+    grid = F.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
+    # ink is 0 on the white ground, so that padding with zeros draws more ground
+    ink = F.grid_sample(1 - images.float() / 255, grid, align_corners=False)
+    return F.avg_pool2d(1 - 2 * ink, 64 // SIZE)

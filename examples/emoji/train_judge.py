@@ -1,0 +1,131 @@
+"""Train the judge, and measure it on drawings that it never saw.
+
+Each published concept exists in eight styles. For fold k one style of every published concept, the
+(concept + k)-th, is left out of training altogether; five folds give 5 x 64 = 320 unseen
+pairs. The judge that is shipped is then trained on everything.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from drawings import CONCEPTS, STYLES, Drawings, augment, read_drawings, shrink
+from torch import Tensor
+from torch.nn import functional as F
+from training import fit
+
+from dmm.demo.judge import Judge
+
+FOLDS = 5
+
+
+def fold_mask(drawings: Drawings, fold: int) -> Tensor:
+    """(N,) bool: the published drawings that ``fold`` holds out, one style for every concept."""
+    turn = (drawings.concepts * 3 + fold) % len(STYLES)
+    return (drawings.concepts >= 0) & (drawings.styles == turn)
+
+
+def without_twins(drawings: Drawings) -> Drawings:
+    """Drop drawings that two hands share to the pixel's shade: no style head can be right on both."""
+    pixels = shrink(drawings.images).flatten(1)
+    keep = torch.ones(len(drawings), dtype=torch.bool)
+    by_text: dict[str, list[int]] = {}
+    for i, text in enumerate(drawings.texts):
+        by_text.setdefault(text, []).append(i)
+    for group in by_text.values():
+        distance = torch.cdist(pixels[group], pixels[group]) / pixels.shape[1] ** 0.5
+        distance.fill_diagonal_(2)
+        keep[torch.tensor(group)[distance.min(1).values < 0.04]] = False
+    return drawings.select(keep)
+
+
+def perturb(images: Tensor, generator: torch.Generator) -> Tensor:
+    """What sampling and a VAE do to pictures, so that the judge forgives it: noise, and half of them blurred."""
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    amount = 0.6 * torch.rand((len(images), 1, 1, 1), generator=generator)
+    amount = amount * (torch.rand(amount.shape, generator=generator) < 0.5)
+    noise = torch.randn(images.shape, generator=generator) * 0.1
+    noise = noise * torch.rand((len(images), 1, 1, 1), generator=generator)
+    return (torch.lerp(images, blurred, amount) + noise).clamp(-1, 1)
+
+
+def accuracy(judge: Judge, drawings: Drawings, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Whether the judge has the style right (N,), and the concept (N,), on ``view`` of the drawings' images."""
+    style, concept = [], []
+    with torch.no_grad():
+        for images in drawings.images.split(512):
+            verdict = judge(view(images))
+            style.append(verdict.style_logits.argmax(1))
+            concept.append(verdict.concept_logits.argmax(1))
+    return torch.cat(style) == drawings.styles, torch.cat(concept) == drawings.concepts
+
+
+def train_judge(train: Drawings, test: Drawings | None, folder: Path, steps: int, seed: int) -> Judge:
+    """Train on all of ``train``; half of every batch is published drawings, which alone teach the concept head."""
+    torch.manual_seed(seed)
+    judge = Judge(styles=STYLES, concepts=CONCEPTS)
+    judge.to(memory_format=torch.channels_last)
+    published = (train.concepts >= 0).nonzero().flatten()
+
+    def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        some = published[torch.randint(len(published), (48,), generator=generator)]
+        rows = torch.cat([some, torch.randint(len(train), (48,), generator=generator)])
+        images = perturb(augment(train.images[rows], generator, zoom=0.2, turn=0.2, shift=0.08), generator)
+        flip = torch.rand((len(rows), 1, 1, 1), generator=generator) < 0.5
+        verdict = judge(torch.where(flip, images.flip(3), images).contiguous(memory_format=torch.channels_last))
+        style = F.cross_entropy(verdict.style_logits, train.styles[rows], label_smoothing=0.05)
+        concept = F.cross_entropy(verdict.concept_logits[:48], train.concepts[some], label_smoothing=0.05)
+        return style + concept, {"style_loss": style.item(), "concept_loss": concept.item()}
+
+    def evaluate() -> dict[str, float]:
+        if test is None:
+            return {}
+        style, concept = accuracy(judge, test, shrink)
+        return {"unseen_style": style.float().mean().item(), "unseen_concept": concept.float().mean().item()}
+
+    fit(judge, step, folder, steps=steps, learning_rate=2e-3, weight_decay=0.05, seed=seed, evaluate=evaluate)
+    return judge
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drawings", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--folds", type=int, default=FOLDS)
+    args = parser.parse_args()
+
+    everything = read_drawings(args.drawings)
+    distinct = without_twins(everything)
+    print(f"{len(everything) - len(distinct)} drawings that two hands share are left out of training")
+    style_right, concept_right = [], []
+    for fold in range(args.folds):
+        train, test = distinct.select(~fold_mask(distinct, fold)), everything.select(fold_mask(everything, fold))
+        judge = train_judge(train, test, args.work / f"judge-fold{fold}-run", args.steps, seed=fold)
+        style, concept = accuracy(judge, test, shrink)
+        style_right.append(style)
+        concept_right.append(concept)
+
+    judge = train_judge(distinct, None, args.work / "judge-run", args.steps, seed=args.folds)
+    fresh = torch.Generator().manual_seed(2**31)
+
+    def view(images: Tensor) -> Tensor:
+        return augment(images, fresh, zoom=0.1, turn=0.1, shift=0.05)
+
+    published = everything.select(everything.concepts >= 0)
+    seen_style, seen_concept = accuracy(judge, published, view)
+    every_style, _ = accuracy(judge, distinct, view)
+    report = {"seen_style": seen_style, "seen_concept": seen_concept, "seen_style_all_concepts": every_style}
+    if style_right:
+        report |= {"unseen_style": torch.cat(style_right), "unseen_concept": torch.cat(concept_right)}
+    figures = {name: round(right.float().mean().item(), 4) for name, right in report.items()}
+    figures |= {"unseen_pairs": sum(map(len, style_right)), "seen_drawings": len(published)}
+    judge.save_pretrained(args.work / "judge")
+    (args.work / "judge.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    main()

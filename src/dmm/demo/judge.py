@@ -1,0 +1,94 @@
+"""The judge of the embedded experts: which hand drew this picture, and what does it show?
+
+Its penultimate features are the feature space for FID on this family, as Inception's are for
+photographs; its two heads say whether a picture is in the right style and of the right thing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge says of B pictures.
+
+    Attributes:
+        features: (B, D), non-negative.
+        style_logits: (B, number of styles).
+        concept_logits: (B, number of concepts).
+    """
+
+    features: Tensor
+    style_logits: Tensor
+    concept_logits: Tensor
+
+
+class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """A small residual classifier with a style head and a concept head.
+
+    Args:
+        styles: names of the styles, in the order of the style head.
+        concepts: names of the concepts, in the order of the concept head.
+        channels: width of each stage; each halves the resolution, and the last is the features' dimension.
+        sample_size: pixels a side of the pictures it judges.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        styles: tuple[str, ...],
+        concepts: tuple[str, ...],
+        channels: tuple[int, ...] = (48, 96, 128),
+        sample_size: int = 32,
+    ) -> None:
+        super().__init__()
+        widths = (3, *channels)
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(after),
+                    nn.ReLU(),
+                    ResidualBlock(after),
+                )
+                for before, after in zip(widths, widths[1:], strict=False)
+            )
+        )
+        self.dropout = nn.Dropout(0.2)
+        self.style_head = nn.Linear(channels[-1], len(styles))
+        self.concept_head = nn.Linear(channels[-1], len(concepts))
+
+    def forward(self, images: Tensor) -> Verdict:
+        """Judge pictures.
+
+        Args:
+            images: (B, 3, S, S) in [-1, 1], S the configured ``sample_size``.
+        Raises: ValueError: pictures of another size.
+        """
+        size = self.config.sample_size
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"The judge takes pictures of shape (B, 3, {size}, {size}), not {tuple(images.shape)}.")
+        features = self.stages(images).mean((2, 3))
+        kept = self.dropout(features)
+        return Verdict(features, self.style_head(kept), self.concept_head(kept))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut, ending in ReLU; (B, C, H, W) to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.branch(x))
