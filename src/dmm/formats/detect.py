@@ -1,0 +1,74 @@
+"""Whether a weight file is the kind of file that it is passed as."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from dmm.errors import UserError
+from dmm.families import Family, title_of_keys
+from dmm.formats.tensors import Header
+
+_LORA_PARTS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_")
+_DIFFUSERS_PARTS = ("down_blocks.", "mid_block.", "encoder.layers.")
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a LoRA or one of its relatives, in any layout."""
+    return any(part in name for name in names for part in _LORA_PARTS)
+
+
+def check_is_checkpoint(path: Path, header: Header, family: Family) -> None:
+    """Check that a single file is a full checkpoint of ``family``.
+
+    Raises: UserError: a LoRA, another family's, one part of a model, or nothing that we know.
+    """
+    names = header.tensors
+    if is_lora(names):
+        raise UserError(
+            f"{path} is a LoRA, not a full model. Pass it as the LoRA (lora=, --lora) and the model it was trained "
+            "on as the model."
+        )
+    match title_of_keys(names):
+        case (family.title, _):
+            pass
+        case (title, name):
+            raise UserError(
+                f"{path} is {title} (it holds '{name}'); {family.title} was expected. Choose models of one family."
+            )
+        case _ if any(part in name for name in names for part in _DIFFUSERS_PARTS):
+            raise UserError(
+                f"{path} is one part of a diffusers model (it holds '{next(iter(names))}'). Pass the folder that "
+                "holds its model_index.json."
+            )
+        case _:
+            raise UserError(
+                f"{path}: none of its {len(names)} tensors has a name that we know{_example(names)}. "
+                f"{family.title} was expected, with names such as '{family.components[0].original_prefix}...'."
+            )
+    for component in family.components:
+        if not any(name.startswith(component.original_prefix) for name in names):
+            raise UserError(
+                f"{path} has no {component.name}: none of its {len(names)} tensors is named "
+                f"'{component.original_prefix}...'. Pass a full checkpoint."
+            )
+
+
+def check_is_lora(path: Path, header: Header) -> None:
+    """Check that a file is a LoRA.
+
+    Raises: UserError: a full checkpoint, or nothing that we know.
+    """
+    names = header.tensors
+    if is_lora(names):
+        return
+    found = title_of_keys(names)
+    if found:
+        raise UserError(f"{path} is a full checkpoint ({found[0]}), not a LoRA. Pass it as the model, without a LoRA.")
+    raise UserError(
+        f"{path} is no LoRA: none of its {len(names)} tensors has a LoRA's name{_example(names)}. "
+        "Names such as 'lora_unet_....lora_down.weight' were expected."
+    )
+
+
+def _example(names: Iterable[str]) -> str:
+    first = next(iter(names), None)
+    return f" (such as '{first}')" if first else ""

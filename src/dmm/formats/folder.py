@@ -1,0 +1,118 @@
+"""Stock diffusers pipeline folders."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmm.errors import UserError
+from dmm.families import Component, Family, title_of_folder
+from dmm.formats.skeleton import build_skeletons, check_tensors
+from dmm.formats.tensors import read_header, read_json
+
+VARIANT = "fp16"
+"""The one variant that is looked for where a folder has no plain weights."""
+
+# text encoders carry these along; nothing computes with them
+_HARMLESS = ("embeddings.position_ids", "logit_scale", "text_projection.weight")
+
+
+def check_configs(folder: Path, family: Family) -> dict[str, Any]:
+    """Check that a folder is a stock pipeline of a family, by its JSON files alone.
+
+    Returns: its components' skeletons (see ``build_skeletons``).
+    Raises: UserError: no pipeline folder, of another family, or a config that is missing or broken.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{folder} holds no model_index.json, so it is no stock diffusers pipeline folder. Pass the folder that "
+            "`save_pretrained` of a pipeline wrote, or a single .safetensors file."
+        )
+    index = read_json(folder / "model_index.json")
+    unet_config_path = folder / "unet" / "config.json"
+    unet_config = read_json(unet_config_path) if unet_config_path.is_file() else {}
+    found = title_of_folder(str(index.get("_class_name")), unet_config)
+    if found != family.title:
+        raise UserError(
+            f"{folder} is {found} (model_index.json: {index.get('_class_name')}); {family.title} was expected. "
+            "Choose models of one family."
+        )
+    read_json(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = folder / "tokenizer"
+    if not ((tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()):
+        raise UserError(f"{tokenizer} holds neither tokenizer.json nor vocab.json. Add the model's tokenizer.")
+    return build_skeletons(folder, family)
+
+
+def check_folder(folder: Path, family: Family, *, allow_pickle: bool) -> dict[str, Any]:
+    """Check everything about a stock folder that can be known without loading its weights.
+
+    Returns: its components' skeletons.
+    Raises: UserError: as ``check_configs``; weights missing, cut short, pickled, or not those of the configs.
+    """
+    skeletons = check_configs(folder, family)
+    for component in family.components:
+        tensors: dict[str, Tensor] = {}
+        files, _ = _weight_files(folder, component, allow_pickle)
+        for file in files:
+            tensors.update(read_header(file, allow_pickle=allow_pickle).tensors)
+        model = skeletons[component.name]
+        check_tensors(model, _current_names(model, tensors), str(folder / component.name))
+    return skeletons
+
+
+def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow_pickle: bool) -> Any:
+    """Load the pipeline of a folder that ``check_folder`` has passed."""
+    variants = {_weight_files(folder, component, allow_pickle)[1] for component in family.components}
+    return family.pipeline_class.from_pretrained(
+        folder,
+        dtype=torch_dtype,
+        # a component without the variant is loaded plain
+        variant=VARIANT if VARIANT in variants else None,
+        use_safetensors=None if allow_pickle else True,
+        local_files_only=True,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+
+
+def _weight_files(folder: Path, component: Component, allow_pickle: bool) -> tuple[list[Path], str | None]:
+    """A component's weight files and their variant, in the order in which diffusers prefers them."""
+    at, stem = folder / component.name, component.weights_name
+    pickle_stem = "pytorch_model" if stem == "model" else stem
+    kinds = [(f"{stem}.{{}}safetensors", f"{stem}.safetensors.index.{{}}json")]
+    if allow_pickle:
+        kinds.append((f"{pickle_stem}.{{}}bin", f"{pickle_stem}.bin.index.{{}}json"))
+    for single, index in kinds:
+        for variant, infix in ((None, ""), (VARIANT, f"{VARIANT}.")):
+            if (at / single.format(infix)).is_file():
+                return [at / single.format(infix)], variant
+            if (at / index.format(infix)).is_file():
+                return _shards(at / index.format(infix)), variant
+    pickles = sorted(at.glob("*.bin"))
+    if pickles:
+        raise UserError(
+            f"{at} has its weights only as a pickle ({pickles[0].name}), which can run code when it is opened. Get "
+            "the safetensors version, or allow pickles (allow_pickle=True) if you trust it."
+        )
+    raise UserError(f"{at} holds no {stem}.safetensors. The folder is incomplete; download or save it again.")
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map that names its shards.")
+    return [index.parent / name for name in sorted({str(name) for name in weight_map.values()})]
+
+
+def _current_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A component's tensors by the names that its class has now; older folders have older ones."""
+    if hasattr(model, "_fix_state_dict_keys_on_load"):
+        model._fix_state_dict_keys_on_load(tensors)
+        return tensors
+    # transformers 5.6 dropped a level of CLIPTextModel
+    tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if name not in _HARMLESS}

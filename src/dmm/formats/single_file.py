@@ -1,0 +1,223 @@
+"""Single files in Stable Diffusion's original layout, as A1111 and ComfyUI read them: check, open, save."""
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import (
+    DIFFUSERS_TO_LDM_MAPPING,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+)
+from torch import Tensor
+
+from dmm.errors import UserError
+from dmm.families import SD1, Family
+from dmm.formats.detect import check_is_checkpoint
+from dmm.formats.folder import check_configs
+from dmm.formats.skeleton import check_nothing_left, check_tensors
+from dmm.formats.tensors import Header, write_tensors
+
+# left in files by training scripts and by older libraries; nothing that samples reads them
+_HARMLESS = re.compile(
+    r"model_ema\.|first_stage_model\.(loss|model_ema)\.|cond_stage_model\.(transformer\.)?(logit_scale|text_projection)"
+    r"|.*\.position_ids$|v_pred$|logvar$|scale_factor$|betas$|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod"
+    r"|sqrt_one_minus_alphas_cumprod$|sqrt_recipm?1?_alphas_cumprod$|log_one_minus_alphas_cumprod$"
+    r"|posterior_(variance|log_variance_clipped|mean_coef[12])$|lvlb_weights$"
+)
+_SPEC_TO_PREDICTION = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
+_PREDICTION_TO_SPEC = {"epsilon": "epsilon", "v_prediction": "v"}
+
+
+def check_single_file(path: Path, header: Header, config: Path | None, family: Family) -> dict[str, Any]:
+    """Check everything about a single file that can be known without loading its weights.
+
+    Args:
+        header: what ``read_header`` found in it.
+        config: the stock pipeline folder whose configs it follows.
+    Returns: its components' skeletons.
+    Raises: UserError: not a full checkpoint of ``family``; no config; tensors that are missing, left over, or not of
+        the config's shapes.
+    """
+    check_is_checkpoint(path, header, family)
+    if config is None:
+        raise UserError(
+            f"{path} is a single file, which carries neither configs nor a tokenizer. Pass config=: a stock pipeline "
+            "folder of the same architecture, such as the base."
+        )
+    skeletons = check_configs(config, family)
+    used: set[str] = set()
+    for name, names in original_names(skeletons, family).items():
+        found = {ours: header.tensors[theirs] for ours, theirs in names.items() if theirs in header.tensors}
+        used.update(names.values())
+        found = {
+            ours: _as_linear(tensor) if _is_vae_attention(names[ours]) else tensor for ours, tensor in found.items()
+        }
+        check_tensors(skeletons[name], found, str(path), names)
+    left = [name for name in header.tensors if name not in used and not _HARMLESS.match(name)]
+    check_nothing_left(left, f"an {family.title} model of {config}'s architecture", str(path))
+    prediction_type_of(path, header)
+    return skeletons
+
+
+def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: torch.dtype) -> Any:
+    """Load the pipeline of a file that ``check_single_file`` has passed; its scheduler is the config's."""
+    return family.pipeline_class.from_single_file(
+        str(path),
+        config=str(config),
+        dtype=torch_dtype,
+        local_files_only=True,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+
+
+def prediction_type_of(path: Path, header: Header) -> str | None:
+    """What a single file says that its UNet predicts, in diffusers' words; None where it does not say.
+
+    Raises: UserError: it names a prediction type that we do not know.
+    """
+    spec = header.metadata.get("modelspec.prediction_type")
+    if spec is None:
+        return "v_prediction" if "v_pred" in header.tensors else None
+    if spec not in _SPEC_TO_PREDICTION:
+        raise UserError(
+            f"{path}: its metadata names the prediction type '{spec}'; one of {', '.join(_SPEC_TO_PREDICTION)} was "
+            "expected. Models of other prediction types cannot be merged."
+        )
+    return _SPEC_TO_PREDICTION[spec]
+
+
+def save_single_file(
+    pipeline: Any,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a pipeline as one safetensors file of the original layout.
+
+    Args:
+        pipeline: a stock SD 1.x pipeline.
+        dtype: of the written weights; by default each keeps its own.
+        metadata: further strings for the header. What the UNet predicts is written always: a file that does not say
+            is taken for an epsilon model.
+    Raises: UserError: the pipeline holds tensors that the original layout has no name for.
+    """
+    family = SD1
+    models = {component.name: getattr(pipeline, component.name) for component in family.components}
+    tensors: dict[str, Tensor] = {}
+    for component, names in original_names(models, family).items():
+        for ours, tensor in models[component].state_dict().items():
+            if ours not in names:
+                raise UserError(
+                    f"{component}: the original layout has no name for its tensor '{ours}'. Save a plain "
+                    f"{family.title} model, with adapters fused and unloaded."
+                )
+            theirs = names[ours]
+            if _is_vae_attention(theirs) and tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]
+            tensors[theirs] = tensor.to(dtype) if dtype else tensor
+    prediction_type = _PREDICTION_TO_SPEC[pipeline.scheduler.config.prediction_type]
+    written = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.prediction_type": prediction_type,
+    }
+    write_tensors(path, tensors, {**written, **(metadata or {})})
+
+
+def original_names(models: Mapping[str, Any], family: Family) -> dict[str, dict[str, str]]:
+    """What the original layout calls each tensor.
+
+    No table by hand: diffusers' own converters are run on dummies under every plausible original name, and those that
+    land on a tensor of the model are that tensor's name.
+
+    Args:
+        models: by the components' names, with weights or on the meta device.
+    Returns: component -> the model's own name -> the name in the file.
+    """
+    converters = {
+        "unet": lambda model, dummies: convert_ldm_unet_checkpoint(dummies, model.config),
+        "vae": lambda model, dummies: convert_ldm_vae_checkpoint(dummies, model.config),
+        # the level that transformers 5.6 dropped from the class is kept in the files
+        "text_encoder": lambda _, dummies: {
+            name.removeprefix("cond_stage_model.transformer.text_model."): dummy for name, dummy in dummies.items()
+        },
+    }
+    candidates = {"unet": _unet_candidates, "vae": _vae_candidates, "text_encoder": _text_candidates}
+    result = {}
+    for component in family.components:
+        model = models[component.name]
+        names = [component.original_prefix + name for name in dict.fromkeys(candidates[component.name](model))]
+        dummies = {name: torch.tensor(i) for i, name in enumerate(names)}
+        converted = converters[component.name](model, dummies)
+        result[component.name] = {
+            ours: names[int(converted[ours])] for ours in model.state_dict() if converted.get(ours) is not None
+        }
+    return result
+
+
+def _unet_candidates(unet: Any) -> Iterator[str]:
+    names = list(unet.state_dict())
+    yield from DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"].values()
+    layers = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
+    resnet = [f"0.{layer}" for layer in layers]
+    attention = [f"1.{name.split('.', 1)[1]}" for name in _after(names, ".attentions.")]
+    per_block = unet.config.layers_per_block + 1
+    for i in range(len(unet.config.block_out_channels) * per_block + 1):
+        for tail in _parameters([*resnet, "0.op"]) + attention:
+            yield f"input_blocks.{i}.{tail}"
+        block = f"up_blocks.{i // per_block}."
+        # the upsampler comes after the attention, where there is one
+        place = 2 if any(name.startswith(f"{block}attentions.") for name in names) else 1
+        for tail in _parameters([*resnet, f"{place}.conv"]) + attention:
+            yield f"output_blocks.{i}.{tail}"
+    for i, tail in product((0, 2), _parameters(resnet)):
+        yield f"middle_block.{i}.{tail.removeprefix('0.')}"
+    for tail in attention:
+        yield f"middle_block.{tail}"
+
+
+def _vae_candidates(vae: Any) -> Iterator[str]:
+    yield from DIFFUSERS_TO_LDM_MAPPING["vae"].values()
+    resnet = _parameters(["norm1", "conv1", "norm2", "conv2", "nin_shortcut"])
+    for side, level, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
+        for tail in resnet:
+            yield f"{side}.mid.block_1.{tail}"
+            yield f"{side}.mid.block_2.{tail}"
+        for tail in _parameters(["norm", "q", "k", "v", "proj_out"]):
+            yield f"{side}.mid.attn_1.{tail}"
+        for i in range(len(vae.config.block_out_channels)):
+            for j, tail in product(range(vae.config.layers_per_block + 1), resnet):
+                yield f"{side}.{level}.{i}.block.{j}.{tail}"
+            for tail in _parameters([f"{sampler}.conv"]):
+                yield f"{side}.{level}.{i}.{tail}"
+
+
+def _text_candidates(text_encoder: Any) -> Iterator[str]:
+    for name in text_encoder.state_dict():
+        yield f"text_model.{name}"
+
+
+def _after(names: list[str], part: str) -> list[str]:
+    return list(dict.fromkeys(name.split(part, 1)[1] for name in names if part in name))
+
+
+def _parameters(layers: list[str]) -> list[str]:
+    return [f"{layer}.{parameter}" for layer in layers for parameter in ("weight", "bias")]
+
+
+def _is_vae_attention(name: str) -> bool:
+    """Whether the original layout has a 1x1 convolution where diffusers has a linear layer."""
+    return ".mid.attn_1." in name and name.endswith(".weight") and ".norm." not in name
+
+
+def _as_linear(tensor: Tensor) -> Tensor:
+    return tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor

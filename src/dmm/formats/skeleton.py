@@ -1,0 +1,98 @@
+"""Models built from their configs without weights: what files are held against before they are loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dmm.errors import UserError
+from dmm.families import Family
+from dmm.formats.tensors import read_json
+
+
+def build_skeletons(folder: Path, family: Family) -> dict[str, Any]:
+    """Build each component that has weights, on the meta device.
+
+    Args:
+        folder: a stock pipeline folder; only its configs are read.
+    Returns: models by the components' names.
+    Raises: UserError: a config is missing, is not JSON, or describes no model of its class; or the parts do not fit.
+    """
+    skeletons = {}
+    for component in family.components:
+        config_path = folder / component.name / "config.json"
+        found = read_json(config_path).get("_class_name", component.model_class.__name__)
+        if found != component.model_class.__name__:
+            raise UserError(
+                f"{config_path} describes a {found}; {family.title} has a {component.model_class.__name__} there. "
+                "Choose a model of that family."
+            )
+        try:
+            with torch.device("meta"):
+                skeletons[component.name] = _from_config(component.model_class, config_path.parent)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{config_path} describes no {component.model_class.__name__}: {error}") from error
+    _check_widths(skeletons, folder)
+    return skeletons
+
+
+def check_tensors(model: Any, found: Mapping[str, Tensor], where: str, names: Mapping[str, str] | None = None) -> None:
+    """Hold a file's tensors against the model that they are meant for.
+
+    Args:
+        model: from ``build_skeletons``.
+        found: by the model's own names.
+        where: the file, as the error's first words.
+        names: what the file calls each of the model's tensors, where it has names of its own.
+    Raises: UserError: tensors are missing, are left over, or have another shape.
+    """
+    expected = model.state_dict()
+    shown = dict(names) if names else {name: name for name in expected}
+    kind = type(model).__name__
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise UserError(
+            f"{where} lacks {len(missing)} of the {len(expected)} tensors of its {kind}, the first of them "
+            f"'{shown[missing[0]]}'. The file is incomplete, or its config describes another model."
+        )
+    check_nothing_left([name for name in found if name not in expected], f"its {kind}", where)
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{where}: '{shown[name]}' has shape {tuple(tensor.shape)}, the config's {kind} "
+                f"{tuple(expected[name].shape)}. Pass the config of a model of the same architecture."
+            )
+
+
+def check_nothing_left(names: list[str], known: str, where: str) -> None:
+    """Refuse tensors that nothing would use: they belong to another model, or to a part that would be lost.
+
+    Raises: UserError: naming the first of them.
+    """
+    if names:
+        raise UserError(
+            f"{where} holds {len(names)} tensors that {known} does not know, the first of them '{names[0]}'. "
+            "It belongs to another kind of model; nothing of it is dropped quietly."
+        )
+
+
+def _from_config(model_class: Any, folder: Path) -> Any:
+    if issubclass(model_class, PreTrainedModel):
+        return model_class(model_class.config_class.from_pretrained(folder))
+    return model_class.from_config(model_class.load_config(folder))
+
+
+def _check_widths(skeletons: Mapping[str, Any], folder: Path) -> None:
+    unet, vae, text_encoder = (skeletons[name].config for name in ("unet", "vae", "text_encoder"))
+    for what, found, expected in (
+        ("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text_encoder.hidden_size),
+        ("reads latent channels (in_channels)", unet.in_channels, vae.latent_channels),
+    ):
+        if found != expected:
+            raise UserError(
+                f"{folder}: the UNet {what} {found}, the folder's other parts give {expected}. "
+                "Choose a text-to-image model whose parts belong together."
+            )

@@ -1,0 +1,165 @@
+"""Weight files: what one declares, checked before anything is loaded; reading; writing."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmm.errors import UserError
+
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a weight file declares."""
+
+    tensors: dict[str, Tensor]
+    """On the meta device: names, shapes and dtypes without values."""
+    metadata: dict[str, str]
+
+
+def read_header(path: Path, *, allow_pickle: bool = False) -> Header:
+    """Read what a weight file declares, without its weights.
+
+    Args:
+        path: a .safetensors file; a pickle only with ``allow_pickle``, and then read with ``weights_only``.
+    Raises: UserError: missing, empty, cut short, a pickle that is not allowed, or no weight file at all.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check the path.")
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if not beginning:
+        raise UserError(f"{path} is empty. Download it again.")
+    if beginning.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` where it came from.")
+    # a pickle is told by what it holds: a name can lie
+    if beginning.startswith((b"PK\x03\x04", b"\x80\x02")):
+        _check_pickle_allowed(path, allow_pickle)
+        return Header(_unpickle(path, "meta"), {})
+    if path.suffix != ".safetensors":
+        raise UserError(f"{path} is neither a pickle nor named .safetensors. Pass weights in the safetensors format.")
+    return _read_safetensors_header(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the weights of a file that ``read_header`` has passed, onto the CPU."""
+    return load_file(path) if path.suffix == ".safetensors" else _unpickle(path, "cpu")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whole or not at all: it gets its name once it is complete."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(plain, temporary, dict(metadata))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        where: what the tensors belong to, as the error's first words.
+    Raises: UserError: naming the first tensor that holds one, and how many values of it do.
+    """
+    for name, tensor in tensors.items():
+        # a sum is finite only if every value is, bar an overflow: cheap enough to ask of gigabytes
+        if not tensor.is_floating_point() or math.isfinite(tensor.float().sum().item()):
+            continue
+        broken = tensor.numel() - int(tensor.float().isfinite().sum())
+        if broken:
+            raise UserError(
+                f"{where}: {broken} of the {tensor.numel()} values of '{name}' are NaN or infinite in {tensor.dtype}. "
+                "The file is damaged, or its values are too large for that dtype; get another copy or another dtype."
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises: UserError: missing, or not a JSON object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, but a stock pipeline folder has one.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__} where a JSON object was expected.")
+    return value
+
+
+def _read_safetensors_header(path: Path) -> Header:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        text = file.read(length) if 8 + length <= size else None
+    if text is None and length < 100_000_000:  # more than the format allows: not a header's length at all
+        raise UserError(
+            f"{path} is cut short: its header alone takes {8 + length} bytes, the file has {size}. Download it again."
+        )
+    try:
+        declared: dict[str, Any] = json.loads(text or b"")
+        metadata = declared.pop("__metadata__", {})
+        end = 8 + length + max((entry["data_offsets"][1] for entry in declared.values()), default=0)
+        tensors = {
+            name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+            for name, entry in declared.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a safetensors file: its header cannot be read ({error!r}).") from error
+    if end != size:
+        found = "is cut short" if size < end else "has bytes too many"
+        raise UserError(f"{path} {found}: its header declares {end} bytes, the file has {size}. Download it again.")
+    return Header(tensors, metadata)
+
+
+def _check_pickle_allowed(path: Path, allow_pickle: bool) -> None:
+    if not allow_pickle:
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is opened. Pass a .safetensors file, or allow pickles "
+            "(allow_pickle=True) if you trust it."
+        )
+    if path.suffix not in PICKLE_SUFFIXES:
+        raise UserError(f"{path} is a pickle by content but not by name. Rename it to end in .ckpt.")
+
+
+def _unpickle(path: Path, device: str) -> dict[str, Tensor]:
+    try:
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for what it cannot or will not read
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read as a pickle of tensors alone, and no other is opened: {reason}"
+        ) from error
+    while isinstance(loaded, dict) and "state_dict" in loaded:
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__} where named tensors were expected.")
+    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}

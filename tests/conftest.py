@@ -1,0 +1,111 @@
+"""A tiny SD 1.x of real diffusers classes, in every form that models come in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dmm.formats.single_file import save_single_file
+
+MAX_TOKENS = 24
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """One token for each byte, one for each byte that ends a word."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(symbol + "</w>" for symbol in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=MAX_TOKENS)
+
+
+def tiny_text_encoder(tokenizer: CLIPTokenizer, hidden_size: int = 16) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=hidden_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def tiny_unet(widths: tuple[int, ...] = (8, 16), **overrides) -> UNet2DConditionModel:
+    config = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("CrossAttnDownBlock2D",) * len(widths),
+        "up_block_types": ("CrossAttnUpBlock2D",) * len(widths),
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**{**config, **overrides})
+
+
+def tiny_vae(widths: tuple[int, ...] = (8, 8), **overrides) -> AutoencoderKL:
+    config = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(widths),
+        "up_block_types": ("UpDecoderBlock2D",) * len(widths),
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    }
+    return AutoencoderKL(**{**config, **overrides})
+
+
+def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    return StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=tiny_unet(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusionPipeline:
+    """A tiny SD 1.x of one's own."""
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory) -> Path:
+    """A stock folder; read only, copy it to change it."""
+    folder = tmp_path_factory.mktemp("sd1") / "folder"
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd1_file(tmp_path_factory) -> Path:
+    """The same model as a single file of the original layout; read only."""
+    path = tmp_path_factory.mktemp("sd1") / "model.safetensors"
+    save_single_file(tiny_pipeline(), path)
+    return path
