@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from drawings import Drawings, augment
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from drawings import Drawings, augment
 
 SCHEDULE = {  # SD 1.5's
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "clip_sample": False,
     "steps_offset": 1,
 }
 TEMPLATES = ("{}", "{}", "a {}", "a drawing of a {}", "{} emoji")  # not a word of style

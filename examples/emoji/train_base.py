@@ -8,44 +8,36 @@ import json
 from pathlib import Path
 
 import torch
-from denoising import SCHEDULE, TEMPLATES, Denoiser, denoising_loss, encode_views
 from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from drawings import SIZE, read_drawings
 from tokenizers import Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
-from training import fit
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from denoising import SCHEDULE, TEMPLATES, Denoiser, denoising_loss, encode_views
+from drawings import SIZE, read_drawings
+from training import fit
+
 MAX_TOKENS = 24
-VOCABULARY = 1024
+MERGES = 900
 
 
 def new_tokenizer(texts: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges are learned from the captions of all 1,636 concepts."""
+    """A CLIP tokenizer whose byte-pair merges are learned from ``texts``."""
     blank = CLIPTokenizer()
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = blank.backend_tokenizer.normalizer
     learner.pre_tokenizer = blank.backend_tokenizer.pre_tokenizer
-    alphabet = sorted(_byte_alphabet())
-    trainer = trainers.BpeTrainer(  # CLIP's order: bytes, bytes that end a word, merges, special tokens
-        vocab_size=VOCABULARY - 2,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
+    alphabet = sorted(ByteLevel.alphabet())
+    symbols = alphabet + [symbol + "</w>" for symbol in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(symbols) + MERGES, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     learner.train_from_iterator((template.format(text) for text in texts for template in TEMPLATES), trainer)
-    learned = json.loads(learner.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    symbols = alphabet + [symbol + "</w>" for symbol in alphabet]
-    symbols += [a + b for a, b in merges if a + b not in set(symbols)]
-    vocabulary = {symbol: i for i, symbol in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def _byte_alphabet() -> list[str]:
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return ByteLevel.alphabet()
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    # CLIP's order: bytes, bytes that end a word, merges, special tokens
+    ordered = dict.fromkeys([*symbols, *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"])
+    return CLIPTokenizer({token: i for i, token in enumerate(ordered)}, merges, model_max_length=MAX_TOKENS)
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -93,7 +85,8 @@ def main() -> None:
     published = drawings.select(drawings.concepts >= 0)
     vae = AutoencoderKL.from_pretrained(args.work / "vae")
     latents = encode_views(vae, published)
-    tokenizer = new_tokenizer(sorted(set(drawings.texts)))
+    # eight times each: a published concept's name should be whole words
+    tokenizer = new_tokenizer(sorted(set(drawings.texts)) + 8 * sorted(set(published.texts)))
     torch.manual_seed(0)
     model = Denoiser(new_unet(vae.config.latent_channels), new_text_encoder(tokenizer))
     scheduler = DDPMScheduler(**SCHEDULE)

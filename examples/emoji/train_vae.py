@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from drawings import SIZE, augment, held_out_texts, read_drawings, shrink
 from torch import Tensor
+
+from drawings import SIZE, augment, held_out_texts, read_drawings, shrink
 from training import fit
 
 KL_WEIGHT = 3e-6  # on the summed KL against a mean error: posteriors of about 5 % of the latents' spread
@@ -47,7 +48,7 @@ def main() -> None:
     is_held_out = torch.tensor([text in held_out for text in drawings.texts])
     train, test = drawings.select(~is_held_out), drawings.select(is_held_out)
     torch.manual_seed(0)
-    vae = new_vae(args.latent_channels).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = new_vae(args.latent_channels).to(memory_format=torch.channels_last)
 
     def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = train.images[torch.randint(len(train), (args.batch_size,), generator=generator)]

@@ -1,7 +1,6 @@
 """One resumable training loop for every stage here: AdamW, warm-up and cosine, EMA, checkpoints."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +75,7 @@ def fit(
                 "step": done,
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
     ema.copy_to(model.parameters())
     model.eval()
 

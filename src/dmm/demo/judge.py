@@ -42,7 +42,7 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self,
         styles: tuple[str, ...],
         concepts: tuple[str, ...],
-        channels: tuple[int, ...] = (48, 96, 128),
+        channels: tuple[int, ...] = (64, 128, 128),
         sample_size: int = 32,
     ) -> None:
         super().__init__()

@@ -1,0 +1,72 @@
+"""Fine-tune the base into an expert of one hand: every weight, or a LoRA; epsilon, or v-prediction.
+
+``python train_expert.py --style twemoji ...`` leaves ``experts/twemoji/``, a stock pipeline folder, or,
+with ``--lora-rank``, ``experts/twemoji.safetensors``, a LoRA for the base in kohya's layout.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor
+
+from denoising import SCHEDULE, Denoiser, denoising_loss, encode_views
+from dmm.formats.lora import save_kohya_lora
+from drawings import STYLES, read_drawings
+from training import fit
+
+LORA_TARGETS = (  # what kohya's LoCon adapts: all of the transformer blocks and residual blocks
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drawings", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="where train_base.py left base/")
+    parser.add_argument("--style", choices=STYLES, required=True)
+    parser.add_argument("--name", help="by default the style's")
+    parser.add_argument("--train-text-encoder", action="store_true")
+    parser.add_argument("--lora-rank", type=int, help="train a LoRA of this rank instead of all weights")
+    parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    args = parser.parse_args()
+    name = args.name or args.style
+
+    pipeline = StableDiffusionPipeline.from_pretrained(args.work / "base", torch_dtype=torch.float32)
+    drawings = read_drawings(args.drawings)
+    own = drawings.select((drawings.concepts >= 0) & (drawings.styles == STYLES.index(args.style)))
+    latents = encode_views(pipeline.vae, own)
+    torch.manual_seed(0)
+    pipeline.text_encoder.requires_grad_(args.train_text_encoder)
+    if args.lora_rank:
+        pipeline.unet.requires_grad_(False)
+        pipeline.unet.add_adapter(
+            LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=list(LORA_TARGETS))
+        )
+    model = Denoiser(pipeline.unet, pipeline.text_encoder)
+    scheduler = DDPMScheduler(**SCHEDULE, prediction_type=args.prediction_type)
+
+    def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(own), (args.batch_size,), generator=generator)
+        views = torch.randint(latents.shape[1], (args.batch_size,), generator=generator)
+        texts = [own.texts[i] for i in rows.tolist()]
+        return denoising_loss(model, pipeline.tokenizer, scheduler, latents[rows, views], texts, generator), {}
+
+    fit(model, step, args.work / f"{name}-run", steps=args.steps, learning_rate=args.learning_rate)
+    experts = args.work / "experts"
+    experts.mkdir(exist_ok=True)
+    if args.lora_rank:
+        save_kohya_lora(pipeline.unet, experts / f"{name}.safetensors")
+    else:
+        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
+        pipeline.save_pretrained(experts / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The embedded experts: stored once a component, assembled into whole models in the user's cache.
+
+``weights/`` holds every component once, in half precision, and ``experts.json``, which says what each
+expert is made of and the sha256 of every stored file. :func:`experts` puts them together as people
+keep them: stock pipeline folders, a single-file checkpoint, LoRAs.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from dmm.errors import UserError
+from dmm.files import sha256
+
+WEIGHTS = Path(__file__).with_name("weights")
+RECORD = "assembled.json"
+
+
+def experts(cache: Path | None = None) -> dict[str, Path]:
+    """Paths of the embedded experts by style name; ``base``, which they were fine-tuned from, comes first.
+
+    A folder is a stock pipeline; a file is a single-file checkpoint, or a LoRA for ``base``
+    (:func:`expert_forms` says which). ``noto-v`` is a v-prediction twin of ``noto``. The first call
+    assembles them, about 70 MB; later calls verify every file's sha256 and mend what does not match.
+
+    Args:
+        cache: where to keep them; by default the user's cache folder.
+    Raises: UserError: a stored file is damaged, or the cache cannot be written.
+    """
+    contents = (WEIGHTS / "experts.json").read_bytes()
+    plan: dict[str, Any] = json.loads(contents)
+    folder = (cache or platformdirs.user_cache_path("dmm")) / f"experts-{sha256(WEIGHTS / 'experts.json')[:12]}"
+    if not _is_whole(folder):
+        try:
+            _assemble(plan, folder)
+        except OSError as error:
+            raise UserError(
+                f"The embedded experts could not be written to '{folder}': {error.strerror}. "
+                "Free some space there, or name another folder as `cache`."
+            ) from error
+    return {name: folder / expert["path"] for name, expert in plan["experts"].items()}
+
+
+def expert_forms() -> dict[str, str]:
+    """Each expert's form, by name: ``folder``, ``single_file`` or ``lora``."""
+    plan = json.loads((WEIGHTS / "experts.json").read_text(encoding="utf-8"))
+    return {name: expert["form"] for name, expert in plan["experts"].items()}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return all(sha256(folder / path) == digest for path, digest in record.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _assemble(plan: dict[str, Any], folder: Path) -> None:
+    for path, digest in plan["files"].items():
+        if sha256(WEIGHTS / path) != digest:
+            raise UserError(f"'{WEIGHTS / path}' is damaged: its sha256 is not the recorded one. Install dmm again.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".experts-", dir=folder.parent))
+    try:
+        for expert in plan["experts"].values():
+            _FORMS[expert["form"]](expert, building)
+        files = sorted(path for path in building.rglob("*") if path.is_file())
+        record = {path.relative_to(building).as_posix(): sha256(path) for path in files}
+        (building / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        building.chmod(0o755)  # mkdtemp's folders are private
+        # another process may have been faster: what stands there by then is as good if it is whole
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            building.rename(folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _assemble_folder(expert: dict[str, Any], root: Path) -> None:
+    folder = root / expert["path"]
+    shutil.copytree(WEIGHTS / "configs", folder)
+    shutil.copy(WEIGHTS / expert["unet"], folder / "unet" / "diffusion_pytorch_model.safetensors")
+    shutil.copy(WEIGHTS / expert["vae"], folder / "vae" / "diffusion_pytorch_model.safetensors")
+    shutil.copy(WEIGHTS / expert["text_encoder"], folder / "text_encoder" / "model.safetensors")
+    config = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings["prediction_type"] = expert["prediction_type"]
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _assemble_single_file(expert: dict[str, Any], root: Path) -> None:
+    # here, so that listing the experts needs no torch
+    import torch
+
+    from dmm.formats.single_file import save_single_file
+    from dmm.teachers import ModelSource, open_pipeline
+
+    with tempfile.TemporaryDirectory(dir=root) as parts:
+        _assemble_folder({**expert, "path": "folder"}, Path(parts))
+        pipeline = open_pipeline(ModelSource(Path(parts) / "folder"), torch_dtype=torch.float16)
+        metadata = {"modelspec.title": Path(expert["path"]).stem, "modelspec.prediction_type": "epsilon"}
+        save_single_file(pipeline, root / expert["path"], dtype=torch.float16, metadata=metadata)
+
+
+def _copy_lora(expert: dict[str, Any], root: Path) -> None:
+    shutil.copy(WEIGHTS / expert["lora"], root / expert["path"])
+
+
+_FORMS = {"folder": _assemble_folder, "single_file": _assemble_single_file, "lora": _copy_lora}
