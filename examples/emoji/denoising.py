@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from drawings import Drawings, augment
+from drawings import Drawings, nudge
 
 SCHEDULE = {  # SD 1.5's
     "beta_start": 0.00085,
@@ -18,7 +18,7 @@ SCHEDULE = {  # SD 1.5's
 }
 TEMPLATES = ("{}", "{}", "a {}", "a drawing of a {}", "{} emoji")  # not a word of style
 CAPTION_DROPOUT = 0.1
-VIEWS = 16  # augmented views of each drawing, encoded once
+VIEWS = 16  # slightly moved views of each drawing, encoded once
 
 
 class Denoiser(nn.Module):
@@ -39,11 +39,11 @@ def captions(texts: Sequence[str], generator: torch.Generator) -> list[str]:
 
 @torch.no_grad()
 def encode_views(vae: AutoencoderKL, drawings: Drawings) -> Tensor:
-    """Scaled latents of :data:`VIEWS` views of every drawing, slightly moved and zoomed: (N, VIEWS, C, h, w)."""
+    """Scaled latents of :data:`VIEWS` views of every drawing, slightly moved: (N, VIEWS, C, h, w)."""
     generator = torch.Generator().manual_seed(0)
     views = []
     for _ in range(VIEWS):
-        images = augment(drawings.images, generator, zoom=0.06, turn=0.04, shift=0.03)
+        images = nudge(drawings.images, generator, reach=2)
         views.append(torch.cat([vae.encode(some).latent_dist.mode() for some in images.split(128)]))
     return torch.stack(views, 1) * vae.config.scaling_factor
 

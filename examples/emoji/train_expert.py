@@ -62,7 +62,7 @@ def main() -> None:
     experts = args.work / "experts"
     experts.mkdir(exist_ok=True)
     if args.lora_rank:
-        save_kohya_lora(pipeline.unet, experts / f"{name}.safetensors")
+        save_kohya_lora(experts / f"{name}.safetensors", unet=pipeline.unet)
     else:
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
         pipeline.save_pretrained(experts / name)

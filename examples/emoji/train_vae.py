@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from drawings import SIZE, augment, held_out_texts, read_drawings, shrink
+from drawings import SIZE, augment, held_out_texts, nudge, read_drawings, shrink
 from training import fit
 
 KL_WEIGHT = 3e-6  # on the summed KL against a mean error: posteriors of about 5 % of the latents' spread
@@ -52,7 +52,9 @@ def main() -> None:
 
     def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         batch = train.images[torch.randint(len(train), (args.batch_size,), generator=generator)]
-        images = augment(batch, generator, zoom=0.1, turn=0.0, shift=0.05)
+        half = len(batch) // 2  # zoomed pictures are softer than drawn ones: half of them stay crisp
+        zoomed = augment(batch[:half], generator, zoom=0.1, turn=0.0, shift=0.05)
+        images = torch.cat([zoomed, nudge(batch[half:], generator, reach=4)])
         if torch.rand((), generator=generator) < 0.5:
             images = images.flip(3)
         posterior = vae.encode(images.contiguous(memory_format=torch.channels_last)).latent_dist

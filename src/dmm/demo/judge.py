@@ -1,15 +1,21 @@
-"""The judge of the embedded experts: which hand drew this picture, and what does it show?
+"""The judge of the embedded experts says which hand drew a picture, and what it shows.
 
 Its penultimate features are the feature space for FID on this family, as Inception's are for
 photographs; its two heads say whether a picture is in the right style and of the right thing.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
 from torch import Tensor, nn
+
+from dmm.demo.assembly import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     nn.ReLU(),
                     ResidualBlock(after),
                 )
-                for before, after in zip(widths, widths[1:], strict=False)
+                for before, after in itertools.pairwise(widths)
             )
         )
         self.dropout = nn.Dropout(0.2)
@@ -78,7 +84,7 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions around a shortcut, ending in ReLU; (B, C, H, W) to the same."""
+    """Two 3 x 3 convolutions around a shortcut, ending in ReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -91,4 +97,28 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same."""
         return torch.relu(x + self.branch(x))
+
+
+def load_judge() -> Judge:
+    """The judge that was trained on all of the drawings, in float32 and ``eval``."""
+    judge: Judge = Judge.from_pretrained(WEIGHTS / "judge", torch_dtype=torch.float32)
+    return judge.eval()
+
+
+@torch.no_grad()
+def judge_images(judge: Judge, images: Sequence[Image.Image], batch_size: int = 256) -> Verdict:
+    """Judge RGB pictures of the judge's size.
+
+    Raises: ValueError: pictures of another size.
+    """
+    verdicts = []
+    for start in range(0, len(images), batch_size):
+        pixels = np.stack([np.asarray(image) for image in images[start : start + batch_size]])
+        verdicts.append(judge(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1))
+    return Verdict(
+        torch.cat([verdict.features for verdict in verdicts]),
+        torch.cat([verdict.style_logits for verdict in verdicts]),
+        torch.cat([verdict.concept_logits for verdict in verdicts]),
+    )

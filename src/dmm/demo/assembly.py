@@ -1,6 +1,6 @@
-"""The embedded experts: stored once a component, assembled into whole models in the user's cache.
+"""The embedded experts, stored once a component, assembled into whole models in the user's cache.
 
-``weights/`` holds every component once, in half precision, and ``experts.json``, which says what each
+``weights/`` holds every component, in half precision, and ``experts.json``, which says what each
 expert is made of and the sha256 of every stored file. :func:`experts` puts them together as people
 keep them: stock pipeline folders, a single-file checkpoint, LoRAs.
 """
@@ -9,14 +9,18 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
 from dmm.errors import UserError
 from dmm.files import sha256
 
+if TYPE_CHECKING:
+    from dmm.teachers import ModelSource
+
 WEIGHTS = Path(__file__).with_name("weights")
+PLAN = "experts.json"
 RECORD = "assembled.json"
 
 
@@ -24,16 +28,15 @@ def experts(cache: Path | None = None) -> dict[str, Path]:
     """Paths of the embedded experts by style name; ``base``, which they were fine-tuned from, comes first.
 
     A folder is a stock pipeline; a file is a single-file checkpoint, or a LoRA for ``base``
-    (:func:`expert_forms` says which). ``noto-v`` is a v-prediction twin of ``noto``. The first call
+    (:func:`expert_sources` says which). ``noto-v`` is a v-prediction twin of ``noto``. The first call
     assembles them, about 70 MB; later calls verify every file's sha256 and mend what does not match.
 
     Args:
         cache: where to keep them; by default the user's cache folder.
     Raises: UserError: a stored file is damaged, or the cache cannot be written.
     """
-    contents = (WEIGHTS / "experts.json").read_bytes()
-    plan: dict[str, Any] = json.loads(contents)
-    folder = (cache or platformdirs.user_cache_path("dmm")) / f"experts-{sha256(WEIGHTS / 'experts.json')[:12]}"
+    plan = _plan()
+    folder = (cache or platformdirs.user_cache_path("dmm")) / f"experts-{sha256(WEIGHTS / PLAN)[:12]}"
     if not _is_whole(folder):
         try:
             _assemble(plan, folder)
@@ -45,10 +48,26 @@ def experts(cache: Path | None = None) -> dict[str, Path]:
     return {name: folder / expert["path"] for name, expert in plan["experts"].items()}
 
 
-def expert_forms() -> dict[str, str]:
-    """Each expert's form, by name: ``folder``, ``single_file`` or ``lora``."""
-    plan = json.loads((WEIGHTS / "experts.json").read_text(encoding="utf-8"))
-    return {name: expert["form"] for name, expert in plan["experts"].items()}
+def expert_sources(cache: Path | None = None) -> dict[str, "ModelSource"]:
+    """The embedded experts as :func:`dmm.teachers.open_pipeline` takes them, by style name, ``base`` first.
+
+    Arguments and errors are those of :func:`experts`.
+    """
+    from dmm.teachers import ModelSource  # here, so that listing the experts needs no torch
+
+    paths = experts(cache)
+    base = paths["base"]
+    sources = {
+        "folder": lambda path: ModelSource(path),
+        "single_file": lambda path: ModelSource(path, config=base),
+        "lora": lambda path: ModelSource(base, lora=path),
+    }
+    return {name: sources[_plan()["experts"][name]["form"]](path) for name, path in paths.items()}
+
+
+def _plan() -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((WEIGHTS / PLAN).read_text(encoding="utf-8"))
+    return plan
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,0 +1,43 @@
+"""The losses of distillation: tensors in, one value per sample out; the caller weighs and averages.
+
+The paper writes squared norms and leaves the reduction open. Here an error is a mean over elements,
+so that a loss weight means the same at every resolution and width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def score_loss(student_output: Tensor, teacher_output: Tensor) -> Tensor:
+    """Mean squared difference of what student and teacher predict, in the student's prediction type.
+
+    Args:
+        student_output, teacher_output: (B, C, H, W).
+    Returns: (B,) float32.
+    Source: DMM eq. 9.
+    """
+    return _mean_squared_error(student_output, teacher_output)
+
+
+def feature_loss(student_features: Mapping[str, Tensor], teacher_features: Mapping[str, Tensor]) -> Tensor:
+    """Sum over blocks of the mean squared difference of the block's output.
+
+    Args:
+        student_features, teacher_features: by the block's name, (B, C_block, H_block, W_block) each. The student
+            may hold more blocks than the teacher: those are not imitated.
+    Returns: (B,) float32.
+    Raises: ValueError: the teacher has a block that the student lacks, or has none.
+    Source: DMM eq. 10.
+    """
+    strange = teacher_features.keys() - student_features.keys()
+    if strange or not teacher_features:
+        raise ValueError(f"The student has the blocks {sorted(student_features)}, the teacher {sorted(strange)} more.")
+    errors = [_mean_squared_error(student_features[name], features) for name, features in teacher_features.items()]
+    return torch.stack(errors).sum(0)
+
+
+def _mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
+    # squares of half-precision differences underflow
+    return (a.float() - b.float()).square().flatten(1).mean(1)
