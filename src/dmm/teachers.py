@@ -16,7 +16,7 @@ from dmm.families import FAMILIES, SD1
 from dmm.formats.folder import check_folder, open_folder
 from dmm.formats.lora import fuse_lora, read_lora
 from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
-from dmm.formats.tensors import check_finite, read_header
+from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -62,7 +62,7 @@ def open_pipeline(
 
     Args:
         torch_dtype: of the weights in memory, whatever their dtype on disk.
-        family: which is expected, by its name in ``dmm.families``; by default SD 1.x.
+        family: which is expected, a key of ``dmm.families.FAMILIES``; by default SD 1.x.
         name: what error messages call the model, such as ``teacher 'noto'``; by default they begin with its path.
     Raises: UserError: whatever is wrong with the files: missing, cut short, pickled, of another family or
         architecture, incomplete, with values that are not finite, or a LoRA that does not fit.
@@ -87,8 +87,9 @@ def open_pipeline(
         fuse_lora(pipeline, lora, source.lora_scale)
         _set_prediction_type(pipeline, source.prediction_type or said)
         for component in expected.components:
-            model = getattr(pipeline, component.name)
-            check_finite(model.state_dict(), f"{path}: {component.name}")
+            tensors = getattr(pipeline, component.name).state_dict()
+            assert not any(tensor.is_meta for tensor in tensors.values()), f"{component.name} is not wholly loaded"
+            check_finite(tensors, f"{path}: {component.name}")
         return pipeline
 
 
@@ -114,7 +115,7 @@ def _locate(source: ModelSource) -> Path:
         return path
     hub_id = str(source.model)
     looks_like_id = isinstance(source.model, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", hub_id)
-    if not looks_like_id or path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin") or path.parent.exists():
+    if not looks_like_id or path.suffix in (".safetensors", *PICKLE_SUFFIXES) or path.parent.exists():
         raise UserError(f"{source.model}: no such file or folder. Check the path.")
     try:
         return Path(StableDiffusionPipeline.download(hub_id, use_safetensors=None if source.allow_pickle else True))

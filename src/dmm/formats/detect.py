@@ -7,6 +7,9 @@ from dmm.errors import UserError
 from dmm.families import Family, title_of_keys
 from dmm.formats.tensors import Header
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The file of a folder that diffusers' ``save_lora_weights`` wrote."""
+
 _LORA_PARTS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_")
 _DIFFUSERS_PARTS = ("down_blocks.", "mid_block.", "encoder.layers.")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Component, Family, title_of_folder
+from dmm.formats.detect import LORA_FILE
 from dmm.formats.skeleton import build_skeletons, check_tensors
 from dmm.formats.tensors import read_header, read_json
 
@@ -24,6 +25,10 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
     Returns: its components' skeletons (see ``build_skeletons``).
     Raises: UserError: no pipeline folder, of another family, or a config that is missing or broken.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Pass a stock diffusers pipeline folder.")
+    if (folder / LORA_FILE).is_file():
+        raise UserError(f"{folder} holds a LoRA, not a full model. Pass it as the LoRA (lora=, --lora) with its base.")
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"{folder} holds no model_index.json, so it is no stock diffusers pipeline folder. Pass the folder that "
@@ -38,6 +43,9 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
             f"{folder} is {found} (model_index.json: {index.get('_class_name')}); {family.title} was expected. "
             "Choose models of one family."
         )
+    for name in (*(component.name for component in family.components), "scheduler", "tokenizer"):
+        if not isinstance(index.get(name), list):
+            raise UserError(f"{folder / 'model_index.json'} names no {name}. The folder is incomplete; save it again.")
     read_json(folder / "scheduler" / "scheduler_config.json")
     tokenizer = folder / "tokenizer"
     if not ((tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()):

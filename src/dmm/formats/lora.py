@@ -20,11 +20,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from dmm.errors import UserError
-from dmm.formats.detect import check_is_lora
+from dmm.formats.detect import LORA_FILE, check_is_lora
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
-
-DEFAULT_FILE = "pytorch_lora_weights.safetensors"
-"""The file of a LoRA folder that diffusers' ``save_lora_weights`` wrote."""
 
 _PARTS = {
     ".lora_down.weight": "down",
@@ -66,7 +63,7 @@ def read_lora(path: Path, models: Mapping[str, Any], *, allow_pickle: bool = Fal
         model's; shapes that do not fit; values that are not finite.
     """
     if path.is_dir():
-        path = path / DEFAULT_FILE
+        path = path / LORA_FILE
     header = read_header(path, allow_pickle=allow_pickle)
     check_is_lora(path, header)
     names = _split_names(path, list(header.tensors))
@@ -172,18 +169,19 @@ def _layers_by_name(models: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layouts = [_kohya_name(component, module), f"{component}.{module}"]
                 if component == "text_encoder":
-                    # diffusers' own writer of kohya's layout says te1, as SDXL does; older files keep a level
-                    layouts.append(layouts[0].replace("lora_te_", "lora_te1_", 1))
+                    # with and without the level that transformers 5.6 dropped; diffusers' writer of kohya's layout
+                    # says te1, as SDXL does
                     layouts.append(f"{component}.text_model.{module}")
+                    flat = module.replace(".", "_")
+                    layouts += [f"lora_te{one}_{level}{flat}" for one in ("", "1") for level in ("", "text_model_")]
                 names.update(dict.fromkeys(layouts, (component, module)))
     return names
 
 
 def _kohya_name(component: str, module: str) -> str:
-    if component == "unet":
-        return f"lora_unet_{module}".replace(".", "_")
     # the level that transformers 5.6 dropped from the class is kept in the files
-    return f"lora_te_text_model.{module}".replace(".", "_")
+    prefix = "lora_unet_" if component == "unet" else "lora_te_text_model_"
+    return prefix + module.replace(".", "_")
 
 
 def _check_known(path: Path, names: list[str], layers: Mapping[str, object]) -> None:

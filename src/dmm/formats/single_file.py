@@ -1,7 +1,7 @@
 """Single files in Stable Diffusion's original layout, as A1111 and ComfyUI read them: check, open, save."""
 
-import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from dmm.errors import UserError
@@ -21,12 +22,23 @@ from dmm.formats.folder import check_configs
 from dmm.formats.skeleton import check_nothing_left, check_tensors
 from dmm.formats.tensors import Header, write_tensors
 
+V_PREDICTION_MARK = "v_pred"
+"""An empty tensor of this name says, by custom, that the UNet predicts v."""
+
 # left in files by training scripts and by older libraries; nothing that samples reads them
-_HARMLESS = re.compile(
-    r"model_ema\.|first_stage_model\.(loss|model_ema)\.|cond_stage_model\.(transformer\.)?(logit_scale|text_projection)"
-    r"|.*\.position_ids$|v_pred$|logvar$|scale_factor$|betas$|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod"
-    r"|sqrt_one_minus_alphas_cumprod$|sqrt_recipm?1?_alphas_cumprod$|log_one_minus_alphas_cumprod$"
-    r"|posterior_(variance|log_variance_clipped|mean_coef[12])$|lvlb_weights$"
+_HARMLESS = (
+    "model_ema.*",
+    "first_stage_model.loss.*",
+    "*.position_ids",
+    "*.logit_scale",
+    "*.text_projection*",
+    "*alphas_cumprod*",
+    "betas",
+    "posterior_*",
+    "logvar",
+    "lvlb_weights",
+    "scale_factor",
+    V_PREDICTION_MARK,
 )
 _SPEC_TO_PREDICTION = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _PREDICTION_TO_SPEC = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -57,7 +69,9 @@ def check_single_file(path: Path, header: Header, config: Path | None, family: F
             ours: _as_linear(tensor) if _is_vae_attention(names[ours]) else tensor for ours, tensor in found.items()
         }
         check_tensors(skeletons[name], found, str(path), names)
-    left = [name for name in header.tensors if name not in used and not _HARMLESS.match(name)]
+    left = [
+        name for name in header.tensors if name not in used and not any(fnmatchcase(name, known) for known in _HARMLESS)
+    ]
     check_nothing_left(left, f"an {family.title} model of {config}'s architecture", str(path))
     prediction_type_of(path, header)
     return skeletons
@@ -84,7 +98,7 @@ def prediction_type_of(path: Path, header: Header) -> str | None:
     """
     spec = header.metadata.get("modelspec.prediction_type")
     if spec is None:
-        return "v_prediction" if "v_pred" in header.tensors else None
+        return "v_prediction" if V_PREDICTION_MARK in header.tensors else None
     if spec not in _SPEC_TO_PREDICTION:
         raise UserError(
             f"{path}: its metadata names the prediction type '{spec}'; one of {', '.join(_SPEC_TO_PREDICTION)} was "
@@ -107,17 +121,19 @@ def save_single_file(
         dtype: of the written weights; by default each keeps its own.
         metadata: further strings for the header. What the UNet predicts is written always: a file that does not say
             is taken for an epsilon model.
-    Raises: UserError: the pipeline holds tensors that the original layout has no name for.
+    Raises: UserError: the pipeline has an adapter, or tensors that the original layout has no name for.
     """
     family = SD1
     models = {component.name: getattr(pipeline, component.name) for component in family.components}
     tensors: dict[str, Tensor] = {}
     for component, names in original_names(models, family).items():
+        if any(isinstance(module, BaseTunerLayer) for module in models[component].modules()):
+            raise UserError(f"{path}: the {component} has an adapter on it. Fuse and unload it before saving.")
         for ours, tensor in models[component].state_dict().items():
             if ours not in names:
                 raise UserError(
-                    f"{component}: the original layout has no name for its tensor '{ours}'. Save a plain "
-                    f"{family.title} model, with adapters fused and unloaded."
+                    f"{path}: the original layout has no name for the {component}'s tensor '{ours}'. Save a plain "
+                    f"{family.title} model."
                 )
             theirs = names[ours]
             if _is_vae_attention(theirs) and tensor.ndim == 2:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -137,6 +138,11 @@ def _read_safetensors_header(path: Path) -> Header:
     if end != size:
         found = "is cut short" if size < end else "has bytes too many"
         raise UserError(f"{path} {found}: its header declares {end} bytes, the file has {size}. Download it again.")
+    try:
+        with safe_open(path, framework="pt"):  # the library's own checks, such as that no two tensors overlap
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a valid safetensors file: {error}. Download it again.") from error
     return Header(tensors, metadata)
 
 
