@@ -1,0 +1,123 @@
+"""Outputs appear whole or not at all, and never over what is already there unless that is asked for.
+
+Work goes into a temporary neighbour of the output and is moved into place at the end, so that an
+interrupted run leaves nothing behind and a replaced file is the old one until it is the new one.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dmm.errors import UserError
+
+# what the place of the output can be blamed for; any other OSError is not about writing
+_PLACE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+}
+
+
+def check_file(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a file that could not be written at the end; call it before any expensive work.
+
+    Raises: UserError: the file exists and may not be overwritten, is a folder, or its folder cannot be written.
+    """
+    with _told_to_user(path):
+        if path.is_dir():
+            raise UserError(f"'{path}' is a folder; name a file for the output.")
+        if os.path.lexists(path) and not overwrite:
+            raise UserError(f"'{path}' exists. Name another output, or add --overwrite to replace it.")
+        _check_parent(path)
+
+
+def check_folder(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that could not be filled at the end; call it before any expensive work.
+
+    Raises: UserError: the folder holds something and may not be overwritten, is a file, or cannot be written.
+    """
+    with _told_to_user(path):
+        if os.path.lexists(path) and not path.is_dir():
+            raise UserError(f"'{path}' is a file; name a folder for the output.")
+        if not path.is_dir():
+            _check_parent(path)
+        elif not os.access(path, os.W_OK):
+            raise UserError(f"The folder '{path}' cannot be written; name another output.")
+        elif not overwrite and any(path.iterdir()):
+            raise UserError(
+                f"The folder '{path}' is not empty. Name another output, "
+                "or add --overwrite to replace files of the same name."
+            )
+
+
+@contextmanager
+def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary path to write to, which becomes ``path`` when the block ends well and vanishes when it does not.
+
+    Missing parent folders are made.
+
+    Raises: UserError: see :func:`check_file`; or writing failed, as when the disk is full.
+    """
+    check_file(path, overwrite=overwrite)
+    temporary = _neighbour(path)
+    with _told_to_user(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            check_file(path, overwrite=overwrite)  # it may have appeared while we worked
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder to fill, which becomes ``path`` when the block ends well and vanishes when it does not.
+
+    With ``overwrite``, files of the same name are replaced and all others in ``path`` stay.
+
+    Raises: UserError: see :func:`check_folder`; or writing failed, as when the disk is full.
+    """
+    check_folder(path, overwrite=overwrite)
+    temporary = _neighbour(path)
+    with _told_to_user(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            check_folder(path, overwrite=overwrite)  # it may have been filled while we worked
+            if not path.exists():
+                temporary.rename(path)
+            else:
+                for file in sorted(file for file in temporary.rglob("*") if file.is_file()):
+                    target = path / file.relative_to(temporary)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _neighbour(path: Path) -> Path:
+    # made by hand: tempfile's are readable by their owner only, and would stay so once in place
+    absolute = path.resolve()
+    return absolute.with_name(f".{absolute.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _check_parent(path: Path) -> None:
+    parent = next(folder for folder in path.resolve().parents if folder.exists())
+    if not parent.is_dir():
+        raise UserError(f"'{path}' cannot be written: '{parent}' is not a folder.")
+    if not os.access(parent, os.W_OK):
+        raise UserError(f"'{path}' cannot be written: the folder '{parent}' is not writable. Name another output.")
+
+
+@contextmanager
+def _told_to_user(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _PLACE:
+            raise
+        raise UserError(f"'{path}' could not be written: {error.strerror or error}.") from error
