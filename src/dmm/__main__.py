@@ -1,0 +1,7 @@
+"""``python -m dmm``, the same as ``dmm``."""
+
+import sys
+
+from dmm.cli import main
+
+sys.exit(main())

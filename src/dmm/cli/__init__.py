@@ -1,0 +1,69 @@
+"""The command line: one file a command, arguments only; the work is done by the modules they call.
+
+A command is a module of this package with a docstring, which is its help, ``add_arguments(parser)``
+and ``run(args)``. It imports what is heavy inside ``run``, after it has checked its arguments.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import dmm
+from dmm.cli.arguments import Parser, nearest
+from dmm.errors import UserError
+
+COMMANDS = {
+    "demo": "see the embedded experts paint, on any computer",
+    "generate": "make pictures with a model",
+}
+
+USAGE = f"""\
+usage: dmm COMMAND ...
+
+{dmm.__doc__}
+
+commands:
+{"".join(f"  {name:<12}{summary}" + chr(10) for name, summary in COMMANDS.items())}
+options:
+  -h, --help     show this
+  --version      show the version
+
+  dmm COMMAND --help tells what a command does, with examples.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments, by default the process's own.
+    Returns: the exit status: 0; 2 for what the user can mend, told in one line on stderr; 130 if interrupted.
+    """
+    try:
+        _run(list(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        print(f"dmm: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        # a command that knows what is left behind says so in the exception
+        print(": ".join(["dmm: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(argv: list[str]) -> None:
+    if not argv:
+        raise UserError(f"Name a command: {', '.join(COMMANDS)} (dmm --help tells more).")
+    command, *rest = argv
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+    elif command == "--version":
+        print(f"dmm {dmm.__version__}")
+    elif command not in COMMANDS:
+        kind = "option" if command.startswith("-") else "command"
+        raise UserError(f"There is no {kind} '{command}'{nearest(command, [*COMMANDS, '--help', '--version'])}.")
+    else:
+        module = importlib.import_module(f"dmm.cli.{command}")
+        parser = Parser(command, module.__doc__)
+        module.add_arguments(parser)
+        module.run(parser.parse(rest))

@@ -1,0 +1,115 @@
+"""What the commands' arguments have in common: a parser whose errors are ours, and readers of values."""
+
+import argparse
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from dmm.errors import UserError
+
+# tqdm's format where single steps move the bar by parts of a picture
+BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+MAX_SEED = 2**32 - 1  # torch's CPU generator reads no more than 32 bits of a seed
+MAX_PICTURES = 100_000  # of one command: more is a slip of the keyboard
+
+
+class Parser(argparse.ArgumentParser):
+    """A command's parser: options and prompts in any order, no abbreviations, errors as :class:`UserError`.
+
+    Args:
+        command: its name.
+        description: its help, printed as it stands.
+    """
+
+    def __init__(self, command: str, description: str | None) -> None:
+        super().__init__(
+            prog=f"dmm {command}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise: UserError, argparse's message."""
+        raise UserError(f"{message} ({self.prog} --help tells more).")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Read the arguments.
+
+        Raises: UserError: there is an unknown option, a missing argument or a bad value.
+        """
+        args, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            option = unknown[0].partition("=")[0]
+            raise UserError(
+                f"There is no option '{option}'{nearest(option, options)} ({self.prog} --help tells more)."
+                if option.startswith("-")
+                else f"'{option}' is one argument too many ({self.prog} --help tells more)."
+            )
+        return args
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error's sentence that offers the nearest known name; empty if none is near."""
+    known = list(known)
+    longer = [name for name in known if name.startswith(word) or word.startswith(name)]
+    near = longer or difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'" if near else ""
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """``--overwrite``, the same in every command that writes."""
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+
+
+def read_seeds(text: str) -> list[int]:
+    """Seeds as people write them: ``3``, ``0-7``, ``1,2,5`` or ``0-3,8``.
+
+    Raises: argparse.ArgumentTypeError: it reads otherwise, or a seed is too large or named twice.
+    """
+    seeds: dict[int, None] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise argparse.ArgumentTypeError(f"'{text}' is no seed; write 3, 0-7, 1,2,5 or 0-3,8")
+        if last > MAX_SEED:
+            raise argparse.ArgumentTypeError(f"{last} is too large for a seed; the largest is {MAX_SEED}")
+        if last - first >= MAX_PICTURES:
+            raise argparse.ArgumentTypeError(f"{part} are {last - first + 1} seeds; {MAX_PICTURES} are the most")
+        for seed in range(first, last + 1):
+            if seed in seeds:
+                raise argparse.ArgumentTypeError(f"seed {seed} is named twice in '{text}'")
+            seeds[seed] = None
+    return list(seeds)
+
+
+def write_seeds(seeds: Sequence[int]) -> str:
+    """The shortest text that :func:`read_seeds` reads as ``seeds``."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and seed == runs[-1][-1] + 1:
+            runs[-1].append(seed)
+        else:
+            runs.append([seed])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a UTF-8 text file, one a line; blank lines are skipped.
+
+    Raises: UserError: there is no such file, it is no text, or it holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"The prompts '{path}' could not be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompts '{path}' are not UTF-8 text; save the file as UTF-8.") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"The file of prompts '{path}' is empty; write one prompt a line.")
+    return prompts
