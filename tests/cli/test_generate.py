@@ -5,10 +5,13 @@ import diffusers
 import numpy as np
 import pytest
 import transformers
+from conftest import tiny_pipeline
+from peft import LoraConfig
 from PIL import Image
 
 import dmm.sampling
 from dmm.cli import COMMANDS, main
+from dmm.formats.lora import save_kohya_lora
 from dmm.parameters import model_hash, read_parameters
 
 
@@ -98,6 +101,30 @@ def test_a_single_file_paints_as_the_folder_it_came_from(generate, tmp_path, sd1
     assert generate("a cat", "--output", "file.png", "--config", sd1_folder, model=sd1_file) == 0
     assert (pixels(tmp_path / "folder.png") == pixels(tmp_path / "file.png")).all()
     assert read_parameters(tmp_path / "file.png")["Model"] == "model"
+
+
+def test_a_lora_acts_by_its_scale_and_is_told(generate, tmp_path, pipeline):
+    lora = tmp_path / "ink.safetensors"
+    pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False))
+    save_kohya_lora(lora, unet=pipeline.unet)
+    for name, option in (("without", []), ("none", [f"{lora}:0"]), ("half", [f"{lora}:0.5"]), ("whole", [lora])):
+        assert generate("a cat", "--output", f"{name}.png", *(["--lora", *option] if option else [])) == 0
+    without, none, half, whole = (pixels(tmp_path / f"{name}.png") for name in ("without", "none", "half", "whole"))
+    assert (without == none).all()
+    assert 0 < abs(half - without).mean() < abs(whole - without).mean()
+    parameters = read_parameters(tmp_path / "half.png")
+    assert (parameters["LoRA"], parameters["LoRA scale"]) == ("ink", "0.5")
+    assert len(parameters["LoRA hash"]) == 10
+    assert "LoRA" not in read_parameters(tmp_path / "without.png")
+
+
+def test_a_v_prediction_model_paints_as_one(generate, tmp_path):
+    tiny_pipeline(prediction_type="v_prediction").save_pretrained(tmp_path / "v")
+    assert generate("a cat", "--output", "v.png", model=tmp_path / "v") == 0
+    assert generate("a cat", "--output", "told.png", "--prediction-type", "v_prediction") == 0
+    assert generate("a cat", "--output", "epsilon.png") == 0
+    assert (pixels(tmp_path / "v.png") == pixels(tmp_path / "told.png")).all()
+    assert (pixels(tmp_path / "v.png") != pixels(tmp_path / "epsilon.png")).any()
 
 
 def test_an_output_that_exists_is_refused_untouched_until_overwrite(generate, tmp_path, capsys):
