@@ -209,6 +209,13 @@ def test_an_unknown_prediction_type(sd1_folder, sd1_file, tmp_path):
         ModelSource(sd1_folder, prediction_type="v")
 
 
+def test_a_prediction_type_that_cannot_be_merged(sd1_folder, tmp_path):
+    folder = copy_folder(sd1_folder, tmp_path / "x")
+    config = folder / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace("epsilon", "sample"))
+    refused(ModelSource(folder), "prediction type is 'sample'; one of epsilon, v_prediction was expected")
+
+
 # bad input
 
 
@@ -238,7 +245,8 @@ def test_an_id_that_the_hub_gives(monkeypatch, sd1_folder, pipeline):
 
     monkeypatch.setattr(StableDiffusionPipeline, "download", download)
     assert same_weights(open_pipeline(ModelSource("owner/name")), pipeline)
-    assert asked == {"id": "owner/name", "use_safetensors": True}
+    assert (asked["id"], asked["use_safetensors"]) == ("owner/name", True)
+    assert "safety_checker" in asked  # a component that is passed is not fetched: a gigabyte saved
 
 
 def test_a_file_cut_short(sd1_folder, sd1_file, tmp_path):
@@ -301,7 +309,7 @@ def test_an_sdxl_file(sd1_folder, sd1_file, tmp_path):
     [
         ("StableDiffusionXLPipeline", True, "SDXL"),
         ("StableDiffusionPipeline", True, "SD 2.x"),
-        ("StableDiffusionDMMPipeline", False, "an authors' DMM merge"),
+        ("StableDiffusionDMMPipeline", False, "a DMM merge in the authors' layout"),
         ("KandinskyPipeline", False, "KandinskyPipeline"),
     ],
 )
@@ -366,7 +374,7 @@ def test_one_tensor_missing_or_left_over(sd1_folder, sd1_file, tmp_path):
     refused(ModelSource(file, config=sd1_folder), f"lacks 1 of the .* the first of them '{re.escape(name)}'")
     extra = "model.diffusion_model.input_blocks.9.0.in_layers.2.weight"
     file = rewrite(sd1_file, tmp_path / "b.safetensors", lambda tensors: tensors.update({extra: torch.zeros(1)}))
-    refused(ModelSource(file, config=sd1_folder), f"holds 1 tensors that .* the first of them '{re.escape(extra)}'")
+    refused(ModelSource(file, config=sd1_folder), f"has no use for: 1, the first of them '{re.escape(extra)}'")
 
 
 @pytest.mark.parametrize("weights", [UNET_WEIGHTS, TEXT_WEIGHTS])
@@ -375,7 +383,10 @@ def test_one_tensor_of_a_folder_missing_left_over_or_misshapen(sd1_folder, tmp_p
     name = next(iter(load_file(folder / weights)))
     for change, match in (
         (lambda tensors: tensors.pop(name), "lacks 1 of the"),
-        (lambda tensors: tensors.update(more=torch.zeros(1)), "holds 1 tensors that its .* first of them 'more'"),
+        (
+            lambda tensors: tensors.update(more=torch.zeros(1)),
+            "that its .* has no use for: 1, the first of them 'more'",
+        ),
         (lambda tensors: tensors.update({name: torch.zeros(7)}), r"has shape \(7,\), the config's"),
     ):
         rewrite(sd1_folder / weights, folder / weights, change)

@@ -57,7 +57,7 @@ _MARKERS = (
     ("controlnet_", "a ControlNet"),
     ("joint_blocks.", "SD 3"),
     ("double_blocks.", "FLUX"),
-    ("model_embedding.weight", "an authors' DMM merge"),
+    ("model_embedding.weight", "a DMM merge in the authors' layout"),
     ("conditioner.embedders.", "SDXL"),
     ("diffusion_model.label_emb.", "SDXL"),
     ("cond_stage_model.model.", "SD 2.x"),
@@ -69,7 +69,7 @@ _PIPELINES = (
     ("StableDiffusionXL", "SDXL"),
     ("StableDiffusion3", "SD 3"),
     ("Flux", "FLUX"),
-    ("StableDiffusionDMM", "an authors' DMM merge"),
+    ("StableDiffusionDMM", "a DMM merge in the authors' layout"),
 )
 
 

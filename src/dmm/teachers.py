@@ -13,7 +13,7 @@ from torch import nn
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, SD1
-from dmm.formats.folder import check_folder, open_folder
+from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder
 from dmm.formats.lora import fuse_lora, read_lora
 from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
 from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header
@@ -85,7 +85,7 @@ def open_pipeline(
             assert source.config is not None  # check_single_file saw to it
             pipeline = open_single_file(path, expected, config=source.config, torch_dtype=torch_dtype)
         fuse_lora(pipeline, lora, source.lora_scale)
-        _set_prediction_type(pipeline, source.prediction_type or said)
+        _set_prediction_type(pipeline, source.prediction_type or said, path)
         for component in expected.components:
             tensors = getattr(pipeline, component.name).state_dict()
             assert not any(tensor.is_meta for tensor in tensors.values()), f"{component.name} is not wholly loaded"
@@ -118,16 +118,25 @@ def _locate(source: ModelSource) -> Path:
     if not looks_like_id or path.suffix in (".safetensors", *PICKLE_SUFFIXES) or path.parent.exists():
         raise UserError(f"{source.model}: no such file or folder. Check the path.")
     try:
-        return Path(StableDiffusionPipeline.download(hub_id, use_safetensors=None if source.allow_pickle else True))
+        downloaded = StableDiffusionPipeline.download(
+            hub_id, use_safetensors=None if source.allow_pickle else True, **dict.fromkeys(UNUSED_COMPONENTS)
+        )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{source.model}: no such folder here, and the hub did not give it: {reason} Check the id, or download "
             "the model and pass its folder."
         ) from error
+    return Path(downloaded)
 
 
-def _set_prediction_type(pipeline: Any, prediction_type: str | None) -> None:
+def _set_prediction_type(pipeline: Any, prediction_type: str | None, path: Path) -> None:
     if prediction_type and prediction_type != pipeline.scheduler.config.prediction_type:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
+    found = pipeline.scheduler.config.prediction_type
+    if found not in PREDICTION_TYPES:
+        raise UserError(
+            f"{path}: its scheduler's prediction type is '{found}'; one of {', '.join(PREDICTION_TYPES)} was expected. "
+            "Models of other prediction types cannot be merged."
+        )

@@ -12,6 +12,8 @@ from dmm.formats.detect import LORA_FILE
 from dmm.formats.skeleton import build_skeletons, check_tensors
 from dmm.formats.tensors import read_header, read_json
 
+UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of a stock pipeline that are neither fetched nor loaded: nothing of ours calls them."""
 VARIANT = "fp16"
 """The one variant that is looked for where a folder has no plain weights."""
 
@@ -80,10 +82,8 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
         variant=VARIANT if VARIANT in variants else None,
         use_safetensors=None if allow_pickle else True,
         local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
         requires_safety_checker=False,
+        **dict.fromkeys(UNUSED_COMPONENTS),
     )
 
 

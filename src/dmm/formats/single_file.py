@@ -18,7 +18,7 @@ from torch import Tensor
 from dmm.errors import UserError
 from dmm.families import SD1, Family
 from dmm.formats.detect import check_is_checkpoint
-from dmm.formats.folder import check_configs
+from dmm.formats.folder import UNUSED_COMPONENTS, check_configs
 from dmm.formats.skeleton import check_nothing_left, check_tensors
 from dmm.formats.tensors import Header, write_tensors
 
@@ -63,12 +63,13 @@ def check_single_file(path: Path, header: Header, config: Path | None, family: F
     skeletons = check_configs(config, family)
     used: set[str] = set()
     for name, names in original_names(skeletons, family).items():
-        found = {ours: header.tensors[theirs] for ours, theirs in names.items() if theirs in header.tensors}
-        used.update(names.values())
         found = {
-            ours: _as_linear(tensor) if _is_vae_attention(names[ours]) else tensor for ours, tensor in found.items()
+            ours: _as_linear(header.tensors[theirs]) if _is_vae_attention(theirs) else header.tensors[theirs]
+            for ours, theirs in names.items()
+            if theirs in header.tensors
         }
         check_tensors(skeletons[name], found, str(path), names)
+        used.update(names.values())
     left = [
         name for name in header.tensors if name not in used and not any(fnmatchcase(name, known) for known in _HARMLESS)
     ]
@@ -84,10 +85,8 @@ def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: t
         config=str(config),
         dtype=torch_dtype,
         local_files_only=True,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
         requires_safety_checker=False,
+        **dict.fromkeys(UNUSED_COMPONENTS),
     )
 
 

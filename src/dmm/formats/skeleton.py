@@ -74,8 +74,8 @@ def check_nothing_left(names: list[str], known: str, where: str) -> None:
     """
     if names:
         raise UserError(
-            f"{where} holds {len(names)} tensors that {known} does not know, the first of them '{names[0]}'. "
-            "It belongs to another kind of model; nothing of it is dropped quietly."
+            f"{where} holds tensors that {known} has no use for: {len(names)}, the first of them '{names[0]}'. "
+            "The file belongs to another kind of model; nothing of it is dropped quietly."
         )
 
 
