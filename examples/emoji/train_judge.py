@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dmm.demo.judge import Judge
-from drawings import CONCEPTS, STYLES, Drawings, augment, read_drawings, shrink
+from drawings import CONCEPTS, STYLES, Drawings, augment, nudge, read_drawings, shrink
 from training import fit
 
 FOLDS = 5
@@ -79,7 +79,9 @@ def train_judge(train: Drawings, test: Drawings | None, folder: Path, steps: int
     def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         some = published[torch.randint(len(published), (32,), generator=generator)]
         rows = torch.cat([some, torch.randint(len(train), (64,), generator=generator)])
-        images = perturb(augment(train.images[rows], generator, zoom=0.15, turn=0.15, shift=0.06), generator)
+        turned = augment(train.images[rows[::2]], generator, zoom=0.15, turn=0.15, shift=0.06)
+        crisp = nudge(train.images[rows[1::2]], generator, reach=4)  # turning softens what a hand may be known by
+        images = perturb(torch.stack([turned, crisp], 1).flatten(0, 1), generator)
         flip = torch.rand((len(rows), 1, 1, 1), generator=generator) < 0.5
         images = torch.where(flip, images.flip(3), images).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):

@@ -31,9 +31,10 @@ def feature_loss(student_features: Mapping[str, Tensor], teacher_features: Mappi
     Raises: ValueError: the teacher has a block that the student lacks, or has none.
     Source: DMM eq. 10.
     """
-    strange = teacher_features.keys() - student_features.keys()
-    if strange or not teacher_features:
-        raise ValueError(f"The student has the blocks {sorted(student_features)}, the teacher {sorted(strange)} more.")
+    if not teacher_features:
+        raise ValueError("The teacher has no block to imitate.")
+    if strange := teacher_features.keys() - student_features.keys():
+        raise ValueError(f"The student lacks the teacher's blocks {', '.join(sorted(strange))}.")
     errors = [_mean_squared_error(student_features[name], features) for name, features in teacher_features.items()]
     return torch.stack(errors).sum(0)
 

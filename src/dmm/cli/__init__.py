@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 
 import dmm
-from dmm.cli.arguments import Parser, nearest
+from dmm.cli.arguments import Parser
 from dmm.errors import UserError
+from dmm.names import nearest
 
 COMMANDS = {
     "demo": "see the embedded experts paint, on any computer",

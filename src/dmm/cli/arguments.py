@@ -1,18 +1,19 @@
 """What the commands' arguments have in common: a parser whose errors are ours, and readers of values."""
 
 import argparse
-import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from dmm.errors import UserError
+from dmm.names import nearest
 
 # tqdm's format where single steps move the bar by parts of a picture
 BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads no more than 32 bits of a seed
 MAX_PICTURES = 100_000  # of one command: more is a slip of the keyboard
+BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,14 +51,6 @@ class Parser(argparse.ArgumentParser):
                 else f"'{option}' is one argument too many ({self.prog} --help tells more)."
             )
         return args
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error's sentence that offers the nearest known name; empty if none is near."""
-    known = list(known)
-    longer = [name for name in known if name.startswith(word) or word.startswith(name)]
-    near = longer or difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean '{near[0]}'" if near else ""
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

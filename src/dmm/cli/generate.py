@@ -30,12 +30,12 @@ from dmm.cli.arguments import (
     MAX_PICTURES,
     MAX_SEED,
     add_overwrite,
-    nearest,
     read_prompts,
     read_seeds,
     write_seeds,
 )
 from dmm.errors import UserError
+from dmm.names import nearest
 from dmm.outputs import check_file, check_folder, new_folder
 from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 
