@@ -1,0 +1,43 @@
+"""Randomness is a function of (seed, step, index), and no two samples share a draw."""
+
+import pytest
+import torch
+
+from dmm.draws import draw
+
+SHAPE = {"latent_shape": (4, 4, 4), "num_timesteps": 1000, "caption_dropout": 0.1}
+
+
+def take(seed, step, indices):
+    return draw(seed, step, indices, num_rows=[50] * len(indices), **SHAPE)
+
+
+def test_a_sample_is_the_same_in_any_share_of_the_batch():
+    whole, part = take(0, 7, range(12)), take(0, 7, range(5, 9))
+    for name in ("rows", "timesteps", "noise", "dropped"):
+        assert torch.equal(getattr(whole, name)[5:9], getattr(part, name))
+
+
+def test_no_two_samples_share_noise():
+    noise = torch.cat([take(seed, step, range(64)).noise for seed in (0, 1) for step in (0, 1, 2**20)]).flatten(1)
+    assert len(noise.unique(dim=0)) == len(noise)
+    likeness = noise @ noise.T / noise.shape[1] - torch.eye(len(noise))
+    assert likeness.abs().max() < 0.75
+
+
+def test_draws_are_what_they_say():
+    draws = take(3, 0, range(4000))
+    assert draws.rows.min() >= 0
+    assert draws.rows.max() == 49
+    assert draws.timesteps.min() < 10
+    assert 990 < draws.timesteps.max() < 1000
+    assert draws.dropped.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert draws.noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert draws.noise.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_each_sample_may_have_rows_of_its_own():
+    draws = draw(0, 0, range(300), num_rows=[1, 10, 100] * 100, **SHAPE)
+    assert draws.rows[::3].max() == 0
+    assert draws.rows[1::3].max() == 9
+    assert draws.rows[2::3].max() > 50
