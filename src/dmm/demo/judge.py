@@ -23,7 +23,7 @@ class Verdict:
     """What the judge says of B pictures.
 
     Attributes:
-        features: (B, D), non-negative.
+        features: (B, D), non-negative: the mean activations of every stage, strokes first, things last.
         style_logits: (B, number of styles).
         concept_logits: (B, number of concepts).
     """
@@ -39,7 +39,7 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
     Args:
         styles: names of the styles, in the order of the style head.
         concepts: names of the concepts, in the order of the concept head.
-        channels: width of each stage; each halves the resolution, and the last is the features' dimension.
+        channels: width of each stage; each halves the resolution. Their sum is D, the features' dimension.
         sample_size: pixels a side of the pictures it judges.
     """
 
@@ -53,8 +53,8 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         widths = (3, *channels)
-        self.stages = nn.Sequential(
-            *(
+        self.stages = nn.ModuleList(
+            [
                 nn.Sequential(
                     nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False),
                     nn.BatchNorm2d(after),
@@ -62,11 +62,11 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
                     ResidualBlock(after),
                 )
                 for before, after in itertools.pairwise(widths)
-            )
+            ]
         )
         self.dropout = nn.Dropout(0.2)
-        self.style_head = nn.Linear(channels[-1], len(styles))
-        self.concept_head = nn.Linear(channels[-1], len(concepts))
+        self.style_head = nn.Linear(sum(channels), len(styles))
+        self.concept_head = nn.Linear(sum(channels), len(concepts))
 
     def forward(self, images: Tensor) -> Verdict:
         """Judge pictures.
@@ -78,7 +78,12 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
         size = self.config.sample_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"The judge takes pictures of shape (B, 3, {size}, {size}), not {tuple(images.shape)}.")
-        features = self.stages(images).mean((2, 3))
+        # a hand shows in strokes and shading, a thing in its shape: the heads see all scales
+        pooled, x = [], images
+        for stage in self.stages:
+            x = stage(x)
+            pooled.append(x.mean((2, 3)))
+        features = torch.cat(pooled, 1)
         kept = self.dropout(features)
         return Verdict(features, self.style_head(kept), self.concept_head(kept))
 
