@@ -1,3 +1,23 @@
 """Merge many fine-tuned Stable Diffusion models into one style-promptable model by distillation."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmm.pipeline import load_pipeline, save_pipeline, set_style, share, style_names
+
 __version__ = "0.1.0"
+__all__ = ["load_pipeline", "save_pipeline", "set_style", "share", "style_names"]
+
+# torch and diffusers take seconds to import, which whoever only asks for the version should not wait for
+_HOMES = dict.fromkeys(__all__, "dmm.pipeline")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dmm' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

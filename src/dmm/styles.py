@@ -10,6 +10,7 @@ can also be baked into a bias, which leaves an ordinary checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +26,22 @@ Mix = str | Mapping[str, float]
 """One style by name, or several with weights that sum to 1."""
 
 
+@dataclass(frozen=True)
+class Provenance:
+    """Where a style came from."""
+
+    name: str
+    """Of the style."""
+    source: str
+    """Its teacher: the file, folder or hub id."""
+    sha256: str
+    """Of the teacher's file, or of its folder's UNet weights."""
+    family: str
+    """A key of ``dmm.families.FAMILIES``."""
+    prediction_type: str
+    """What the teacher predicts."""
+
+
 class StylePrompts(ModelMixin, ConfigMixin):
     """A codebook of N style prompts and the MLP that aligns them with the timestep embedding.
 
@@ -36,6 +53,9 @@ class StylePrompts(ModelMixin, ConfigMixin):
         dim: D, the width of the model's timestep embedding; 1280 in SD 1.x and SDXL.
     Source: DMM §3.3, §A.1.
     """
+
+    provenance: Sequence[Provenance] = ()
+    """Where each style came from, in the order of the names; empty where that is not known."""
 
     @register_to_config
     def __init__(self, names: Sequence[str], dim: int = 1280) -> None:
@@ -94,7 +114,7 @@ class StyledTimestepEmbedding(TimestepEmbedding):
         embedding = super().forward(sample, condition)
         if self.term is None:
             return embedding
-        term = self.term.to(embedding.dtype)
+        term = self.term.to(embedding)  # its device, too: offloading moves parameters only
         if term.ndim == 2:
             blocks, rest = divmod(len(embedding), len(term))
             if rest or not 1 <= blocks <= 3:

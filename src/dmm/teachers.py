@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, SD1
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder
 from dmm.formats.lora import fuse_lora, read_lora
+from dmm.formats.side_car import STYLES_FOLDER
 from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
 from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header
 
@@ -69,7 +71,7 @@ def open_pipeline(
     """
     with _naming(name):
         expected = FAMILIES[family] if family else SD1
-        path = _locate(source)
+        path = locate(source)
         said = None
         if path.is_dir():
             skeletons = check_folder(path, expected, allow_pickle=source.allow_pickle)
@@ -108,8 +110,11 @@ def _naming(name: str | None) -> Iterator[None]:
         raise UserError(f"{name}: {error}") from error
 
 
-def _locate(source: ModelSource) -> Path:
-    """The local path of a model; a hub id's files are fetched."""
+def locate(source: ModelSource) -> Path:
+    """The local path of a model; a hub id's files are fetched, a merged model's ``styles/`` among them.
+
+    Raises: UserError: there is no such file or folder, and the hub did not give it.
+    """
     path = Path(source.model).expanduser()
     if path.exists():
         return path
@@ -121,6 +126,8 @@ def _locate(source: ModelSource) -> Path:
         downloaded = StableDiffusionPipeline.download(
             hub_id, use_safetensors=None if source.allow_pickle else True, **dict.fromkeys(UNUSED_COMPONENTS)
         )
+        # diffusers fetches only what model_index.json names; the snapshot's folder is named by its revision
+        snapshot_download(hub_id, revision=Path(downloaded).name, allow_patterns=f"{STYLES_FOLDER}/*")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
