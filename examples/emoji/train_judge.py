@@ -107,22 +107,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--folds", type=int, default=FOLDS)
     args = parser.parse_args()
 
     everything = read_drawings(args.drawings)
     distinct = without_twins(everything)
-    print(f"{len(everything) - len(distinct)} drawings that two hands share are left out of training")
-    style_right, concept_right = [], []
-    for fold in range(args.folds):
-        train, test = distinct.select(~fold_mask(distinct, fold)), everything.select(fold_mask(everything, fold))
-        judge = train_judge(train, test, args.work / f"judge-fold{fold}-run", args.steps, seed=fold)
-        style, concept = accuracy(judge, test, shrink)
-        style_right.append(style)
-        concept_right.append(concept)
-
+    print(f"{len(everything) - len(distinct)} drawings that two hands share are left out of training", flush=True)
     judge = train_judge(distinct, None, args.work / "judge-run", args.steps, seed=args.folds)
+    judge.save_pretrained(args.work / "judge")
     fresh = torch.Generator().manual_seed(2**31)
 
     def view(images: Tensor) -> Tensor:
@@ -131,14 +124,21 @@ def main() -> None:
     published = everything.select(everything.concepts >= 0)
     seen_style, seen_concept = accuracy(judge, published, view)
     every_style, _ = accuracy(judge, distinct, view)
-    report = {"seen_style": seen_style, "seen_concept": seen_concept, "seen_style_all_concepts": every_style}
+
+    style_right, concept_right = [], []
+    for fold in range(args.folds):
+        train, test = distinct.select(~fold_mask(distinct, fold)), everything.select(fold_mask(everything, fold))
+        fold_judge = train_judge(train, test, args.work / f"judge-fold{fold}-run", args.steps, seed=fold)
+        style, concept = accuracy(fold_judge, test, shrink)
+        style_right.append(style)
+        concept_right.append(concept)
+
+    figures = {"seen_style": seen_style, "seen_concept": seen_concept, "seen_style_all_concepts": every_style}
     if style_right:
-        report |= {"unseen_style": torch.cat(style_right), "unseen_concept": torch.cat(concept_right)}
-    figures = {name: round(right.float().mean().item(), 4) for name, right in report.items()}
-    figures |= {"unseen_pairs": sum(map(len, style_right)), "seen_drawings": len(published)}
-    judge.save_pretrained(args.work / "judge")
-    (args.work / "judge.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(figures, indent=2))
+        figures |= {"unseen_style": torch.cat(style_right), "unseen_concept": torch.cat(concept_right)}
+    report = {name: {"share": right.float().mean().item(), "of": len(right)} for name, right in figures.items()}
+    (args.work / "judge.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

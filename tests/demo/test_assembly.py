@@ -1,0 +1,131 @@
+"""The embedded experts open in every form, with our code and with plain diffusers."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from dmm.demo import expert_sources, experts
+from dmm.demo.assembly import PLAN, RECORD, WEIGHTS
+from dmm.errors import UserError
+from dmm.files import sha256
+from dmm.formats.lora import read_lora
+from dmm.sampling import sample
+from dmm.teachers import open_pipeline
+
+NAMES = (
+    *("base", "noto", "noto-blob", "twemoji", "openmoji", "openmoji-black", "fluent", "fluent-flat"),
+    *("fluent-contrast", "noto-v"),
+)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def paths(cache):
+    return experts(cache)
+
+
+def test_all_are_there_in_the_forms_that_collections_have(paths):
+    assert tuple(paths) == NAMES
+    assert all(path.exists() for path in paths.values())
+    assert [name for name, path in paths.items() if path.is_file()] == [
+        *("twemoji", "openmoji", "openmoji-black", "fluent-flat", "fluent-contrast")
+    ]
+
+
+def test_what_is_stored_fits_into_40_mb():
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 40e6
+
+
+def paint(pipeline):
+    return next(sample(pipeline, ["red apple"], [0], steps=4))
+
+
+def plain(paths, name):
+    """The expert as plain diffusers opens it."""
+    if name == "twemoji":
+        return StableDiffusionPipeline.from_single_file(
+            paths[name], config=str(paths["base"]), local_files_only=True, torch_dtype=torch.float32
+        )
+    is_lora = paths[name].is_file()
+    pipeline = StableDiffusionPipeline.from_pretrained(paths["base" if is_lora else name], torch_dtype=torch.float32)
+    if is_lora:
+        pipeline.load_lora_weights(paths[name])
+    return pipeline
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plain_diffusers_paints_what_ours_paints(cache, paths, name):
+    ours, theirs = paint(open_pipeline(expert_sources(cache)[name])), paint(plain(paths, name))
+    difference = torch.tensor(list(ours.tobytes())).int() - torch.tensor(list(theirs.tobytes())).int()
+    assert difference.abs().max() <= 2
+    assert len(set(ours.tobytes())) > 20
+
+
+def test_only_the_twin_predicts_velocity(cache):
+    types = {
+        name: open_pipeline(source).scheduler.config.prediction_type for name, source in expert_sources(cache).items()
+    }
+    assert [name for name, prediction_type in types.items() if prediction_type != "epsilon"] == ["noto-v"]
+
+
+def test_every_key_of_every_lora_is_the_models(cache, paths):
+    base = open_pipeline(expert_sources(cache)["base"])
+    for name in ("openmoji", "openmoji-black", "fluent-flat", "fluent-contrast"):
+        with safe_open(paths[name], "pt") as file:
+            keys = list(file.keys())
+        assert all(key.startswith("lora_unet_") for key in keys)
+        layers = read_lora(paths[name], {"unet": base.unet, "text_encoder": base.text_encoder})
+        assert 3 * len(layers) == len(keys)
+
+
+def test_one_expert_has_a_text_encoder_of_its_own(paths):
+    digests = {
+        name: sha256(paths[name] / "text_encoder" / "model.safetensors") for name in ("base", "noto", "noto-blob")
+    }
+    assert digests["noto"] == digests["base"] != digests["noto-blob"]
+
+
+def test_text_encoders_are_stored_under_the_names_of_all_published_ones(paths):
+    with safe_open(paths["noto"] / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+    with safe_open(paths["twemoji"], "pt") as file:
+        assert "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight" in file.keys()  # noqa: SIM118
+
+
+def test_a_damaged_expert_is_mended_and_a_whole_one_left_alone(tmp_path):
+    paths = experts(tmp_path)
+    record = paths["base"].parent / RECORD
+    before = record.stat().st_mtime_ns
+    experts(tmp_path)
+    assert record.stat().st_mtime_ns == before
+    with paths["twemoji"].open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+    digest = json.loads(record.read_text())["twemoji.safetensors"]
+    assert sha256(paths["twemoji"]) != digest
+    assert sha256(experts(tmp_path)["twemoji"]) == digest
+    assert [path.name for path in tmp_path.iterdir()] == [paths["base"].parent.name]
+
+
+def test_a_damaged_package_is_told(tmp_path, monkeypatch):
+    from dmm.demo import assembly
+
+    plan = json.loads((WEIGHTS / PLAN).read_text())
+    plan["files"]["vae.safetensors"] = "0" * 64
+    monkeypatch.setattr(assembly, "_plan", lambda: plan)
+    with pytest.raises(UserError, match=r"vae\.safetensors' is damaged"):
+        experts(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="could not be written"):
+        experts(tmp_path / "file" / "cache")
