@@ -184,6 +184,7 @@ def test_mistakes_in_overrides(folder, overrides, message):
             "line 8: training.caption_dropout: found 10, expected a number at least 0 and at most 1.",
         ),
         ("steps: 10", "ema_decay: 1", "line 8: training.ema_decay: found 1, expected a number above 0 and below 1."),
+        ("steps: 10", f"batch_size: -{10**400}", f"line 8: training.batch_size: found -{10**400}, expected a number"),
         ("base: base", "base: base\nseed: -1", "line 2: seed: found -1, expected a number at least 0 and at most"),
         (
             "base: base",

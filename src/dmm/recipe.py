@@ -53,7 +53,7 @@ def _in_range(
             and (below is None or value < below)
         )
         if not inside:
-            raise ValueError(f"found {value:.12g}, expected a number {told}")
+            raise ValueError(f"found {value if isinstance(value, int) else f'{value:g}'}, expected a number {told}")
         return value
 
     return AfterValidator(check)
