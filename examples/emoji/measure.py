@@ -40,20 +40,20 @@ def main() -> None:
                 progress=bar.update,
             )  # fmt: skip
             verdict = judge_images(judge, list(pictures))
-        taken_for = torch.bincount(verdict.style_logits.argmax(1), minlength=len(styles))
+        taken_for = torch.bincount(verdict.style_logits.argmax(1), minlength=len(styles)) / len(prompts)
         right = (verdict.concept_logits.argmax(1) == truth).float().mean().item()
-        figures[name] = {"taken_for": dict(zip(styles, taken_for.tolist(), strict=True)), "right_concept": right}
+        figures[name] = {**dict(zip(styles, taken_for.tolist(), strict=True)), "right concept": right}
 
     print(
         f"\n{len(prompts)} pictures each, {args.steps} steps, guidance {args.guidance:g}, seeds 0-{len(prompts) - 1}\n"
     )
-    print(f"| painted by | {' | '.join(styles)} | right style | right concept |")
-    print("|---|" + "---|" * (len(styles) + 2))
-    for name, row in figures.items():
-        shares = {style: number / len(prompts) for style, number in row["taken_for"].items()}
-        own = shares.get(name.removesuffix("-v"))
-        cells = [f"{share:.1%}" for share in shares.values()]
-        print(f"| {name} | {' | '.join(cells)} | {'' if own is None else f'{own:.1%}'} | {row['right_concept']:.1%} |")
+    print(f"| painted by | {' | '.join(styles)} | right concept |")
+    print("|---|" + "---|" * (len(styles) + 1))
+    for name, shares in figures.items():
+        print(f"| {name} | {' | '.join(f'{share:.1%}' for share in shares.values())} |")
+    own = [shares[name] for name, shares in figures.items() if name in styles]
+    if own:
+        print(f"\nRight style: {sum(own) / len(own):.1%} on average over the experts, {min(own):.1%} at least.")
     if args.output:
         args.output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -1,0 +1,240 @@
+"""The training loop on accelerate: batch, distil, backward, clip, step, log, save. It knows no formula."""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from dmm.batches import Batches
+from dmm.checkpoint import load_checkpoint, newest_checkpoint, pack_optimizer, save_checkpoint, sweep, unpack_optimizer
+from dmm.curves import Curves
+from dmm.distill import Teacher, distill
+from dmm.errors import UserError
+from dmm.recipe import Recipe
+from dmm.student import StyledStudent
+
+CHECKPOINTS = "checkpoints"
+LOG = "log.jsonl"
+
+_logger = logging.getLogger(__name__)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and has saved where it is."""
+
+
+class Trainer:
+    """Trains a student to the end of its recipe, or until it is asked to stop.
+
+    Args:
+        accelerator: of the recipe's precision, its trackers set up.
+        student: float32, on the accelerator's device.
+        teachers: frozen, by index.
+        batches: this process's.
+        recipe: the training, its losses, its checkpoints and its log.
+        folder: of the run; holds ``checkpoints/`` and ``log.jsonl``.
+        show: called on the main process at the recipe's intervals with the step, while the student holds its
+            averaged weights.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: StyledStudent,
+        teachers: Sequence[Teacher],
+        batches: Batches,
+        recipe: Recipe,
+        folder: Path,
+        show: Callable[[int], None] | None = None,
+    ) -> None:
+        self.accelerator, self.student, self.teachers, self.batches = accelerator, student, teachers, batches
+        self.recipe, self.folder, self.show = recipe, folder, show
+        training = recipe.training
+        if training.gradient_checkpointing:
+            student.unet.enable_gradient_checkpointing()
+        self.parameters = dict(student.named_parameters())
+        style_rate = training.style_learning_rate or training.learning_rate
+        groups = [
+            {"params": list(student.unet.parameters()), "lr": training.learning_rate},
+            {"params": list(student.style_prompts.parameters()), "lr": style_rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+        self.schedule = get_scheduler(
+            training.lr_schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps
+        )
+        self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
+        self.model = accelerator.prepare_model(student)
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.curves = Curves([teacher.name for teacher in recipe.teachers], accelerator.device)
+
+    def train(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one, to the last step; saved at the end.
+
+        Raises: Stopped: SIGINT or SIGTERM came; UserError: the loss or a weight is no longer finite.
+        """
+        first = self._resume()
+        training = self.recipe.training
+        with (
+            _signals() as asked_to_stop,
+            tqdm(
+                total=training.steps * training.batch_size,
+                initial=first * training.batch_size,
+                unit=" samples",
+                unit_scale=True,
+                disable=not self.accelerator.is_main_process,
+            ) as bar,
+        ):
+            for step in range(first, training.steps):
+                self.student.train()
+                self._step(step)
+                done = step + 1
+                bar.update(training.batch_size)
+                if done % self.recipe.logging.every == 0 or done == training.steps:
+                    self._log(done, bar)
+                stop = self._any(asked_to_stop())
+                if stop or done % self.recipe.checkpoint.every == 0 or done == training.steps:
+                    self._save(done)
+                if self.show and (done == training.steps or done % (self.recipe.logging.sample_every or math.inf) == 0):
+                    self._show(done)
+                if stop and done < training.steps:
+                    raise Stopped(f"step {done} of {training.steps} is saved in '{self.folder}'; --resume goes on")
+
+    def _step(self, step: int) -> None:
+        for i, batch in enumerate(self.batches.of_step(step)):
+            is_last = i == len(self.batches) - 1
+            # gradients are synchronised once a step, with the last micro-batch's
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
+                result = distill(self.model, self.teachers, batch, feature_weight=self.recipe.losses.feature)
+            self.curves.add(batch, result.terms)
+            # DDP takes the mean over processes; the loss weights want the sum
+            self.accelerator.backward(result.loss * self.accelerator.num_processes)
+        max_norm = self.recipe.training.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), max_norm)
+        # loss scaling meets infinities on purpose, and skips such steps by itself
+        if self.accelerator.scaler is None:
+            self._check_finite(step, norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.step(self.parameters.values())
+
+    def _check_finite(self, step: int, norm: Tensor) -> None:
+        if torch.isfinite(norm):
+            return
+        broken = (n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all())
+        raise UserError(
+            f"Step {step}: the gradient of '{next(broken, 'all')}' is not finite; nothing was saved since. Resume from "
+            "the last checkpoint with a lower learning_rate, or with precision bf16 or fp32."
+        )
+
+    def _log(self, done: int, bar: Any) -> None:
+        scalars = self.curves.take(self.accelerator)
+        scalars |= {"learning_rate": self.schedule.get_last_lr()[0]}
+        if not self.accelerator.is_main_process:
+            return
+        bar.set_postfix({name: f"{scalars[name]:.4f}" for name in ("score",) if name in scalars})
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": done, "time": round(time.time(), 3), **scalars}) + "\n")
+        self.accelerator.log(scalars, step=done)
+
+    def _save(self, done: int) -> None:
+        if self.accelerator.is_main_process:
+            state, info = pack_optimizer(self.optimizer.optimizer, self.parameters)
+            tensors: dict[str, Mapping[str, Tensor]] = {"student": self.student.state_dict(), "optimizer": state}
+            if self.ema:
+                tensors["ema"] = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+            scaler = self.accelerator.scaler
+            save_checkpoint(
+                self.folder / CHECKPOINTS,
+                done,
+                tensors,
+                {
+                    "optimizer": info,
+                    "schedule": self.schedule.state_dict()["last_epoch"],
+                    "ema_step": self.ema.optimization_step if self.ema else 0,
+                    "scaler": scaler.state_dict() if scaler else {},
+                    "num_threads": torch.get_num_threads(),
+                    "num_processes": self.accelerator.num_processes,
+                },
+                keep=self.recipe.checkpoint.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        root = self.folder / CHECKPOINTS
+        if self.accelerator.is_main_process:
+            sweep(root)
+        self.accelerator.wait_for_everyone()
+        newest = newest_checkpoint(root)
+        if newest is None:
+            return 0
+        checkpoint = load_checkpoint(newest)
+        info = checkpoint.info
+        for what, now in (
+            ("num_threads", torch.get_num_threads()),
+            ("num_processes", self.accelerator.num_processes),
+        ):
+            if info[what] != now:
+                _logger.warning("The run had %s %d and now has %d: its last bits may differ.", what, info[what], now)
+        self.student.load_state_dict(checkpoint.tensors["student"])
+        unpack_optimizer(self.optimizer.optimizer, self.parameters, checkpoint.tensors["optimizer"], info["optimizer"])
+        self.schedule.load_state_dict({**self.schedule.state_dict(), "last_epoch": info["schedule"]})
+        if self.ema:
+            for shadow, name in zip(self.ema.shadow_params, self.parameters, strict=True):
+                shadow.copy_(checkpoint.tensors["ema"][name])
+            self.ema.optimization_step = info["ema_step"]
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(info["scaler"])
+        return checkpoint.step
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block, the student holds its averaged weights, where there are any, and is in ``eval``."""
+        self.student.eval()
+        if self.ema:
+            self.ema.store(self.parameters.values())
+            self.ema.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.parameters.values())
+
+    def _show(self, done: int) -> None:
+        assert self.show is not None
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                self.show(done)
+        self.accelerator.wait_for_everyone()
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says so: all of them stop at the same step, or none does."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Within the block, SIGINT and SIGTERM are noted rather than obeyed; what is given tells whether one came."""
+    came: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

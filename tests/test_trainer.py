@@ -1,0 +1,155 @@
+"""A run goes on where it stopped, on any number of processes, and never saves what is broken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from toy import STYLES, toy_recipe, toy_student, toy_trainer
+
+from dmm.checkpoint import load_checkpoint, newest_checkpoint
+from dmm.errors import UserError
+from dmm.trainer import CHECKPOINTS, LOG, Stopped
+
+TOY = Path(__file__).with_name("toy.py")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    """One thread, and no precision that an accelerator before has set for the whole process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def saved(folder):
+    return load_checkpoint(newest_checkpoint(folder / CHECKPOINTS))
+
+
+def assert_same(a, b):
+    assert a.step == b.step
+    assert a.info == b.info
+    assert a.tensors.keys() == b.tensors.keys()
+    for group, tensors in a.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, b.tensors[group][name]), f"{group}: {name}"
+
+
+SETTINGS = {"training": {"lr_schedule": "cosine", "warmup_steps": 2, "ema_decay": 0.9}}
+
+
+def test_a_run_that_stopped_and_went_on_ends_as_one_that_did_not(tmp_path):
+    toy_trainer(tmp_path / "whole", toy_recipe(**SETTINGS)).train()
+    for stop_after in (2, 4):
+
+        def stop(done, stop_after=stop_after):
+            if done == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        recipe = toy_recipe(**SETTINGS, logging={"every": 1, "sample_every": 1})
+        with pytest.raises(Stopped, match=f"step {stop_after + 1} of 6 is saved"):
+            toy_trainer(tmp_path / "cut", recipe, show=stop).train()
+    toy_trainer(tmp_path / "cut", toy_recipe(**SETTINGS)).train()
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    recipe = toy_recipe(**SETTINGS)
+    toy_trainer(tmp_path / "whole", recipe).train()
+
+    class Killed(BaseException):
+        pass
+
+    trainer = toy_trainer(tmp_path / "cut", recipe)
+    step = trainer._step
+
+    def die(number):
+        if number == 5:
+            raise Killed
+        step(number)
+
+    trainer._step = die
+    with pytest.raises(Killed):
+        trainer.train()
+    assert saved(tmp_path / "cut").step == 4
+    toy_trainer(tmp_path / "cut", recipe).train()
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
+    toy_trainer(tmp_path / "cut", recipe).train()  # nothing is left to do
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
+
+
+def test_a_step_is_the_same_whole_or_in_micro_batches(tmp_path):
+    toy_trainer(tmp_path / "whole", toy_recipe(training={"steps": 2})).train()
+    toy_trainer(tmp_path / "cut", toy_recipe(training={"steps": 2, "micro_batch_size": 3})).train()
+    for whole, cut in zip(read_log(tmp_path / "whole"), read_log(tmp_path / "cut"), strict=True):
+        assert cut["score"] == pytest.approx(whole["score"], rel=1e-5)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    settings = {"training": {"batch_size": 9, "ema_decay": 0.9}}
+    toy_trainer(tmp_path / "one", toy_recipe(**settings)).train()
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TOY)]
+    command = [*launch, str(tmp_path / "two"), json.dumps(settings)]
+    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, timeout=120)
+    one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        for name in ("score", "feature", *(f"score/{style}" for style in STYLES)):
+            assert b[name] == pytest.approx(a[name], rel=1e-4)
+    codebooks = [saved(tmp_path / run).tensors["student"]["style_prompts.embeddings"] for run in ("one", "two")]
+    torch.testing.assert_close(*codebooks, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(codebooks[1], toy_student().style_prompts.embeddings)
+
+
+def test_losses_fall_and_are_told_by_style(tmp_path):
+    recipe = toy_recipe(training={"steps": 60, "learning_rate": 1e-2}, checkpoint={"every": 60, "keep": 1})
+    toy_trainer(tmp_path, recipe).train()
+    log = read_log(tmp_path)
+    for style in STYLES:
+        curve = [row[f"score/{style}"] for row in log]
+        assert sum(curve[-5:]) < 0.5 * sum(curve[:5])
+    assert log[0]["score"] == pytest.approx(sum(log[0][f"score/{style}"] for style in STYLES) / 2)
+
+
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
+    student = toy_student()
+    trainer = toy_trainer(tmp_path, toy_recipe(), student)
+    step = trainer._step
+
+    def spoil(number):
+        if number == 3:
+            student.unet.conv_in.weight.data[0, 0, 0, 0] = float("nan")
+        step(number)
+
+    trainer._step = spoil
+    with pytest.raises(UserError, match=r"Step 3: the gradient of 'unet\.\S+' is not finite"):
+        trainer.train()
+    assert saved(tmp_path).step == 2
+
+
+def test_teachers_do_not_change(tmp_path):
+    trainer = toy_trainer(tmp_path, toy_recipe(training={"steps": 2}))
+    before = [{k: v.clone() for k, v in teacher.unet.state_dict().items()} for teacher in trainer.teachers]
+    trainer.train()
+    for teacher, weights in zip(trainer.teachers, before, strict=True):
+        assert all(torch.equal(weights[name], value) for name, value in teacher.unet.state_dict().items())
+        assert not any(module.training for module in teacher.unet.modules())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_precision_and_checkpointing_run(tmp_path, precision):
+    training = {"steps": 2, "precision": precision, "gradient_checkpointing": True}
+    toy_trainer(tmp_path, toy_recipe(training=training)).train()
+    assert all(tensor.dtype == torch.float32 for tensor in saved(tmp_path).tensors["student"].values())

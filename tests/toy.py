@@ -1,0 +1,96 @@
+"""A toy merge for the tests of training: two tiny teachers, a few rows of data held in memory.
+
+Run as a script, it trains in a process of its own: ``python toy.py FOLDER SETTINGS``, where SETTINGS
+are a recipe's keys as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from conftest import tiny_unet
+from diffusers import DDPMScheduler
+
+from dmm.batches import Batches
+from dmm.distill import Teacher
+from dmm.recipe import Recipe
+from dmm.sharing import share_batch
+from dmm.student import StyledStudent
+from dmm.styles import StylePrompts
+from dmm.teachers import freeze
+from dmm.trainer import Trainer
+
+STYLES = ("ink", "photo")
+ALPHAS_CUMPROD = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+
+
+class ToyData:
+    """Rows of noise with a text embedding each; row's caption dropped: zeros."""
+
+    num_rows = 32
+    latent_shape = (4, 8, 8)
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self._latents = torch.randn(self.num_rows, *self.latent_shape, generator=generator)
+        self._text = torch.randn(self.num_rows, 6, 16, generator=generator)
+
+    def latents(self, rows):
+        return self._latents[rows]
+
+    def conditioning(self, encoder, rows, dropped):
+        assert encoder in ("student", *STYLES)
+        return {"encoder_hidden_states": self._text[rows] * ~dropped[:, None, None]}
+
+
+def toy_recipe(**settings):
+    training = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "precision": "fp32", **settings.pop("training", {})}
+    teachers = [{"name": name, "model": "o/m"} for name in STYLES]
+    parts = {"checkpoint": {"every": 2, "keep": 2}, "logging": {"every": 1}, "losses": {"feature": 0.1}, **settings}
+    data = {"dataset": "o/d"}
+    return Recipe.model_validate({"base": "o/b", "teachers": teachers, "data": data, "training": training, **parts})
+
+
+def toy_student():
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    return StyledStudent(unet, StylePrompts(STYLES, dim=32))
+
+
+def toy_teachers():
+    """Two experts that were, so to speak, fine-tuned from the student's start."""
+    teachers = []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        unet, generator = tiny_unet(), torch.Generator().manual_seed(seed)
+        for parameter in unet.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        teachers.append(Teacher(freeze(unet), "epsilon", "epsilon"))
+    return teachers
+
+
+def toy_trainer(folder, recipe, student=None, **settings):
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(recipe.training.precision, recipe.training.precision), cpu=True
+    )
+    training = recipe.training
+    groups = share_batch(training.batch_size, len(STYLES), accelerator.num_processes, accelerator.process_index)
+    batches = Batches(
+        ToyData(),
+        STYLES,
+        groups,
+        ALPHAS_CUMPROD,
+        caption_dropout=training.caption_dropout,
+        micro_batch_size=training.micro_batch_size,
+        seed=recipe.seed,
+        device=accelerator.device,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    return Trainer(accelerator, student or toy_student(), toy_teachers(), batches, recipe, folder, **settings)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    toy_trainer(Path(sys.argv[1]), toy_recipe(**json.loads(sys.argv[2]))).train()
