@@ -9,8 +9,12 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dmm.formats.single_file import save_single_file
+from dmm.pipeline import add_styles, save_pipeline
+from dmm.styles import Provenance, StylePrompts
 
 MAX_TOKENS = 24
+STYLE_NAMES = ["ink", "photo", "clay"]
+PROVENANCE = [Provenance(name, f"models/{name}.safetensors", "0" * 64, "sd1", "epsilon") for name in STYLE_NAMES]
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -89,10 +93,32 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiff
     )
 
 
+def tiny_styled() -> StableDiffusionPipeline:
+    """:func:`tiny_pipeline` with styles."""
+    pipe = tiny_pipeline()
+    torch.manual_seed(1)
+    add_styles(pipe, StylePrompts(STYLE_NAMES, dim=32))
+    return pipe
+
+
 @pytest.fixture
 def pipeline() -> StableDiffusionPipeline:
     """A tiny SD 1.x of one's own."""
     return tiny_pipeline()
+
+
+@pytest.fixture
+def styled() -> StableDiffusionPipeline:
+    """A tiny merged model of one's own."""
+    return tiny_styled()
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory) -> Path:
+    """The same on disk; read only, copy it to change it."""
+    folder = tmp_path_factory.mktemp("merged") / "merged"
+    save_pipeline(tiny_styled(), folder, provenance=PROVENANCE)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from conftest import tiny_pipeline
+from conftest import PROVENANCE, tiny_pipeline
+from conftest import STYLE_NAMES as NAMES
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from helpers import copy_folder, same_weights
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -22,34 +23,10 @@ from safetensors.torch import load_file, save_file
 import dmm
 import dmm.teachers
 from dmm.errors import UserError
-from dmm.pipeline import add_styles, load_pipeline, save_pipeline, set_style, share, style_names, temporary_style
-from dmm.styles import Provenance, StylePrompts, bake, styled_embedding
+from dmm.pipeline import load_pipeline, save_pipeline, set_style, share, style_names, temporary_style
+from dmm.styles import StylePrompts, bake, styled_embedding
 
-NAMES = ["ink", "photo", "clay"]
-PROVENANCE = [Provenance(name, f"models/{name}.safetensors", "0" * 64, "sd1", "epsilon") for name in NAMES]
 WEIGHTS = "styles/diffusion_pytorch_model.safetensors"
-
-
-def tiny_styled() -> StableDiffusionPipeline:
-    pipe = tiny_pipeline()
-    torch.manual_seed(1)
-    add_styles(pipe, StylePrompts(NAMES, dim=32))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.fixture
-def styled():
-    """A merged model of three styles of one's own."""
-    return tiny_styled()
-
-
-@pytest.fixture(scope="module")
-def merged(tmp_path_factory):
-    """The same on disk; read only, copy it to change it."""
-    folder = tmp_path_factory.mktemp("merged") / "merged"
-    save_pipeline(tiny_styled(), folder, provenance=PROVENANCE)
-    return folder
 
 
 def paint(pipe, prompts="a cat", *, num_images=1, guidance_scale=7.0, steps=3, **inputs):

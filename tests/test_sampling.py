@@ -5,8 +5,10 @@ from conftest import MAX_TOKENS, tiny_pipeline
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 
 from dmm.errors import UserError
+from dmm.pipeline import set_style
 from dmm.samplers import SAMPLERS
 from dmm.sampling import build_scheduler, picture_size, sample, unread
+from dmm.styles import styled_embedding
 
 PROMPTS = ["a cat", "a red house by the sea", "", "a cat", "fish"]
 SEEDS = [3, 1, 4, 1, 5]
@@ -69,6 +71,37 @@ def test_a_size_not_given_is_the_models_own(pipeline):
     assert picture_size(pipeline) == (16, 16)
     (image,) = sample(pipeline, ["a cat"], [0], steps=1, width=40)
     assert image.size == (40, 16)
+
+
+def test_a_pictures_style_is_its_own_whatever_the_batch(styled):
+    styles = ["ink", None, {"ink": 0.7, "clay": 0.3}, "photo", "ink"]
+    set_style(styled, "clay")
+    before = arrays(styled)
+    together = arrays(styled, styles=styles)
+    by_twos = arrays(styled, styles=styles, batch_size=2)
+    assert abs(together - by_twos).max() <= 1
+    for i, style in enumerate(styles):
+        alone = arrays(styled, PROMPTS[i : i + 1], SEEDS[i : i + 1], styles=[style])
+        assert abs(together[i] - alone[0]).max() <= 1
+    assert abs(together[0] - arrays(styled, styles=["photo"] * 5)[0]).max() > 1
+    assert (arrays(styled) == before).all()
+
+
+def test_the_pipelines_own_style_is_back_whenever_a_picture_is_given_out(styled):
+    set_style(styled, "clay")
+    own = styled_embedding(styled.unet).term
+    for _ in sample(styled, PROMPTS, SEEDS, styles=["ink"] * 5, steps=1, batch_size=2):
+        assert styled_embedding(styled.unet).term is own
+
+
+def test_wrong_styles_are_told_before_any_work(styled, pipeline):
+    for model, styles, error, message in (
+        (styled, ["ink", "inc"], UserError, "no style 'inc'"),
+        (styled, ["ink"], ValueError, "2 prompts and 1 styles"),
+        (pipeline, ["ink", None], UserError, "has no styles"),
+    ):
+        with pytest.raises(error, match=message):
+            sample(model, ["a cat", "a dog"], [0, 1], styles=styles)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class Parameters:
         width, height: of one picture, in pixels.
         model: the model's name.
         model_hash: see :func:`model_hash`.
+        style: of a merged model, as ``--style`` reads it, "ink=0.7,photo=0.3"; of a grid, all of them, "ink; photo".
         lora, lora_scale, lora_hash: the LoRA's name, its strength and its file's hash, if one was used.
     """
 
@@ -44,6 +45,7 @@ class Parameters:
     height: int
     model: str
     model_hash: str | None = None
+    style: str | None = None
     lora: str | None = None
     lora_scale: float = 1.0
     lora_hash: str | None = None
@@ -57,6 +59,7 @@ class Parameters:
             "Size": f"{self.width}x{self.height}",
             "Model hash": self.model_hash,
             "Model": self.model,
+            "Style": self.style,
         }
         if self.lora is not None:
             fields |= {"LoRA": self.lora, "LoRA scale": f"{self.lora_scale:g}", "LoRA hash": self.lora_hash}

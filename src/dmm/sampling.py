@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import diffusers
@@ -11,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.pipeline import style_names, temporary_style
 from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
+from dmm.styles import Mix, style_weights
 
 
 def sample(
@@ -19,6 +22,7 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
+    styles: Sequence[Mix | None] | None = None,
     steps: int = 25,
     guidance_scale: float = 7.0,
     negative_prompt: str = "",
@@ -32,12 +36,13 @@ def sample(
 
     A picture depends on its prompt, its seed and the settings alone: its noise is drawn on the CPU in
     float32 from a generator of its own, so that its place, the batch size, the device and the
-    precision change only the rounding of the arithmetic. The pipeline is left as it was, its
+    precision change only the rounding of the arithmetic. The pipeline is left as it was, its style,
     scheduler and progress bar included.
 
     Args:
         pipeline: a diffusers pipeline of the Stable Diffusion kind, on the device it shall run on.
         prompts, seeds: N each; a seed is in [0, 2**32).
+        styles: N, of a merged model, None for a picture without; by default the one that is set on the pipeline.
         steps: denoising steps, from 1 to the number the model was trained with (1000).
         guidance_scale: classifier-free guidance; 1 is none.
         negative_prompt: what guidance leads away from; empty for none.
@@ -50,6 +55,15 @@ def sample(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"Every prompt needs one seed: {len(prompts)} prompts and {len(seeds)} seeds were given.")
+    if styles is not None:
+        if len(styles) != len(prompts):
+            raise ValueError(
+                f"Every prompt needs one style: {len(prompts)} prompts and {len(styles)} styles were given."
+            )
+        names = style_names(pipeline)
+        for style in styles:
+            if style is not None:
+                style_weights(names, style)
     width, height = picture_size(pipeline, width, height)
     scheduler = build_scheduler(pipeline.scheduler.config, sampler)
     check_settings(steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
@@ -68,17 +82,20 @@ def sample(
     def batches() -> Iterator[Image.Image]:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
-            yield from _sample_batch(
-                ours,
-                list(prompts[batch]),
-                list(seeds[batch]),
-                progress,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                width=width,
-                height=height,
-            )
+            # undone before the pictures are given out, so that nothing of ours is set while others have a turn
+            with temporary_style(ours, styles[batch]) if styles is not None else nullcontext():
+                images = _sample_batch(
+                    ours,
+                    list(prompts[batch]),
+                    list(seeds[batch]),
+                    progress,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance_scale,
+                    negative_prompt=negative_prompt,
+                    width=width,
+                    height=height,
+                )
+            yield from images
 
     return batches()
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import transformers
-from conftest import tiny_pipeline
+from conftest import STYLE_NAMES, tiny_pipeline
 from peft import LoraConfig
 from PIL import Image
 
@@ -13,6 +14,7 @@ import dmm.sampling
 from dmm.cli import COMMANDS, main
 from dmm.formats.lora import save_kohya_lora
 from dmm.parameters import model_hash, read_parameters
+from dmm.pictures import GAP, MARGIN, SMALLEST_CELL
 
 
 @pytest.fixture(autouse=True)
@@ -241,3 +243,140 @@ def test_every_command_has_help_with_examples(capsys, command):
         main([command, "--help"])
     assert stop.value.code == 0
     assert f"  dmm {command} " in capsys.readouterr().out
+
+
+# merged models
+
+
+@pytest.fixture
+def paint(generate, merged):
+    """``dmm generate`` on the tiny merged model."""
+    return lambda *args: generate(*args, model=merged)
+
+
+def cells(path, num_rows, num_columns):
+    """The pictures of a grid of pictures of 16 x 16, (rows, columns, 16, 16, 3)."""
+    whole = pixels(path)
+    step, scale = SMALLEST_CELL + GAP, SMALLEST_CELL // 16
+    top = len(whole) - MARGIN + GAP - num_rows * step  # labels are above and to the left
+    left = whole.shape[1] - MARGIN + GAP - num_columns * step
+
+    def cell(row, column):
+        y, x = top + row * step, left + column * step
+        return whole[y : y + SMALLEST_CELL : scale, x : x + SMALLEST_CELL : scale]
+
+    return np.stack([[cell(row, column) for column in range(num_columns)] for row in range(num_rows)])
+
+
+def test_a_style_changes_the_picture_and_is_told(paint, tmp_path, capsys):
+    for name, style in (("ink", "ink"), ("one", "ink=1"), ("mix", "ink=0.7, photo=0.3")):
+        assert paint("a cat", "--style", style, "--output", f"{name}.png") == 0
+    assert "note" not in capsys.readouterr().err
+    assert (pixels(tmp_path / "ink.png") == pixels(tmp_path / "one.png")).all()
+    assert (pixels(tmp_path / "ink.png") != pixels(tmp_path / "mix.png")).any()
+    assert read_parameters(tmp_path / "one.png")["Style"] == "ink"
+    assert read_parameters(tmp_path / "mix.png")["Style"] == "ink=0.7,photo=0.3"
+
+
+def test_without_a_style_a_merged_model_paints_as_its_stock_part_and_says_so(paint, tmp_path, capsys, generate):
+    assert paint("a cat", "--output", "merged.png") == 0
+    assert "dmm: note: without --style a merged model paints none of its styles: ink, photo, clay" in (
+        capsys.readouterr().err
+    )
+    assert generate("a cat", "--output", "stock.png") == 0
+    assert (pixels(tmp_path / "merged.png") == pixels(tmp_path / "stock.png")).all()
+    assert "Style" not in read_parameters(tmp_path / "merged.png")
+
+
+def test_all_styles_are_a_row_of_what_each_is_alone(paint, tmp_path):
+    assert paint("a cat", "--styles", "all", "--output", "all.png") == 0
+    assert paint("a cat", "--styles", "clay,ink", "--output", "two.png") == 0
+    assert paint("a cat", "--style", "clay", "--style", "ink", "--output", "twice.png") == 0
+    row = cells(tmp_path / "all.png", 1, 3)[0]
+    for name, picture in zip(STYLE_NAMES, row, strict=True):
+        assert paint("a cat", "--style", name, "--output", f"{name}.png") == 0
+        assert abs(picture - pixels(tmp_path / f"{name}.png")).max() <= 1
+    assert abs(cells(tmp_path / "two.png", 1, 2)[0] - row[[2, 0]]).max() <= 1
+    assert (pixels(tmp_path / "two.png") == pixels(tmp_path / "twice.png")).all()
+    assert read_parameters(tmp_path / "all.png")["Style"] == "ink; photo; clay"
+
+
+def test_each_picture_of_a_folder_tells_its_style(paint, tmp_path):
+    assert (
+        paint("a cat", "a dog", "--seed", "1,2", "--style", "ink", "--style", "ink=.5,clay=.5", "--output", "x/") == 0
+    )
+    paths = sorted((tmp_path / "x").iterdir())
+    assert [path.name for path in paths[:2]] == ["0001-seed1-ink.png", "0001-seed1-ink=0.5,clay=0.5.png"]
+    assert len(paths) == 8
+    parameters = read_parameters(tmp_path / "x" / "0002-seed2-ink=0.5,clay=0.5.png")
+    assert (parameters["Prompt"], parameters["Seed"], parameters["Style"]) == ("a dog", "2", "ink=0.5,clay=0.5")
+
+
+def test_a_strip_goes_from_one_style_to_the_other_in_even_steps(paint, tmp_path):
+    assert paint("a cat", "--strip", "ink,photo", "--output", "strip.png") == 0
+    assert paint("a cat", "--strip", "photo,ink", "--count", 3, "--seed", "0,4", "--output", "x/") == 0
+    told = read_parameters(tmp_path / "strip.png")["Style"].split("; ")
+    assert (told[0], told[3], told[10], len(told)) == ("ink", "ink=0.7,photo=0.3", "photo", 11)
+    strip = cells(tmp_path / "strip.png", 1, 11)[0]
+    for i, name in ((0, "photo"), (5, "photo=0.5,ink=0.5"), (10, "ink")):
+        assert abs(strip[10 - i] - pixels(tmp_path / "x" / f"0001-seed0-{name}.png")).max() <= 1
+    assert len(list((tmp_path / "x").iterdir())) == 6
+
+
+def test_pairs_are_a_square_with_the_styles_on_its_diagonal(paint, tmp_path, capsys):
+    assert paint("a cat", "--pairs", "--output", "pairs.png") == 0
+    assert "6 pictures" in capsys.readouterr().out
+    assert paint("a cat", "--pairs", "--output", "x/") == 0
+    square = cells(tmp_path / "pairs.png", 3, 3)
+    assert (square == square.swapaxes(0, 1)).all()
+    for i, one in enumerate(STYLE_NAMES):
+        assert abs(square[i, i] - pixels(tmp_path / "x" / f"0001-seed0-{one}.png")).max() <= 1
+        for j, other in enumerate(STYLE_NAMES[:i]):
+            path = tmp_path / "x" / f"0001-seed0-{other}=0.5,{one}=0.5.png"
+            assert abs(square[i, j] - pixels(path)).max() <= 1
+    assert len(list((tmp_path / "x").iterdir())) == 6
+
+
+def test_free_names_tell_the_styles(paint, tmp_path):
+    for options in (["--style", "ink=.7,photo=.3"], ["--styles", "ink,clay"], ["--strip", "ink,clay", "--count", 2]):
+        assert paint("A cat!", *options) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("a-cat-seed0-ink-0-7-photo-0-3.png", "a-cat-seed0-styles.png", "a-cat-seed0-ink-to-clay.png")
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--style", "fhoto"], "no style 'fhoto'; did you mean 'photo'"),
+        (["--style", "ink=0.7,photo=0.7"], "must sum to 1; these (ink=0.7, photo=0.7) sum to 1.4"),
+        (["--style", "ink,photo"], "must sum to 1; these (ink=1, photo=1) sum to 2"),
+        (["--style", "ink=much"], "'ink=much' is no style; write a name, or a mix as in a=0.7,b=0.3"),
+        (["--style", "ink=0.5,ink=0.5"], "names 'ink' twice"),
+        (["--style", "ink", "--style", "ink"], "'ink' is asked for twice"),
+        (["--styles", "ink,,clay"], "'ink,,clay' is no list of styles"),
+        (["--styles", "ink,clai"], "did you mean 'clay'"),
+        (["--strip", "ink"], "'ink' is not two styles"),
+        (["--strip", "ink,ink"], "'ink,ink' is not two styles"),
+        (["--strip", "ink,clay", "--count", "1"], "--count from 2"),
+        (["--style", "ink", "--pairs"], "not allowed with argument"),
+        (["--pairs", "--seed", "0-3", "--output", "x.png"], "one prompt and one seed"),
+    ],
+)
+def test_wrong_styles_are_one_line_and_status_2(paint, tmp_path, capsys, options, message):
+    assert paint("a cat", *options) == 2
+    assert message in error_of(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["--style", "ink"], ["--styles", "all"], ["--strip", "a,b"], ["--pairs"]])
+def test_a_stock_model_has_no_styles(generate, capsys, options):
+    assert generate("a cat", *options) == 2
+    assert "stock model without styles" in error_of(capsys)
+
+
+def test_damaged_styles_are_one_line_and_status_2(tmp_path, merged, capsys):
+    (tmp_path / "styles").mkdir()
+    (tmp_path / "styles" / "config.json").write_text(json.dumps({"_class_name": "Other"}))
+    assert main(["generate", str(tmp_path), "a cat", "--style", "ink"]) == 2
+    assert "describes a Other" in error_of(capsys)

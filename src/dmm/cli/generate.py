@@ -1,22 +1,25 @@
-"""Make pictures with any stock Stable Diffusion model: a pipeline folder, a single file or a hub id.
+"""Make pictures with a merged model in its styles, or with any stock Stable Diffusion model.
 
-A prompt and a seed make one picture, always the same. Several of either make a grid, prompts down and
-seeds across; to get one file each, name a folder as the output.
+The model is a pipeline folder, a single file or a hub id. A prompt, a seed and a style make one picture,
+always the same. Several of them make a grid: prompts down and seeds across, or several styles across; to
+get one file each, name a folder as the output.
 
 Examples:
   dmm generate models/dreamshaper "a red cat, sitting" --output cat.png
   dmm generate v1-5.safetensors --config models/base "a red cat" "a house by the sea" --seed 0-7
   dmm generate models/base --prompts prompts.txt --count 4 --output pictures/
   dmm generate models/base "a castle" --lora ink.safetensors:0.8 --steps 30 --guidance 5
+  dmm generate merged "a red cat" --style ink
+  dmm generate merged "a red cat" --style ink=0.7,photo=0.3
+  dmm generate merged "a red cat" "a castle" --styles all --output styles.png
+  dmm generate merged "a red cat" --strip ink,photo --count 11
+  dmm generate merged "a red cat" --pairs
 
 The paper's setting is 25 steps, guidance 7 and
   --negative "worst quality, low quality, normal quality, lowres, watermark, nsfw"
 """
 
 import argparse
-import itertools
-import os
-import re
 import sys
 import time
 from dataclasses import replace
@@ -34,30 +37,34 @@ from dmm.cli.arguments import (
     read_seeds,
     write_seeds,
 )
+from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_pictures
+from dmm.cli.opening import add_opening_options, check_opening, open_model, read_source
+from dmm.cli.output_names import name_output
+from dmm.cli.style_options import add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError
 from dmm.names import nearest
 from dmm.outputs import check_file, check_folder, new_folder
 from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from dmm.parameters import Parameters
 
-WIDEST_ROW = 8  # pictures, where one prompt's seeds are wrapped
 LARGEST_GRID = 30_000  # pixels a side: more, and common viewers give up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a stock pipeline folder, a single file or a hub id")
+    parser.add_argument("model", metavar="MODEL", help="a pipeline folder, a single file or a hub id")
     parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to paint; may be given several times")
     parser.add_argument("--prompts", metavar="FILE", type=Path, help="more prompts, one a line")
     parser.add_argument(
         "--seed", metavar="SEEDS", type=read_seeds, default=[0], help="3, 0-7, 1,2,5 or 0-3,8 (default: 0)"
     )
     parser.add_argument(
-        "--count", metavar="N", type=int, help="N pictures of each prompt, the seeds counted up from --seed"
+        "--count",
+        metavar="N",
+        type=int,
+        help="N pictures of each prompt, the seeds counted up from --seed; of --strip, N steps",
     )
     parser.add_argument(
         "--output",
@@ -66,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: a free name made of the prompt and the seeds)",
     )
     add_overwrite(parser)
+    add_style_options(parser)
 
     painting = parser.add_argument_group("how to paint")
     painting.add_argument("--steps", metavar="N", type=int, default=25, help="denoising steps (default: 25)")
@@ -82,23 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_SAMPLER,
         help=f"one of: {', '.join(SAMPLERS)} (default: {DEFAULT_SAMPLER})",
     )
-
-    opening = parser.add_argument_group("how to open the model")
-    opening.add_argument("--config", metavar="FOLDER", type=Path, help="the pipeline folder that a single file follows")
-    opening.add_argument("--lora", metavar="FILE[:SCALE]", type=_lora, help="put a LoRA on the model (scale: 1)")
-    opening.add_argument(
-        "--prediction-type",
-        choices=("epsilon", "v_prediction"),
-        help="what a single file predicts, where it does not say (default: what the model says)",
-    )
-    opening.add_argument("--allow-pickle", action="store_true", help="open .ckpt and .bin files too")
-    opening.add_argument(
-        "--device", metavar="NAME", type=_device, help="cuda, cuda:1, mps or cpu (default: the best there is)"
-    )
-    opening.add_argument(
-        "--precision", choices=("fp32", "fp16", "bf16"), help="of the weights (default: fp16 on a GPU, fp32 on a CPU)"
-    )
-    opening.add_argument("--batch-size", metavar="N", type=int, help="pictures at a time (default: by their size)")
+    painting.add_argument("--batch-size", metavar="N", type=int, help="pictures at a time (default: by their size)")
+    add_opening_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -107,10 +100,12 @@ def run(args: argparse.Namespace) -> None:
     Raises: UserError: see the options; KeyboardInterrupt: with a word on what was left behind.
     """
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    seeds = _seeds(args.seed, args.count)
+    seeds = _seeds(args)
     _check(args, prompts, seeds)
-    output, is_folder = _output(args.output, prompts, seeds)
+    output, is_folder = name_output(args, prompts, seeds)
     (check_folder if is_folder else check_file)(output, overwrite=args.overwrite)
+    if args.pairs and not is_folder and len(prompts) * len(seeds) > 1:
+        raise UserError("--pairs makes a grid of one prompt and one seed; name a folder as --output for more.")
     try:
         _paint(args, prompts, seeds, output, is_folder)
     except KeyboardInterrupt:
@@ -123,8 +118,26 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
     quiet_libraries()
     import torch
 
+    from dmm.formats.side_car import read_side_car
+    from dmm.teachers import locate
+
+    source = read_source(args)
+    path = locate(source)
+    style_prompts = read_side_car(path)
+    names = style_prompts.names if style_prompts else []
+    if asks_for_styles(args) and not names:
+        raise UserError(f"{args.model} is a stock model without styles. Name a merged model, or leave out the styles.")
+    styles = choose_styles(args, names) if asks_for_styles(args) else [None]
+    if names and styles == [None]:
+        print(
+            f"dmm: note: without --style a merged model paints none of its styles: {', '.join(names)}", file=sys.stderr
+        )
+    _check_count(len(prompts), len(seeds), len(styles))
+    pictures = list_pictures(prompts, seeds, styles)
+    layout = None if is_folder else lay_out_pairs(names) if args.pairs else lay_out(prompts, seeds, styles)
     try:
-        _write(args, _open(args), prompts, seeds, output, is_folder)
+        pipeline = open_model(args, replace(source, model=path), style_prompts)
+        _write(args, pipeline, pictures, layout, output)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The device ran out of memory: give a smaller --batch-size, --width or --height, or --precision fp16."
@@ -132,23 +145,24 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
 
 
 def _write(
-    args: argparse.Namespace, pipeline: Any, prompts: list[str], seeds: list[int], output: Path, is_folder: bool
+    args: argparse.Namespace, pipeline: Any, pictures: list[Picture], layout: Layout | None, output: Path
 ) -> None:
-    from dmm.pictures import save_png
+    """Paint, and write the grid that ``layout`` tells of, or each picture on its own where there is none."""
+    from dmm.pictures import grid, save_png
     from dmm.sampling import picture_size, sample
 
     start = time.monotonic()
-    _tell_of_cut_prompts(pipeline, [*prompts, args.negative])
+    _tell_of_cut_prompts(pipeline, [*dict.fromkeys(picture.prompt for picture in pictures), args.negative])
     width, height = picture_size(pipeline, args.width, args.height)
-    if not is_folder:
-        _check_grid(prompts, seeds, width, height)
-    whole = _parameters(args, prompts, seeds, width, height)
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
-    with tqdm(total=len(pairs), unit=" pictures", bar_format=BAR) as bar:
+    if layout:
+        _check_grid(layout, width, height)
+    whole = _parameters(args, pictures, width, height)
+    with tqdm(total=len(pictures), unit=" pictures", bar_format=BAR) as bar:
         images = sample(
             pipeline,
-            [prompt for prompt, _ in pairs],
-            [seed for _, seed in pairs],
+            [picture.prompt for picture in pictures],
+            [picture.seed for picture in pictures],
+            styles=[picture.style for picture in pictures] if pictures[0].style else None,
             steps=args.steps,
             guidance_scale=args.guidance,
             negative_prompt=args.negative,
@@ -158,15 +172,23 @@ def _write(
             batch_size=args.batch_size,
             progress=bar.update,
         )
-        if is_folder:
+        if layout is None:
             with new_folder(output, overwrite=args.overwrite) as folder:
-                for i, (image, (prompt, seed)) in enumerate(zip(images, pairs, strict=True)):
-                    name = f"{i // len(seeds) + 1:04d}-seed{seed}.png"
-                    save_png(image, folder / name, replace(whole, prompt=prompt, seed=str(seed)))
+                for image, picture in zip(images, pictures, strict=True):
+                    parameters = replace(whole, prompt=picture.prompt, seed=str(picture.seed), style=_told([picture]))
+                    save_png(image, folder / picture.file_name, parameters)
+        elif len(layout.cells) == 1:
+            save_png(next(images), output, whole, overwrite=args.overwrite)
         else:
-            picture = next(images) if len(pairs) == 1 else _grid(list(images), prompts, seeds)
-            save_png(picture, output, whole, overwrite=args.overwrite)
-    count = "a picture" if len(pairs) == 1 else f"{len(pairs)} pictures"
+            painted = list(images)
+            picture_grid = grid(
+                [painted[i] for i in layout.cells],
+                layout.num_columns,
+                row_labels=layout.row_labels,
+                column_labels=layout.column_labels,
+            )
+            save_png(picture_grid, output, whole, overwrite=args.overwrite)
+    count = "a picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
     print(f"Wrote {output}: {count} of {width} x {height} pixels, in {time.monotonic() - start:.1f} s.")
 
 
@@ -174,87 +196,41 @@ def _check(args: argparse.Namespace, prompts: list[str], seeds: list[int]) -> No
     """Everything that can be checked before anything heavy is imported."""
     if not prompts:
         raise UserError("There is no prompt: write one after the model, or name a file with --prompts.")
-    count = len(prompts) * len(seeds)
-    if count > MAX_PICTURES:
-        raise UserError(
-            f"{len(prompts)} prompts with {len(seeds)} seeds each are {count} pictures; {MAX_PICTURES} are the most."
-        )
+    _check_count(len(prompts), len(seeds))
     check_settings(steps=args.steps, guidance_scale=args.guidance, negative_prompt=args.negative)
     for name, size in (("width", args.width), ("height", args.height)):
         if size is not None:
             check_multiple(name, size, 8)  # some models need more, which is seen once they are open
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}.")
-    model = Path(args.model).expanduser()
-    might_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.model) and not model.parent.exists()
-    if not model.exists() and not might_be_hub_id:
-        raise UserError(f"{args.model}: no such file or folder. Check the path.")
-    if args.config is not None and not args.config.is_dir():
-        raise UserError(f"--config {args.config}: no such folder. Name a stock pipeline folder.")
-    if args.lora is not None and not args.lora[0].is_file():
-        raise UserError(f"--lora {args.lora[0]}: no such file. Check the path.")
+    check_opening(args)
 
 
-def _seeds(seeds: list[int], count: int | None) -> list[int]:
-    if count is None:
+def _check_count(num_prompts: int, num_seeds: int, num_styles: int = 1) -> None:
+    count = num_prompts * num_seeds * num_styles
+    if count > MAX_PICTURES:
+        styles = f" in {num_styles} styles" if num_styles > 1 else ""
+        raise UserError(
+            f"{num_prompts} prompts with {num_seeds} seeds each{styles} are {count} pictures; "
+            f"{MAX_PICTURES} are the most."
+        )
+
+
+def _seeds(args: argparse.Namespace) -> list[int]:
+    seeds: list[int] = args.seed
+    if args.count is None:
+        return seeds
+    if args.strip:
+        if not 2 <= args.count <= MAX_PICTURES:
+            raise UserError(f"--strip takes a --count from 2 to {MAX_PICTURES}, not {args.count}.")
         return seeds
     if len(seeds) > 1:
         raise UserError("--count counts up from one seed: give --seed one seed, or leave out --count.")
-    if not 1 <= count <= MAX_PICTURES:
-        raise UserError(f"--count must be from 1 to {MAX_PICTURES}, not {count}.")
-    if seeds[0] + count - 1 > MAX_SEED:
-        raise UserError(f"--count {count} from --seed {seeds[0]} goes beyond {MAX_SEED}, the largest seed.")
-    return list(range(seeds[0], seeds[0] + count))
-
-
-def _output(named: str | None, prompts: list[str], seeds: list[int]) -> tuple[Path, bool]:
-    """Where to write, and whether it is a folder."""
-    if named is None:
-        return _free_name(prompts, seeds), False
-    path = Path(named).expanduser()
-    if named.endswith(("/", os.sep)) or path.is_dir() or not path.suffix:
-        return path, True
-    if path.suffix.lower() != ".png":
-        raise UserError(
-            f"--output {named}: pictures are written as PNG. Name a .png file; or a folder, with a slash at the end."
-        )
-    return path, False
-
-
-def _free_name(prompts: list[str], seeds: list[int]) -> Path:
-    words = re.sub(r"[\W_]+", "-", prompts[0].lower()).strip("-")[:40].strip("-") or "picture"
-    more = f"-and-{len(prompts) - 1}-more" if len(prompts) > 1 else ""
-    numbers = write_seeds(seeds)
-    stem = f"{words}{more}-seed{numbers if len(numbers) <= 20 else f'{seeds[0]}-and-{len(seeds) - 1}-more'}"
-    names = (f"{stem}{f'-{i}' if i else ''}.png" for i in itertools.count())
-    return next(path for path in map(Path, names) if not path.exists())
-
-
-def _open(args: argparse.Namespace) -> Any:
-    """The model, on its device."""
-    import torch
-
-    from dmm.teachers import ModelSource, open_pipeline
-
-    device = args.device or (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
-    kind, _, index = device.partition(":")
-    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
-    if int(index or 0) >= available:
-        raise UserError(f"--device {device}: torch finds {available} of '{kind}' here; choose another, or cpu.")
-    precision = args.precision or ("fp32" if kind == "cpu" else "fp16")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    lora, lora_scale = args.lora or (None, 1.0)
-    source = ModelSource(
-        args.model,
-        config=args.config,
-        lora=lora,
-        lora_scale=lora_scale,
-        prediction_type=args.prediction_type,
-        allow_pickle=args.allow_pickle,
-    )
-    return open_pipeline(source, torch_dtype=dtype).to(device)
+    if not 1 <= args.count <= MAX_PICTURES:
+        raise UserError(f"--count must be from 1 to {MAX_PICTURES}, not {args.count}.")
+    if seeds[0] + args.count - 1 > MAX_SEED:
+        raise UserError(f"--count {args.count} from --seed {seeds[0]} goes beyond {MAX_SEED}, the largest seed.")
+    return list(range(seeds[0], seeds[0] + args.count))
 
 
 def _tell_of_cut_prompts(pipeline: Any, prompts: list[str]) -> None:
@@ -267,57 +243,41 @@ def _tell_of_cut_prompts(pipeline: Any, prompts: list[str]) -> None:
         print(f"dmm: note: the model does not read the end of '{prompt[:40]}...': '{rest}'{others}", file=sys.stderr)
 
 
-def _parameters(
-    args: argparse.Namespace, prompts: list[str], seeds: list[int], width: int, height: int
-) -> "Parameters":
+def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, height: int) -> "Parameters":
     from dmm.files import sha256
     from dmm.parameters import Parameters, model_hash
 
     model = Path(args.model).expanduser()
     lora, lora_scale = args.lora or (None, 1.0)
     return Parameters(
-        prompt="\n".join(prompts),
+        prompt="\n".join(dict.fromkeys(picture.prompt for picture in pictures)),
         negative_prompt=args.negative,
         steps=args.steps,
         sampler=args.sampler,
         guidance_scale=args.guidance,
-        seed=write_seeds(seeds),
+        seed=write_seeds(list(dict.fromkeys(picture.seed for picture in pictures))),
         width=width,
         height=height,
         model=model.resolve().stem if model.is_file() else model.resolve().name,
         model_hash=model_hash(model),
+        style=_told(pictures),
         lora=lora.stem if lora else None,
         lora_scale=lora_scale,
         lora_hash=sha256(lora)[:10] if lora else None,
     )
 
 
-def _rows(prompts: list[str], seeds: list[int]) -> tuple[int, int]:
-    """Rows and columns of the grid: prompts down, seeds across; one prompt's seeds are wrapped."""
-    if len(prompts) > 1:
-        return len(prompts), len(seeds)
-    columns = min(len(seeds), WIDEST_ROW)
-    return -(-len(seeds) // columns), columns
+def _told(pictures: list[Picture]) -> str | None:
+    """The pictures' styles as text, each once."""
+    return "; ".join(dict.fromkeys(write_style(picture.style) for picture in pictures if picture.style)) or None
 
 
-def _check_grid(prompts: list[str], seeds: list[int], width: int, height: int) -> None:
-    num_rows, num_columns = _rows(prompts, seeds)
-    if max(num_rows * height, num_columns * width) > LARGEST_GRID:
+def _check_grid(layout: Layout, width: int, height: int) -> None:
+    if max(layout.num_rows * height, layout.num_columns * width) > LARGEST_GRID:
         raise UserError(
-            f"A grid of {num_rows} x {num_columns} pictures of {width} x {height} pixels is too large to look at; "
-            "name a folder as --output, and each gets a file of its own."
+            f"A grid of {layout.num_rows} x {layout.num_columns} pictures of {width} x {height} pixels is too large to "
+            "look at; name a folder as --output, and each gets a file of its own."
         )
-
-
-def _grid(images: list["Image.Image"], prompts: list[str], seeds: list[int]) -> "Image.Image":
-    from dmm.pictures import grid
-
-    num_rows, num_columns = _rows(prompts, seeds)
-    if len(prompts) == 1 and num_rows > 1:
-        starts = range(0, len(seeds), num_columns)
-        labels = [f"seeds {write_seeds(seeds[start : start + num_columns])}" for start in starts]
-        return grid(images, num_columns, row_labels=labels)
-    return grid(images, num_columns, row_labels=prompts, column_labels=[f"seed {seed}" for seed in seeds])
 
 
 def _sampler(text: str) -> str:
@@ -327,14 +287,3 @@ def _sampler(text: str) -> str:
             f"there is no sampler '{text}'{nearest(text, SAMPLERS)}; choose from {', '.join(SAMPLERS)}"
         )
     return names[text.lower()]
-
-
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", text):
-        raise argparse.ArgumentTypeError(f"there is no device '{text}'; choose cuda, cuda:1, mps or cpu")
-    return text
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    return (Path(match[1]).expanduser(), float(match[2])) if match else (Path(text).expanduser(), 1.0)

@@ -1,0 +1,99 @@
+"""The options that tell how to open a model, and opening it as they tell."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dmm.errors import UserError
+
+if TYPE_CHECKING:
+    from dmm.styles import StylePrompts
+    from dmm.teachers import ModelSource
+
+
+def add_opening_options(parser: argparse.ArgumentParser) -> None:
+    """Declare them."""
+    opening = parser.add_argument_group("how to open the model")
+    opening.add_argument("--config", metavar="FOLDER", type=Path, help="the pipeline folder that a single file follows")
+    opening.add_argument("--lora", metavar="FILE[:SCALE]", type=_lora, help="put a LoRA on the model (scale: 1)")
+    opening.add_argument(
+        "--prediction-type",
+        choices=("epsilon", "v_prediction"),
+        help="what a single file predicts, where it does not say (default: what the model says)",
+    )
+    opening.add_argument("--allow-pickle", action="store_true", help="open .ckpt and .bin files too")
+    opening.add_argument(
+        "--device", metavar="NAME", type=_device, help="cuda, cuda:1, mps or cpu (default: the best there is)"
+    )
+    opening.add_argument(
+        "--precision", choices=("fp32", "fp16", "bf16"), help="of the weights (default: fp16 on a GPU, fp32 on a CPU)"
+    )
+
+
+def check_opening(args: argparse.Namespace) -> None:
+    """Refuse files that are not there, before anything heavy is imported.
+
+    Raises: UserError.
+    """
+    model = Path(args.model).expanduser()
+    might_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.model) and not model.parent.exists()
+    if not model.exists() and not might_be_hub_id:
+        raise UserError(f"{args.model}: no such file or folder. Check the path.")
+    if args.config is not None and not args.config.is_dir():
+        raise UserError(f"--config {args.config}: no such folder. Name a stock pipeline folder.")
+    if args.lora is not None and not args.lora[0].is_file():
+        raise UserError(f"--lora {args.lora[0]}: no such file. Check the path.")
+
+
+def read_source(args: argparse.Namespace) -> "ModelSource":
+    """What the options tell of the model's files."""
+    from dmm.teachers import ModelSource
+
+    lora, lora_scale = args.lora or (None, 1.0)
+    return ModelSource(
+        args.model,
+        config=args.config,
+        lora=lora,
+        lora_scale=lora_scale,
+        prediction_type=args.prediction_type,
+        allow_pickle=args.allow_pickle,
+    )
+
+
+def open_model(args: argparse.Namespace, source: "ModelSource", style_prompts: "StylePrompts | None") -> Any:
+    """Open a model in the dtype and on the device that the options tell.
+
+    Args:
+        style_prompts: of a merged model; None of a stock one.
+    Raises: UserError: there is no such device, or something is wrong with the files.
+    """
+    import torch
+
+    from dmm.pipeline import add_styles
+    from dmm.teachers import open_pipeline
+
+    device = args.device or (
+        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    )
+    kind, _, index = device.partition(":")
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
+    if int(index or 0) >= available:
+        raise UserError(f"--device {device}: torch finds {available} of '{kind}' here; choose another, or cpu.")
+    precision = args.precision or ("fp32" if kind == "cpu" else "fp16")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    pipeline = open_pipeline(source, torch_dtype=dtype)
+    if style_prompts is not None:
+        add_styles(pipeline, style_prompts)
+    return pipeline.to(device)
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", text):
+        raise argparse.ArgumentTypeError(f"there is no device '{text}'; choose cuda, cuda:1, mps or cpu")
+    return text
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (Path(match[1]).expanduser(), float(match[2])) if match else (Path(text).expanduser(), 1.0)
