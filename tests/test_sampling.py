@@ -7,7 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from dmm.errors import UserError
 from dmm.pipeline import set_style
 from dmm.samplers import SAMPLERS
-from dmm.sampling import build_scheduler, picture_size, sample, unread
+from dmm.sampling import build_scheduler, picture_size, sample, sample_latents, unread
 from dmm.styles import styled_embedding
 
 PROMPTS = ["a cat", "a red house by the sea", "", "a cat", "fish"]
@@ -185,3 +185,22 @@ def test_what_the_text_encoder_does_not_read_is_known(pipeline):
     room = MAX_TOKENS - 2
     assert unread(pipeline, "a" * room) == ""
     assert unread(pipeline, "a" * (room - 1) + " bc") == "c"
+
+
+def test_latents_are_those_that_the_pictures_are_decoded_from(pipeline):
+    settings = {"steps": 3, "guidance_scale": 4, "negative_prompt": "blurry", "width": 16, "height": 24}
+    latents = torch.stack(list(sample_latents(pipeline, PROMPTS[:2], SEEDS[:2], sampler="Euler a", **settings)))
+    assert latents.shape == (2, 4, 12, 8)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+    pixels = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).numpy()
+    pictures = arrays(pipeline, PROMPTS[:2], SEEDS[:2], sampler="Euler a", **settings)
+    assert abs(pixels - pictures).max() <= 1  # rounding
+
+
+def test_layers_of_the_text_encoder_are_left_out(pipeline):
+    whole = arrays(pipeline, negative_prompt="blurry")
+    skipped = arrays(pipeline, negative_prompt="blurry", clip_skip=1)
+    assert abs(whole - skipped).max() > 1
+    del pipeline.text_encoder.encoder.layers[-1]
+    assert (arrays(pipeline, negative_prompt="blurry") == skipped).all()

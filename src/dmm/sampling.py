@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dmm.conditioning import check_clip_skip, encode_tokens, tokenize
 from dmm.errors import UserError
 from dmm.pipeline import style_names, temporary_style
 from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
@@ -29,6 +30,7 @@ def sample(
     width: int | None = None,
     height: int | None = None,
     sampler: str = DEFAULT_SAMPLER,
+    clip_skip: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[float], object] | None = None,
 ) -> Iterator[Image.Image]:
@@ -48,11 +50,85 @@ def sample(
         negative_prompt: what guidance leads away from; empty for none.
         width, height: pixels, by default the model's own; see :func:`picture_size`.
         sampler: a key of :data:`dmm.samplers.SAMPLERS`.
+        clip_skip: layers of the text encoder to leave out, see :func:`dmm.conditioning.encode_tokens`.
         batch_size: pictures at a time; by default as many as make up four of 512 x 512.
         progress: called after every step with the number of pictures that it was worth; they add up to N.
     Returns: N pictures, RGB, 8 bits a channel.
     Raises: UserError: a setting is out of range (told before any work), or the arithmetic overflowed.
     """
+    batches = _sample_batches(
+        pipeline,
+        prompts,
+        seeds,
+        output_type="pt",
+        styles=styles,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        sampler=sampler,
+        clip_skip=clip_skip,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return (picture for images in batches for picture in _to_pictures(images))
+
+
+def sample_latents(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str,
+    width: int,
+    height: int,
+    sampler: str,
+    clip_skip: int | None = None,
+    progress: Callable[[float], object] | None = None,
+) -> Iterator[Tensor]:
+    """The latents of which :func:`sample`, with the same arguments, would decode the pictures.
+
+    Returns: N tensors, (C, height / f, width / f) for a VAE that shrinks by f, float32, on the CPU.
+    """
+    batches = _sample_batches(
+        pipeline,
+        prompts,
+        seeds,
+        output_type="latent",
+        styles=None,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+        sampler=sampler,
+        clip_skip=clip_skip,
+        batch_size=None,
+        progress=progress,
+    )
+    return (latents for batch in batches for latents in batch.float().cpu())
+
+
+def _sample_batches(
+    pipeline: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    output_type: str,
+    styles: Sequence[Mix | None] | None,
+    steps: int,
+    guidance_scale: float,
+    negative_prompt: str,
+    width: int | None,
+    height: int | None,
+    sampler: str,
+    clip_skip: int | None,
+    batch_size: int | None,
+    progress: Callable[[float], object] | None,
+) -> Iterator[Tensor]:
     if len(prompts) != len(seeds):
         raise ValueError(f"Every prompt needs one seed: {len(prompts)} prompts and {len(seeds)} seeds were given.")
     if styles is not None:
@@ -67,6 +143,7 @@ def sample(
     width, height = picture_size(pipeline, width, height)
     scheduler = build_scheduler(pipeline.scheduler.config, sampler)
     check_settings(steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    check_clip_skip(pipeline, clip_skip)
     trained_steps = scheduler.config.num_train_timesteps
     if steps > trained_steps:
         raise UserError(f"The model knows {trained_steps} steps; {steps} were asked for.")
@@ -79,7 +156,7 @@ def sample(
     ours.scheduler = scheduler
     ours.set_progress_bar_config(disable=True)
 
-    def batches() -> Iterator[Image.Image]:
+    def batches() -> Iterator[Tensor]:
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             # undone before the pictures are given out, so that nothing of ours is set while others have a turn
@@ -94,8 +171,10 @@ def sample(
                     negative_prompt=negative_prompt,
                     width=width,
                     height=height,
+                    clip_skip=clip_skip,
+                    output_type=output_type,
                 )
-            yield from images
+            yield images
 
     return batches()
 
@@ -109,8 +188,9 @@ def _sample_batch(
     negative_prompt: str,
     width: int,
     height: int,
+    clip_skip: int | None,
     **settings: Any,
-) -> list[Image.Image]:
+) -> Tensor:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     factor = pipeline.vae_scale_factor
     shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
@@ -124,14 +204,11 @@ def _sample_batch(
         return {}
 
     images: Tensor = pipeline(
-        prompts,
-        # None is not "": SDXL then takes zeros for the empty prompt, as its config asks
-        negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
+        **_read_prompts(pipeline, prompts, negative_prompt, clip_skip),
         width=width,
         height=height,
         generator=generators,  # ancestral samplers draw on
         latents=noise.to(pipeline.unet.dtype),
-        output_type="pt",
         callback_on_step_end=on_step,
         **settings,
     ).images
@@ -140,6 +217,21 @@ def _sample_batch(
             f"The pictures came out as NaN, computed in {str(pipeline.unet.dtype).removeprefix('torch.')}. "
             "Some models overflow in float16: use bf16 or fp32. If fp32 does the same, the checkpoint is damaged."
         )
+    return images
+
+
+def _read_prompts(pipeline: Any, prompts: list[str], negative_prompt: str, clip_skip: int | None) -> dict[str, Any]:
+    if clip_skip is None:
+        # None is not "": SDXL then takes zeros for the empty prompt, as its config asks
+        return {"prompt": prompts, "negative_prompt": [negative_prompt] * len(prompts) if negative_prompt else None}
+    embeds, negative_embeds = (
+        encode_tokens(pipeline, tokenize(pipeline, texts), clip_skip)["encoder_hidden_states"]
+        for texts in (prompts, [negative_prompt] * len(prompts))
+    )
+    return {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+
+
+def _to_pictures(images: Tensor) -> list[Image.Image]:
     pixels = (images.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in pixels]
 
