@@ -1,0 +1,133 @@
+"""Images as latents and captions as embeddings, made once and cached.
+
+Both are stored in float16 whatever the training's precision: one cache serves all, and half the bytes are
+read. Its eleven bits are more than bfloat16's eight, and a rounded latent is the latent of an image that no
+eye tells from the other; student and teacher see the same one.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dmm.conditioning import check_clip_skip, encode_tokens, tokenize
+from dmm.data.images import CaptionedImages, load_image
+from dmm.data.keys import digest_tensors, digest_text_encoder, digest_vae, key_of
+from dmm.data.rows import Rows, cached_rows
+from dmm.errors import UserError
+from dmm.samplers import check_multiple
+
+
+def encode_latents(
+    vae: Any, images: CaptionedImages, size: int, cache: Path, progress: Callable[[float], object]
+) -> Rows:
+    """Latents of M images.
+
+    Args:
+        vae: of the student; float32 or bfloat16, on the device it shall run on.
+        size: pixels a side.
+        cache: folder of the cache.
+        progress: called with numbers of images, which add up to M.
+    Returns: M rows of ``latents``, (C, size / f, size / f) for a VAE that shrinks by f.
+    Raises: UserError: the size is no multiple of f, an image is damaged, or the arithmetic overflowed.
+    """
+    check_multiple("size", size, 2 ** (len(vae.config.block_out_channels) - 1))
+    vae_digest, image_digests = digest_vae(vae), images.digests(cache)
+    batch_size = max(1, min(64, 4 * 512 * 512 // size**2))
+
+    def make(rows: range) -> dict[str, Tensor]:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            loaded = pool.map(lambda row: load_image(images, row, size), rows)  # goes on while the VAE computes
+            latents = []
+            for start in range(0, len(rows), batch_size):
+                batch = [image for image, _ in zip(loaded, rows[start : start + batch_size], strict=False)]
+                latents.append(encode_images(vae, batch))
+                progress(len(batch))
+        stored = torch.cat(latents).half()
+        check_rows(stored, [images.name(row) for row in rows], "latents", vae.dtype)
+        return {"latents": stored}
+
+    return cached_rows(
+        cache / "latents",
+        len(image_digests),
+        lambda rows: key_of(vae=vae_digest, size=size, images=image_digests[rows.start : rows.stop]),
+        make,
+        progress,
+    )
+
+
+@torch.no_grad()
+def encode_images(vae: Any, images: Sequence[Image.Image]) -> Tensor:
+    """The latents that a VAE holds most likely: the mode of its posterior, in the units that its UNet works in.
+
+    Args:
+        images: B, RGB, of one size.
+    Returns: (B, C, H / f, W / f), float32, on the CPU.
+    """
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    pixels = (pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+    latents = vae.encode(pixels).latent_dist.mode().float().cpu()
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * vae.config.scaling_factor
+
+
+def encode_texts(
+    pipeline: Any,
+    captions: Sequence[str],
+    cache: Path,
+    progress: Callable[[float], object],
+    *,
+    clip_skip: int | None = None,
+) -> Rows:
+    """What a pipeline's UNet reads of U captions.
+
+    Two pipelines whose text encoders are equal and make equal tokens of the captions share what is cached.
+
+    Args:
+        progress: called with numbers of captions, which add up to U.
+        clip_skip: see :func:`dmm.conditioning.encode_tokens`.
+    Returns: U rows of the tensors of :func:`dmm.conditioning.encode_tokens`.
+    Raises: UserError: the arithmetic overflowed, or the text encoder has not so many layers to skip.
+    """
+    check_clip_skip(pipeline, clip_skip)
+    encoder_digest = digest_text_encoder(pipeline.text_encoder)
+
+    def key(rows: range) -> str:
+        tokens = digest_tensors({"input_ids": tokenize(pipeline, captions[rows.start : rows.stop])})
+        return key_of(text_encoder=encoder_digest, clip_skip=clip_skip, tokens=tokens)
+
+    def make(rows: range) -> dict[str, Tensor]:
+        texts = captions[rows.start : rows.stop]
+        encoded = encode_tokens(pipeline, tokenize(pipeline, texts), clip_skip)
+        stored = {name: tensor.half() for name, tensor in encoded.items()}
+        for tensor in stored.values():
+            check_rows(tensor, [f"'{text}'" for text in texts], "embedding", pipeline.text_encoder.dtype)
+        progress(len(rows))
+        return stored
+
+    return cached_rows(cache / "texts", len(captions), key, make, progress)
+
+
+def check_rows(tensor: Tensor, names: Sequence[str], what: str, dtype: torch.dtype) -> None:
+    """Refuse what overflowed, before it is cached and taught.
+
+    Args:
+        tensor: (B, ...), as it will be stored.
+        names: what errors call the rows.
+        what: the tensor's name.
+        dtype: in which it was computed.
+    Raises: UserError: naming the first row that holds NaN or infinity.
+    """
+    finite = tensor.flatten(1).isfinite().all(1)
+    if not finite.all():
+        raise UserError(
+            f"{names[int(finite.int().argmin())]}: the {what} came out as NaN or infinite, computed in "
+            f"{str(dtype).removeprefix('torch.')}. Some models overflow in float16: use bf16 or fp32. If fp32 does the "
+            "same, the model is damaged."
+        )

@@ -1,0 +1,220 @@
+"""Images with captions, read from a folder or a dataset and brought to one size."""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image, ImageOps
+
+from dmm.data.keys import key_of
+from dmm.errors import UserError
+from dmm.outputs import new_file
+
+METADATA = "metadata.jsonl"
+
+
+class CaptionedImages(Protocol):
+    """M images and their captions; images are read when they are asked for."""
+
+    captions: Sequence[str]
+
+    def name(self, index: int) -> str:
+        """What an error calls the image."""
+
+    def read(self, index: int) -> bytes:
+        """The image as it is stored."""
+
+    def digests(self, cache: Path) -> list[str]:
+        """Hex sha256 of every image's bytes.
+
+        Args:
+            cache: where they may be remembered.
+        """
+
+
+class ImageFolder:
+    """A folder in the ``imagefolder`` convention of ``datasets``.
+
+    It or its subfolders hold ``metadata.jsonl``, whose lines name an image relative to that file and give its
+    caption: ``{"file_name": "cats/1.png", "text": "a cat"}``. Images that no line names are not part of it.
+
+    Raises: UserError: no such folder, no metadata, or a line that is not of that form or names no file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.expanduser()
+        if not self._folder.is_dir():
+            raise UserError(f"{folder}: no such folder of images. Check the path.")
+        files = sorted(self._folder.rglob(METADATA))
+        pairs = [pair for file in files for pair in _read_metadata(file)]
+        if not pairs:
+            found = f"The {METADATA} in {folder} is empty" if files else f"{folder} has no {METADATA}"
+            raise UserError(
+                f'{found}: write a line such as {{"file_name": "1.png", "text": "a caption"}} for each image.'
+            )
+        self._paths = [path for path, _ in pairs]
+        self.captions = [caption for _, caption in pairs]
+
+    def name(self, index: int) -> str:
+        """What an error calls the image."""
+        return str(self._paths[index])
+
+    def read(self, index: int) -> bytes:
+        """The image as it is stored."""
+        try:
+            return self._paths[index].read_bytes()
+        except OSError as error:
+            raise UserError(f"{self._paths[index]} could not be read: {error.strerror}.") from error
+
+    def digests(self, cache: Path) -> list[str]:
+        """Hex sha256 of every image's bytes.
+
+        They are remembered in the cache beside size and time of change, as git's index does: a file in which neither
+        changed is not read again, or every run would begin by reading the whole set.
+        """
+        memory = cache / "digests" / f"{key_of(folder=str(self._folder.resolve()))}.json"
+        known = _read_memory(memory)
+
+        def remember(index: int) -> tuple[str, list[Any]]:
+            path = self._paths[index]
+            status = path.stat()
+            entry = known.get(str(path))
+            if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+                entry = [status.st_size, status.st_mtime_ns, hashlib.sha256(self.read(index)).hexdigest()]
+            return str(path), entry
+
+        with ThreadPoolExecutor() as pool:
+            num_images = len(self._paths)
+            portions = [range(num_images)[start : start + 4096] for start in range(0, num_images, 4096)]
+            entries = [entry for portion in portions for entry in pool.map(remember, portion)]
+        if dict(entries) != known:
+            with new_file(memory, overwrite=True) as temporary:
+                temporary.write_text(json.dumps(dict(entries)), encoding="utf-8")
+        return [digest for _, (_, _, digest) in entries]
+
+
+class ImageDataset:
+    """A dataset of the package ``datasets``, with an image column ``image`` and captions in ``text``.
+
+    Args:
+        dataset: an id on the hub, or a folder that ``load_dataset`` or ``load_from_disk`` takes; its split ``train``.
+    Raises: UserError: the package is not installed, or there is no such dataset, split or column.
+    """
+
+    def __init__(self, dataset: str | Path) -> None:
+        self._dataset = dataset
+        self._rows = _open_dataset(dataset)
+        self.captions = list(self._rows["text"])
+        for index, caption in enumerate(self.captions):
+            if not isinstance(caption, str):
+                raise UserError(f"{self.name(index)}: its 'text' is {caption!r:.60}; one caption was expected.")
+
+    def name(self, index: int) -> str:
+        """What an error calls the image."""
+        return f"Image {index} of the dataset '{self._dataset}'"
+
+    def read(self, index: int) -> bytes:
+        """The image as it is stored."""
+        stored = self._rows[index]["image"]
+        if stored is None:
+            raise UserError(f"{self.name(index)} is missing. Leave its row out.")
+        return stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+
+    def digests(self, cache: Path) -> list[str]:
+        """Hex sha256 of every image's bytes; a dataset does not say when its images change, so all are read."""
+        return [hashlib.sha256(self.read(index)).hexdigest() for index in range(len(self.captions))]
+
+
+def load_image(images: CaptionedImages, index: int, size: int) -> Image.Image:
+    """Bring an image to the size of training.
+
+    It is turned the way up that its EXIF says, laid on white where it is transparent, shrunk or enlarged until its
+    shorter side fits, with antialiasing, and cut to the middle square.
+
+    Args:
+        size: pixels a side.
+    Returns: RGB, 8 bits a channel.
+    Raises: UserError: it is damaged or no image, or of more than 8 bits a channel, which Pillow cannot bring to RGB.
+    """
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(images.read(index))))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{images.name(index)} cannot be read as an image: it is damaged, or of a format that Pillow does not "
+            "know. Replace it or leave it out."
+        ) from error
+    if image.mode.startswith(("I", "F")):
+        raise UserError(
+            f"{images.name(index)} has pixels of mode {image.mode}; 8 bits a channel were expected. Convert it."
+        )
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+
+
+def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
+    try:
+        # not splitlines: a caption may hold what else ends a line in Unicode
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} could not be read as UTF-8 text: {error}.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{where} is not valid JSON: {error}.") from error
+        for field in ("file_name", "text"):
+            if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
+                raise UserError(
+                    f"{where} has no string '{field}'; a line such as "
+                    '{"file_name": "1.png", "text": "a caption"} was expected.'
+                )
+        path = file.parent / entry["file_name"]
+        if not path.is_file():
+            raise UserError(f"{where}: there is no file '{path}'. Put the image there, or take the line out.")
+        yield path, entry["text"]
+
+
+def _read_memory(memory: Path) -> dict[str, list[Any]]:
+    try:
+        known: dict[str, list[Any]] = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # nothing is lost but time
+        return {}
+    return known
+
+
+def _open_dataset(dataset: str | Path) -> Any:
+    try:
+        import datasets  # optional
+    except ImportError as error:
+        raise UserError(
+            f"The dataset '{dataset}' needs the package 'datasets': install it with pip install 'dmm[datasets]'."
+        ) from error
+    path = Path(dataset).expanduser()
+    was_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+    try:
+        rows = datasets.load_from_disk(str(path)) if was_saved else datasets.load_dataset(str(dataset), split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"The dataset '{dataset}' could not be opened: {str(error).splitlines()[0]}") from error
+    if isinstance(rows, dict):  # a saved dataset has all its splits
+        if "train" not in rows:
+            raise UserError(f"The dataset '{dataset}' has no split 'train'; it has {', '.join(rows)}.")
+        rows = rows["train"]
+    for column in ("image", "text"):
+        if column not in rows.column_names:
+            raise UserError(
+                f"The dataset '{dataset}' has no column '{column}'; it has {', '.join(rows.column_names)}. "
+                "Rename its columns to 'image' and 'text'."
+            )
+    return rows.cast_column("image", datasets.Image(decode=False))

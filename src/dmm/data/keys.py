@@ -1,0 +1,57 @@
+"""What names cached content: digests of all that it was made from."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmm.styles import styled_embedding
+
+_VERSION = 1  # raise it when our own way of making cached content changes
+_VAE_CONFIG = ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor")
+_TEXT_ENCODER_CONFIG = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+
+
+def key_of(**parts: Any) -> str:
+    """A file name's worth of digest of JSON values by name, their order aside."""
+    text = json.dumps({"version": _VERSION, **parts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of tensors' names, dtypes, shapes and bytes, their order aside."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def digest_vae(vae: Any) -> str:
+    """Identity of a VAE: equal for two whose latents mean the same, whatever else their configs say."""
+    return _digest_module(vae, {name: vae.config.get(name) for name in _VAE_CONFIG})
+
+
+def digest_text_encoder(text_encoder: Any) -> str:
+    """Identity of a text encoder; its tokenizer is told by the tokens that it makes."""
+    return _digest_module(text_encoder, {name: getattr(text_encoder.config, name) for name in _TEXT_ENCODER_CONFIG})
+
+
+def digest_unet(unet: Any) -> str:
+    """Identity of a UNet and of the style that is set on it."""
+    styled = styled_embedding(unet)
+    term = None if styled is None or styled.term is None else digest_tensors({"term": styled.term})
+    return _digest_module(unet, {"config": public_config(unet), "style": term})
+
+
+def public_config(model: Any) -> dict[str, Any]:
+    """A diffusers config without what only tells where it came from and what wrote it."""
+    return {name: value for name, value in model.config.items() if not name.startswith("_")}
+
+
+def _digest_module(module: Any, settings: Mapping[str, Any]) -> str:
+    return key_of(tensors=digest_tensors(module.state_dict()), settings=settings)

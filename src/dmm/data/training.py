@@ -1,0 +1,151 @@
+"""What the training loop reads: no VAE and no text encoder runs behind it."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dmm.conditioning import num_cut
+from dmm.data.encoding import encode_latents, encode_texts
+from dmm.data.images import CaptionedImages
+from dmm.data.rows import Rows
+from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
+from dmm.errors import UserError
+
+STUDENT = "student"
+"""Name of the student's text encoder, which is the base's."""
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingData:
+    """M latents with captions, embedded as each text encoder does, read at random from disk.
+
+    Args:
+        latents: M rows of ``latents``.
+        texts: by text encoder, U rows of what a UNet reads of a caption; the first is the empty caption.
+        caption_of: (M,) int64, which of the U is a row's caption.
+        teacher_of: (M,) int64.
+
+    Attributes:
+        num_rows: M.
+        latent_shape: (C, h, w).
+        teacher_of: (M,) int64, the index of the teacher that painted the image; -1 for one that none has.
+    """
+
+    def __init__(self, latents: Rows, texts: Mapping[str, Rows], caption_of: Tensor, teacher_of: Tensor) -> None:
+        assert len(latents) == len(caption_of) == len(teacher_of)
+        self._latents = latents
+        self._texts = dict(texts)
+        self._caption_of = caption_of
+        self.teacher_of = teacher_of
+        self.num_rows = len(latents)
+        self.latent_shape = tuple(self.latents(torch.tensor([0])).shape[1:])
+
+    def latents(self, rows: Tensor) -> Tensor:
+        """Clean latents.
+
+        Args:
+            rows: (B,) int64.
+        Returns: (B, C, h, w), float32, on the CPU.
+        """
+        return self._latents.read(rows)["latents"]
+
+    def conditioning(self, encoder: str, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        """What a UNet reads of the captions.
+
+        Args:
+            encoder: ``student`` or a teacher's name: whose text encoder.
+            rows: (B,) int64.
+            dropped: (B,) bool, whose caption is the empty one instead. Give student and teacher the same.
+        Returns: keyword arguments of the UNet, such as ``encoder_hidden_states``, (B, T, D); float32, on the CPU.
+        """
+        return self._texts[encoder].read(self._caption_of[rows.cpu()].masked_fill(dropped.cpu(), 0))
+
+
+def prepare_data(
+    source: CaptionedImages | Synthesis,
+    base: Any,
+    teachers: Mapping[str, Callable[[], Any]],
+    *,
+    size: int,
+    cache: Path | None = None,
+    clip_skips: Mapping[str, int] | None = None,
+    show_progress: bool = True,
+) -> TrainingData:
+    """Encode all that training will read, as far as no earlier run has.
+
+    Args:
+        source: images with captions, or how the teachers paint some. Painted rows are ordered by teacher.
+        base: a pipeline with the student's VAE and text encoder, on the device they shall run on.
+        teachers: by name, in order, what opens the teacher's pipeline; one is open at a time, and each
+            computes on its own device and in its own precision.
+        size: pixels a side.
+        cache: folder of the cache, by default the user's.
+        clip_skips: of the teachers, and of the ``student``, that leave out layers of their text encoder.
+        show_progress: bars on stderr.
+    Raises: UserError: the size does not suit a model, an image is damaged, a model overflows, the cache cannot be
+        written, or a teacher is called ``student``.
+    """
+    if STUDENT in teachers:
+        raise UserError(f"No teacher can be called '{STUDENT}': choose another name.")
+    cache = platformdirs.user_cache_path("dmm") / "encodings" if cache is None else cache
+    clip_skips = clip_skips or {}
+    shares: list[Share] = []
+    if isinstance(source, Synthesis):
+        shares = share_out(source, len(teachers))
+        captions = [prompt for share in shares for prompt in share.prompts]
+        teacher_of = [index for index, share in enumerate(shares) for _ in share.prompts]
+    else:
+        captions = list(source.captions)
+        teacher_of = [-1] * len(captions)
+    places = {caption: place for place, caption in enumerate(dict.fromkeys(["", *captions]))}
+    distinct = list(places)
+    cut = num_cut(base, distinct)
+    if cut:
+        logger.warning("The text encoder does not read the end of %d of the %d captions.", cut, len(distinct))
+
+    def read_captions(name: str, pipeline: Any) -> Rows:
+        with _bar(len(distinct), " captions", name, show_progress, leave=False) as bar:
+            return encode_texts(pipeline, distinct, cache, bar.update, clip_skip=clip_skips.get(name))
+
+    painted: list[Rows] = []
+    with _bar(len(captions), " images", "images", show_progress, leave=True) as bar:
+        texts = {STUDENT: read_captions(STUDENT, base)}
+        for index, (name, open_teacher) in enumerate(teachers.items()):
+            pipeline = open_teacher()
+            with _naming(name):
+                texts[name] = read_captions(name, pipeline)
+                if isinstance(source, Synthesis):
+                    clip_skip = clip_skips.get(name)
+                    share = shares[index]
+                    painted.append(
+                        synthesize(pipeline, base.vae, share, source, size, cache, bar.update, clip_skip=clip_skip)
+                    )
+            del pipeline  # before the next one is opened
+        if isinstance(source, Synthesis):
+            latents = Rows([shard for rows in painted for shard in rows.shards])
+        else:
+            latents = encode_latents(base.vae, source, size, cache, bar.update)
+    return TrainingData(
+        latents, texts, torch.tensor([places[caption] for caption in captions]), torch.tensor(teacher_of)
+    )
+
+
+@contextmanager
+def _naming(teacher: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"teacher '{teacher}': {error}") from error
+
+
+def _bar(total: int, unit: str, title: str, shown: bool, *, leave: bool) -> Any:
+    return tqdm(total=total, unit=unit, desc=title, bar_format=_BAR, disable=not shown, leave=leave)
