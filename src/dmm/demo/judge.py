@@ -33,7 +33,7 @@ class Verdict:
     concept_logits: Tensor
 
 
-class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class Judge(ModelMixin, ConfigMixin):
     """A small residual classifier with a style head and a concept head.
 
     Args:
