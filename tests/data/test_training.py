@@ -24,10 +24,10 @@ def folder(tmp_path):
     return write_folder(tmp_path / "images", CAPTIONS, lambda index: noise(20 + index, 20, 3))
 
 
-def prepare(source, base, tmp_path, teachers=None, **options):
+def prepare(source, base, tmp_path, teachers=None, size=16, **options):
     teachers = {"own": teacher_pipeline(), "same": tiny_pipeline()} if teachers is None else teachers
     openers = {name: lambda pipeline=pipeline: pipeline for name, pipeline in teachers.items()}
-    return prepare_data(source, base, openers, size=16, cache=tmp_path / "cache", show_progress=False, **options)
+    return prepare_data(source, base, openers, size=size, cache=tmp_path / "cache", show_progress=False, **options)
 
 
 def embedding(pipeline, captions):
@@ -123,6 +123,12 @@ def test_captions_that_are_cut_are_told(pipeline, tmp_path, caplog):
     folder = write_folder(tmp_path / "images", ["longer than can be read " * 3, "a cat"])
     prepare(ImageFolder(folder), pipeline, tmp_path)
     assert caplog.messages == ["The text encoder does not read the end of 1 of the 3 captions."]
+
+
+def test_a_size_that_does_not_suit_is_told_before_any_work(folder, pipeline, tmp_path):
+    with pytest.raises(UserError, match="The size must be a multiple of 2 pixels, not 15"):
+        prepare(ImageFolder(folder), pipeline, tmp_path, size=15)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_mistakes_are_told_with_the_teachers_name(folder, pipeline, tmp_path):

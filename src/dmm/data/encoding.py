@@ -37,7 +37,7 @@ def encode_latents(
     Returns: M rows of ``latents``, (C, size / f, size / f) for a VAE that shrinks by f.
     Raises: UserError: the size is no multiple of f, an image is damaged, or the arithmetic overflowed.
     """
-    check_multiple("size", size, 2 ** (len(vae.config.block_out_channels) - 1))
+    check_size(vae, size)
     vae_digest, image_digests = digest_vae(vae), images.digests(cache)
     batch_size = max(1, min(64, 4 * 512 * 512 // size**2))
 
@@ -60,6 +60,14 @@ def encode_latents(
         make,
         progress,
     )
+
+
+def check_size(vae: Any, size: int) -> None:
+    """Refuse a size, in pixels a side, that a VAE cannot shrink evenly.
+
+    Raises: UserError: naming the nearest sizes that it can.
+    """
+    check_multiple("size", size, 2 ** (len(vae.config.block_out_channels) - 1))
 
 
 @torch.no_grad()

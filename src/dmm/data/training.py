@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmm.conditioning import num_cut
-from dmm.data.encoding import encode_latents, encode_texts
+from dmm.data.encoding import check_size, encode_latents, encode_texts
 from dmm.data.images import CaptionedImages
 from dmm.data.rows import Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
@@ -47,7 +47,8 @@ class TrainingData:
         self._caption_of = caption_of
         self.teacher_of = teacher_of
         self.num_rows = len(latents)
-        self.latent_shape = tuple(self.latents(torch.tensor([0])).shape[1:])
+        _, channels, height, width = self.latents(torch.tensor([0])).shape
+        self.latent_shape = (channels, height, width)
 
     def latents(self, rows: Tensor) -> Tensor:
         """Clean latents.
@@ -96,6 +97,7 @@ def prepare_data(
     """
     if STUDENT in teachers:
         raise UserError(f"No teacher can be called '{STUDENT}': choose another name.")
+    check_size(base.vae, size)
     cache = platformdirs.user_cache_path("dmm") / "encodings" if cache is None else cache
     clip_skips = clip_skips or {}
     shares: list[Share] = []
