@@ -94,10 +94,12 @@ def tiny_pipeline(seed: int = 0, prediction_type: str = "epsilon") -> StableDiff
 
 
 def tiny_styled() -> StableDiffusionPipeline:
-    """:func:`tiny_pipeline` with styles."""
+    """:func:`tiny_pipeline` with styles that differ far more than rounding does."""
     pipe = tiny_pipeline()
     torch.manual_seed(1)
-    add_styles(pipe, StylePrompts(STYLE_NAMES, dim=32))
+    prompts = StylePrompts(STYLE_NAMES, dim=32)
+    torch.nn.init.normal_(prompts.linear_2.weight, std=2)
+    add_styles(pipe, prompts)
     return pipe
 
 

@@ -63,7 +63,7 @@ def test_one_style_an_image_equals_each_style_alone(styled, guidance_scale):
         set_style(styled, style)
         alone = paint(styled, ["a cat"] * 4, guidance_scale=guidance_scale)[i]
         assert abs(together[i] - alone).max() <= 1
-    assert abs(together[0] - together[1]).max() > 1
+    assert abs(together[0] - together[1]).max() > 20
 
 
 def test_a_list_is_in_the_order_of_the_pipeline_prompts_by_images(styled):

@@ -83,7 +83,7 @@ def test_a_pictures_style_is_its_own_whatever_the_batch(styled):
     for i, style in enumerate(styles):
         alone = arrays(styled, PROMPTS[i : i + 1], SEEDS[i : i + 1], styles=[style])
         assert abs(together[i] - alone[0]).max() <= 1
-    assert abs(together[0] - arrays(styled, styles=["photo"] * 5)[0]).max() > 1
+    assert abs(together[0] - arrays(styled, styles=["photo"] * 5)[0]).max() > 20
     assert (arrays(styled) == before).all()
 
 

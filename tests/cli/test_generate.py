@@ -296,6 +296,7 @@ def test_all_styles_are_a_row_of_what_each_is_alone(paint, tmp_path):
     for name, picture in zip(STYLE_NAMES, row, strict=True):
         assert paint("a cat", "--style", name, "--output", f"{name}.png") == 0
         assert abs(picture - pixels(tmp_path / f"{name}.png")).max() <= 1
+    assert all(abs(row[i] - row[i - 1]).max() > 20 for i in range(3))
     assert abs(cells(tmp_path / "two.png", 1, 2)[0] - row[[2, 0]]).max() <= 1
     assert (pixels(tmp_path / "two.png") == pixels(tmp_path / "twice.png")).all()
     assert read_parameters(tmp_path / "all.png")["Style"] == "ink; photo; clay"
