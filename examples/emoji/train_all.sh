@@ -30,6 +30,6 @@ first=$!
 second=$!
 wait "$first"
 wait "$second"
-expert --style noto --name noto-v --prediction-type v_prediction --steps 2500
+expert --style noto --name noto-v --prediction-type v_prediction --steps 1800
 python publish.py --work "$work"
 python measure.py

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--train-text-encoder", action="store_true")
     parser.add_argument("--lora-rank", type=int, help="train a LoRA of this rank instead of all weights")
     parser.add_argument("--prediction-type", choices=("epsilon", "v_prediction"), default="epsilon")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     args = parser.parse_args()
