@@ -2,8 +2,9 @@ import argparse
 
 import pytest
 
-from dmm.cli.arguments import MAX_SEED, read_prompts, read_seeds, write_seeds
+from dmm.cli.arguments import MAX_SEED, read_seeds, write_seeds
 from dmm.errors import UserError
+from dmm.prompts import read_prompts
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from dmm.errors import UserError
@@ -13,7 +12,6 @@ from dmm.names import nearest
 BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads no more than 32 bits of a seed
 MAX_PICTURES = 100_000  # of one command: more is a slip of the keyboard
-BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,20 +87,3 @@ def write_seeds(seeds: Sequence[int]) -> str:
         else:
             runs.append([seed])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line; blank lines are skipped.
-
-    Raises: UserError: there is no such file, it is no text, or it holds no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"The prompts '{path}' could not be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The prompts '{path}' are not UTF-8 text; save the file as UTF-8.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"The file of prompts '{path}' is empty; write one prompt a line.")
-    return prompts

@@ -33,7 +33,6 @@ from dmm.cli.arguments import (
     MAX_PICTURES,
     MAX_SEED,
     add_overwrite,
-    read_prompts,
     read_seeds,
     write_seeds,
 )
@@ -44,6 +43,7 @@ from dmm.cli.style_options import add_style_options, asks_for_styles, choose_sty
 from dmm.errors import UserError
 from dmm.names import nearest
 from dmm.outputs import check_file, check_folder, new_folder
+from dmm.prompts import read_prompts
 from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 
 if TYPE_CHECKING:
