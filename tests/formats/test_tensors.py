@@ -2,6 +2,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmm.errors import UserError
@@ -135,3 +136,13 @@ def test_finite_values_pass_however_large_their_sum():
 def test_values_that_are_not_finite_are_counted(value):
     with pytest.raises(UserError, match=r"^x: 2 of the 6 values of 'b' are NaN or infinite in torch\.float16"):
         check_finite({"a": torch.ones(2), "b": torch.tensor([1, value, 2, value, 3, 4]).half()}, "x")
+
+
+def test_the_same_tensors_and_metadata_make_the_same_bytes(tmp_path):
+    metadata = {f"key {i} ✓": "value" for i in range(8)}
+    for name in ("a", "b"):
+        write_tensors(tmp_path / name, {"x": torch.arange(3.0), "y": torch.zeros(2)}, metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with safe_open(tmp_path / "a", "pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("x"), torch.arange(3.0))

@@ -71,14 +71,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whole or not at all: it gets its name once it is complete."""
+    """Write a safetensors file whole or not at all: it gets its name once it is complete.
+
+    The same tensors and metadata make the same bytes.
+    """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         save_file(plain, temporary, dict(metadata))
+        _sort_metadata(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors header's metadata in order, in place: the library writes it in another one each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
