@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=4, help="pictures of each of the 64 concepts")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models only")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmm.demo.assembly import PLAN, WEIGHTS
@@ -20,6 +21,7 @@ from drawings import STYLES
 SINGLE_FILES = ("twemoji",)
 OWN_TEXT_ENCODER = ("noto-blob",)
 V_PREDICTION = ("noto-v",)
+LORA_RANK = 10  # of 16 that were trained: what fits into the limit
 LIMIT = 40e6  # bytes
 
 
@@ -37,6 +39,27 @@ def store_text_encoder(pipeline: Path, target: Path) -> None:
     source = pipeline / "text_encoder" / "model.safetensors"
     flat = not any(name.startswith("text_model.") for name in load_file(source))
     store(source, target, prefix="text_model." if flat else "")
+
+
+def store_lora(source: Path, target: Path, rank: int) -> None:
+    """Copy a kohya LoRA in half precision, each layer's update cut to ``rank`` by its singular values."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors, cut, kept = load_file(source), {}, []
+    for name in sorted(key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")):
+        down, up = tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"]
+        scale = tensors[f"{name}.alpha"] / len(down)
+        u, s, v = torch.linalg.svd(scale * up.flatten(1) @ down.flatten(1), full_matrices=False)
+        kept.append((s[:rank].square().sum() / s.square().sum()).item())
+        root = s[:rank].sqrt()
+        cut[f"{name}.lora_down.weight"] = (root[:, None] * v[:rank]).reshape(rank, *down.shape[1:]).to(torch.float16)
+        cut[f"{name}.lora_up.weight"] = (u[:, :rank] * root).reshape(len(up), rank, *up.shape[2:]).to(torch.float16)
+        cut[f"{name}.alpha"] = torch.tensor(float(rank))
+    with safe_open(source, "pt") as file:
+        metadata = {**file.metadata(), "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    save_file({name: tensor.contiguous() for name, tensor in cut.items()}, target, metadata=metadata)
+    print(
+        f"{source.name}: rank {rank} keeps {min(kept):.1%} of a layer's squared norm, {sum(kept) / len(kept):.1%} mean"
+    )
 
 
 def main() -> None:
@@ -58,7 +81,7 @@ def main() -> None:
     for name in ("base", *STYLES, *V_PREDICTION):
         folder = base if name == "base" else experts / name
         if not folder.is_dir():
-            store(folder.with_name(f"{name}.safetensors"), WEIGHTS / "lora" / f"{name}.safetensors")
+            store_lora(folder.with_name(f"{name}.safetensors"), WEIGHTS / "lora" / f"{name}.safetensors", LORA_RANK)
             plan[name] = {"form": "lora", "path": f"{name}.safetensors", "lora": f"lora/{name}.safetensors"}
             continue
         store(folder / "unet" / "diffusion_pytorch_model.safetensors", WEIGHTS / "unet" / f"{name}.safetensors")

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from drawings import SIZE, augment, held_out_texts, nudge, read_drawings, shrink
+from drawings import SIZE, STYLES, augment, held_out_texts, nudge, read_drawings, shrink
 from training import fit
 
 KL_WEIGHT = 3e-6  # on the summed KL against a mean error: posteriors of about 5 % of the latents' spread
@@ -69,11 +69,15 @@ def main() -> None:
 
     fit(vae, step, args.work / "vae-run", steps=args.steps, learning_rate=args.learning_rate, evaluate=evaluate)
 
-    # SD's convention: latents times scaling_factor have unit variance
-    published = drawings.select(drawings.concepts >= 0)
     with torch.no_grad():
-        latents = vae.encode(shrink(published.images)).latent_dist.mode()
-    print("latents: mean per channel", latents.mean((0, 2, 3)).tolist(), "std", latents.std((0, 2, 3)).tolist())
+        images = shrink(test.images)
+        quality = psnr(vae.decode(vae.encode(images).latent_dist.mode()).sample, images)
+        # SD's convention: latents times scaling_factor have unit variance
+        latents = vae.encode(shrink(drawings.select(drawings.concepts >= 0).images)).latent_dist.mode()
+    print(f"{len(test)} held-out drawings: {quality.mean():.2f} dB")
+    for style, name in enumerate(STYLES):
+        print(f"  {name}: {quality[test.styles == style].mean():.2f} dB")
+    print("spread of the latent channels:", [round(value, 2) for value in latents.std((0, 2, 3)).tolist()])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     vae.save_pretrained(args.work / "vae")
 

@@ -37,7 +37,7 @@ def test_pictures_of_another_size_are_refused(judge):
 
 def test_it_knows_an_experts_hand_and_things(judge):
     things = list(judge.config.concepts)[:16]
-    pictures = list(sample(open_pipeline(expert_sources()["fluent-contrast"]), things, range(16), guidance_scale=3.0))
+    pictures = list(sample(open_pipeline(expert_sources()["fluent-contrast"]), things, range(16), guidance_scale=2.0))
     verdict = judge_images(judge, pictures)
     styles = [judge.config.styles[i] for i in verdict.style_logits.argmax(1).tolist()]
     assert styles.count("fluent-contrast") >= 14

@@ -15,7 +15,7 @@ from dmm.teachers import open_pipeline
 
 PROMPTS = ("fox", "red apple", "octopus", "rocket", "palm tree", "robot", "hamburger", "jack-o-lantern")
 TWIN = "noto-v"  # shown by its twin
-GUIDANCE_SCALE = 3.0
+GUIDANCE_SCALE = 2.0
 GRID = "experts.png"
 
 
