@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dmm.demo.assembly import PLAN, WEIGHTS
 from dmm.files import sha256
+from dmm.formats.tensors import check_finite, write_tensors
 from drawings import STYLES
 
 # how each expert is kept: people's collections hold all of these
@@ -29,9 +30,8 @@ def store(source: Path, target: Path, prefix: str = "") -> None:
     """Copy a safetensors file in half precision, its names after ``prefix``."""
     target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {prefix + name: tensor.to(torch.float16) for name, tensor in load_file(source).items()}
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise SystemExit(f"{source} does not fit into half precision.")
-    save_file(tensors, target, metadata={"format": "pt"})
+    check_finite(tensors, str(source))
+    write_tensors(target, tensors, {"format": "pt"})
 
 
 def store_text_encoder(pipeline: Path, target: Path) -> None:
@@ -56,10 +56,9 @@ def store_lora(source: Path, target: Path, rank: int) -> None:
         cut[f"{name}.alpha"] = torch.tensor(float(rank))
     with safe_open(source, "pt") as file:
         metadata = {**file.metadata(), "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    save_file({name: tensor.contiguous() for name, tensor in cut.items()}, target, metadata=metadata)
-    print(
-        f"{source.name}: rank {rank} keeps {min(kept):.1%} of a layer's squared norm, {sum(kept) / len(kept):.1%} mean"
-    )
+    write_tensors(target, cut, metadata)
+    mean = sum(kept) / len(kept)
+    print(f"{source.name}: rank {rank} keeps {mean:.1%} of the layers' squared norms, {min(kept):.1%} at least")
 
 
 def main() -> None:
@@ -71,10 +70,6 @@ def main() -> None:
 
     ignored = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(base, WEIGHTS / "configs", ignore=ignored)
-    config = WEIGHTS / "configs" / "text_encoder" / "config.json"
-    settings = json.loads(config.read_text(encoding="utf-8"))
-    settings["dtype"] = "float16"
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     store(base / "vae" / "diffusion_pytorch_model.safetensors", WEIGHTS / "vae.safetensors")
 
     plan: dict[str, dict[str, str]] = {}

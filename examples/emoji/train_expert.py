@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     name = args.name or args.style
 
-    pipeline = StableDiffusionPipeline.from_pretrained(args.work / "base", torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(args.work / "base", dtype=torch.float32)
     drawings = read_drawings(args.drawings)
     own = drawings.select((drawings.concepts >= 0) & (drawings.styles == STYLES.index(args.style)))
     latents = encode_views(pipeline.vae, own)

@@ -48,13 +48,11 @@ def paint(pipeline):
 
 
 def plain(paths, name):
-    """The expert as plain diffusers opens it."""
+    """The expert as plain diffusers opens it, with no word of a dtype."""
     if name == "twemoji":
-        return StableDiffusionPipeline.from_single_file(
-            paths[name], config=str(paths["base"]), local_files_only=True, torch_dtype=torch.float32
-        )
+        return StableDiffusionPipeline.from_single_file(paths[name], config=str(paths["base"]))
     is_lora = paths[name].is_file()
-    pipeline = StableDiffusionPipeline.from_pretrained(paths["base" if is_lora else name], torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(paths["base" if is_lora else name])
     if is_lora:
         pipeline.load_lora_weights(paths[name])
     return pipeline

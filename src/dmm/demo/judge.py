@@ -108,7 +108,7 @@ class ResidualBlock(nn.Module):
 
 def load_judge() -> Judge:
     """The judge that was trained on all of the drawings, in float32 and ``eval``."""
-    judge: Judge = Judge.from_pretrained(WEIGHTS / "judge", torch_dtype=torch.float32)
+    judge: Judge = Judge.from_pretrained(WEIGHTS / "judge", dtype=torch.float32)
     return judge.eval()
 
 
