@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from toy import STYLES, toy_recipe, toy_student, toy_trainer
 
 from dmm.checkpoint import load_checkpoint, newest_checkpoint
 from dmm.errors import UserError
-from dmm.trainer import CHECKPOINTS, LOG, Stopped
+from dmm.trainer import CHECKPOINTS, LOG, Stopped, Trainer
 
 TOY = Path(__file__).with_name("toy.py")
+LAUNCH_SECONDS = 120  # on a busy machine
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -45,6 +47,13 @@ def assert_same(a, b):
     for group, tensors in a.tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(tensor, b.tensors[group][name]), f"{group}: {name}"
+
+
+def launch_two(folder, settings, *kill):
+    """Train in two processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TOY)]
+    command = [*launch, str(folder), json.dumps(settings), *kill]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=LAUNCH_SECONDS + 30)
 
 
 SETTINGS = {"training": {"lr_schedule": "cosine", "warmup_steps": 2, "ema_decay": 0.9}}
@@ -100,9 +109,7 @@ def test_a_step_is_the_same_whole_or_in_micro_batches(tmp_path):
 def test_two_processes_train_as_one(tmp_path):
     settings = {"training": {"batch_size": 9, "ema_decay": 0.9}}
     toy_trainer(tmp_path / "one", toy_recipe(**settings)).train()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(TOY)]
-    command = [*launch, str(tmp_path / "two"), json.dumps(settings)]
-    subprocess.run(command, check=True, env=ENVIRONMENT, capture_output=True, timeout=120)
+    launch_two(tmp_path / "two", settings).check_returncode()
     one, two = read_log(tmp_path / "one"), read_log(tmp_path / "two")
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
@@ -111,6 +118,20 @@ def test_two_processes_train_as_one(tmp_path):
     codebooks = [saved(tmp_path / run).tensors["student"]["style_prompts.embeddings"] for run in ("one", "two")]
     torch.testing.assert_close(*codebooks, rtol=1e-3, atol=1e-4)
     assert not torch.equal(codebooks[1], toy_student().style_prompts.embeddings)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(tmp_path, rank):
+    settings = {"training": {"batch_size": 9, "steps": 4}}
+    launch_two(tmp_path / "whole", settings).check_returncode()
+    start = time.monotonic()
+    ended = launch_two(tmp_path / "cut", settings, f"{rank}:3")
+    assert time.monotonic() - start < LAUNCH_SECONDS + 30
+    assert ended.returncode != 0
+    assert f"Rank {1 - rank} of 2, step 3: another process of the run is gone" in ended.stderr
+    assert saved(tmp_path / "cut").step == 2
+    launch_two(tmp_path / "cut", settings).check_returncode()
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
 
 
 def test_losses_fall_and_are_told_by_style(tmp_path):
@@ -137,6 +158,38 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     with pytest.raises(UserError, match=r"Step 3: the gradient of 'unet\.\S+' is not finite"):
         trainer.train()
     assert saved(tmp_path).step == 2
+
+
+def test_a_run_goes_on_at_the_rate_that_its_recipe_now_says(tmp_path):
+    toy_trainer(tmp_path, toy_recipe(training={"steps": 2})).train()
+    changed = {"steps": 3, "learning_rate": 1e-12, "weight_decay": 0.0}
+    before = saved(tmp_path).tensors["student"]
+    toy_trainer(tmp_path, toy_recipe(training=changed)).train()
+    after = saved(tmp_path)
+    assert all((tensor - before[name]).abs().max() < 1e-9 for name, tensor in after.tensors["student"].items())
+    assert {group["options"]["weight_decay"] for group in after.info["optimizer"]["groups"]} == {0.0}
+    with pytest.raises(UserError, match="has trained 3 steps already"):
+        toy_trainer(tmp_path, toy_recipe(training={"steps": 2})).train()
+
+
+def test_an_average_can_begin_later(tmp_path):
+    toy_trainer(tmp_path, toy_recipe(training={"steps": 2})).train()
+    before = saved(tmp_path).tensors["student"]
+    slow = {"steps": 3, "ema_decay": 0.9, "learning_rate": 1e-12}
+    toy_trainer(tmp_path, toy_recipe(training=slow)).train()
+    ema = saved(tmp_path).tensors["ema"]
+    assert all((tensor - before[name]).abs().max() < 1e-6 for name, tensor in ema.items())
+
+
+def test_what_was_logged_after_the_checkpoint_is_logged_anew(tmp_path):
+    recipe = toy_recipe(training={"steps": 4})
+    trainer = toy_trainer(tmp_path, recipe)
+    trainer._save = lambda done: Trainer._save(trainer, done) if done < 3 else None
+    trainer.train()
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"step": 5, "sc')
+    toy_trainer(tmp_path, recipe).train()
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_teachers_do_not_change(tmp_path):

@@ -1,10 +1,12 @@
 """A toy merge for the tests of training: two tiny teachers, a few rows of data held in memory.
 
-Run as a script, it trains in a process of its own: ``python toy.py FOLDER SETTINGS``, where SETTINGS
-are a recipe's keys as JSON.
+Run as a script, it trains in a process of its own: ``python toy.py FOLDER SETTINGS [RANK:STEP]``, where
+SETTINGS are a recipe's keys as JSON, and the process of that rank is killed when it comes to that step.
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from diffusers import DDPMScheduler
 
 from dmm.batches import Batches
 from dmm.distill import Teacher
+from dmm.errors import UserError
 from dmm.recipe import Recipe
 from dmm.sharing import share_batch
 from dmm.student import StyledStudent
@@ -91,6 +94,24 @@ def toy_trainer(folder, recipe, student=None, **settings):
     return Trainer(accelerator, student or toy_student(), toy_teachers(), batches, recipe, folder, **settings)
 
 
+def die_at(trainer, rank, step):
+    """Kill this process, if it is of that rank, when it comes to a step."""
+    train_step = trainer._step
+
+    def die(number):
+        if number == step and trainer.accelerator.process_index == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        train_step(number)
+
+    trainer._step = die
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    toy_trainer(Path(sys.argv[1]), toy_recipe(**json.loads(sys.argv[2]))).train()
+    trainer = toy_trainer(Path(sys.argv[1]), toy_recipe(**json.loads(sys.argv[2])))
+    if sys.argv[3:]:
+        die_at(trainer, *map(int, sys.argv[3].split(":")))
+    try:
+        trainer.train()
+    except UserError as error:
+        sys.exit(str(error))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,13 @@ class Teacher:
         return convert_prediction(output.float(), x_t, alpha_bar_t, *self._types), caught
 
 
+class Teachers(Protocol):
+    """Teachers by index; one that is asked for may be used until the next one is."""
+
+    def __getitem__(self, index: int, /) -> Teacher:
+        """Its weights are on the device."""
+
+
 @dataclass(frozen=True)
 class Distillation:
     """The loss of one batch.
@@ -94,7 +102,7 @@ class Distillation:
     terms: dict[str, Tensor]
 
 
-def distill(student: nn.Module, teachers: Sequence[Teacher], batch: Batch, *, feature_weight: float) -> Distillation:
+def distill(student: nn.Module, teachers: Teachers, batch: Batch, *, feature_weight: float) -> Distillation:
     """Compare the student, in each sample's style, with the sample's teacher.
 
     Args:

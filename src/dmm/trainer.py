@@ -3,9 +3,8 @@
 import json
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from tqdm import tqdm
 from dmm.batches import Batches
 from dmm.checkpoint import load_checkpoint, newest_checkpoint, pack_optimizer, save_checkpoint, sweep, unpack_optimizer
 from dmm.curves import Curves
-from dmm.distill import Teacher, distill
+from dmm.distill import Teachers, distill
 from dmm.errors import UserError
+from dmm.outputs import new_file
+from dmm.processes import leave, stop_signals, telling_of_loss
 from dmm.recipe import Recipe
 from dmm.student import StyledStudent
 
@@ -40,7 +41,7 @@ class Trainer:
 
     Args:
         accelerator: of the recipe's precision, its trackers set up.
-        student: float32, on the accelerator's device.
+        student: float32; put on the accelerator's device, and made equal to the main process's.
         teachers: frozen, by index.
         batches: this process's.
         recipe: the training, its losses, its checkpoints and its log.
@@ -53,7 +54,7 @@ class Trainer:
         self,
         accelerator: Accelerator,
         student: StyledStudent,
-        teachers: Sequence[Teacher],
+        teachers: Teachers,
         batches: Batches,
         recipe: Recipe,
         folder: Path,
@@ -74,9 +75,13 @@ class Trainer:
         self.schedule = get_scheduler(
             training.lr_schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps
         )
-        self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
+        if training.compile:
+            student.unet.compile()
         self.model = accelerator.prepare_model(student)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        # of the weights as they now are: where there are several processes, the main one's in all of them
+        self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
+        self.sample_every = recipe.logging.sample_every or math.inf
         self.curves = Curves([teacher.name for teacher in recipe.teachers], accelerator.device)
 
     def train(self) -> None:
@@ -87,7 +92,7 @@ class Trainer:
         first = self._resume()
         training = self.recipe.training
         with (
-            _signals() as asked_to_stop,
+            stop_signals() as asked_to_stop,
             tqdm(
                 total=training.steps * training.batch_size,
                 initial=first * training.batch_size,
@@ -97,19 +102,20 @@ class Trainer:
             ) as bar,
         ):
             for step in range(first, training.steps):
-                self.student.train()
-                self._step(step)
-                done = step + 1
-                bar.update(training.batch_size)
-                if done % self.recipe.logging.every == 0 or done == training.steps:
-                    self._log(done, bar)
-                stop = self._any(asked_to_stop())
-                if stop or done % self.recipe.checkpoint.every == 0 or done == training.steps:
-                    self._save(done)
-                if self.show and (done == training.steps or done % (self.recipe.logging.sample_every or math.inf) == 0):
-                    self._show(done)
-                if stop and done < training.steps:
-                    raise Stopped(f"step {done} of {training.steps} is saved in '{self.folder}'; --resume goes on")
+                with telling_of_loss(step):
+                    self.student.train()
+                    self._step(step)
+                    done = step + 1
+                    bar.update(training.batch_size)
+                    if done % self.recipe.logging.every == 0 or done == training.steps:
+                        self._log(done, bar)
+                    stop = self._any(asked_to_stop())
+                    if stop or done % self.recipe.checkpoint.every == 0 or done == training.steps:
+                        self._save(done)
+                    if self.show and (done == training.steps or done % self.sample_every == 0):
+                        self._show(done)
+                    if stop and done < training.steps:
+                        raise Stopped(f"step {done} of {training.steps} is saved in '{self.folder}'; --resume goes on")
 
     def _step(self, step: int) -> None:
         for i, batch in enumerate(self.batches.of_step(step)):
@@ -134,6 +140,8 @@ class Trainer:
     def _check_finite(self, step: int, norm: Tensor) -> None:
         if torch.isfinite(norm):
             return
+        if not self.accelerator.is_main_process:  # all have the same gradients
+            leave()
         broken = (n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all())
         raise UserError(
             f"Step {step}: the gradient of '{next(broken, 'all')}' is not finite; nothing was saved since. Resume from "
@@ -180,9 +188,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         newest = newest_checkpoint(root)
         if newest is None:
+            self._cut_log(0)
             return 0
         checkpoint = load_checkpoint(newest)
+        if checkpoint.step > self.recipe.training.steps:
+            raise UserError(
+                f"The run in '{self.folder}' has trained {checkpoint.step} steps already, more than the recipe's "
+                f"training.steps of {self.recipe.training.steps}."
+            )
         info = checkpoint.info
+        # what the recipe may have changed since
+        options = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in self._groups()]
         for what, now in (
             ("num_threads", torch.get_num_threads()),
             ("num_processes", self.accelerator.num_processes),
@@ -192,13 +208,32 @@ class Trainer:
         self.student.load_state_dict(checkpoint.tensors["student"])
         unpack_optimizer(self.optimizer.optimizer, self.parameters, checkpoint.tensors["optimizer"], info["optimizer"])
         self.schedule.load_state_dict({**self.schedule.state_dict(), "last_epoch": info["schedule"]})
+        for group, option, factor in zip(self._groups(), options, self.schedule.lr_lambdas, strict=True):
+            group.update(option, lr=option["initial_lr"] * factor(info["schedule"]))
         if self.ema:
+            # a run that had no average begins one here
+            averages = checkpoint.tensors.get("ema", checkpoint.tensors["student"])
             for shadow, name in zip(self.ema.shadow_params, self.parameters, strict=True):
-                shadow.copy_(checkpoint.tensors["ema"][name])
+                shadow.copy_(averages[name])
             self.ema.optimization_step = info["ema_step"]
-        if self.accelerator.scaler is not None:
+        if self.accelerator.scaler is not None and info["scaler"]:  # it may have trained in another precision
             self.accelerator.scaler.load_state_dict(info["scaler"])
+        self._cut_log(checkpoint.step)
         return checkpoint.step
+
+    def _cut_log(self, done: int) -> None:
+        """Take out of the log what was logged after the checkpoint that a run goes on from."""
+        log = self.folder / LOG
+        if not self.accelerator.is_main_process or not log.exists():
+            return
+        # a line that a kill has cut short is the last, and so later than any checkpoint
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        with new_file(log, overwrite=True) as temporary:
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.optimizer.optimizer.param_groups
+        return groups
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -226,15 +261,3 @@ class Trainer:
             return flag
         told = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(told, reduction="sum") > 0)
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGINT and SIGTERM are noted rather than obeyed; what is given tells whether one came."""
-    came: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

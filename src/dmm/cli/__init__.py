@@ -16,6 +16,7 @@ from dmm.names import nearest
 COMMANDS = {
     "demo": "see the embedded experts paint, on any computer",
     "generate": "make pictures with a model",
+    "merge": "distil many models into one with all their styles",
 }
 
 USAGE = f"""\

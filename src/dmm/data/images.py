@@ -57,7 +57,7 @@ class ImageFolder:
                 f'{found}: write a line such as {{"file_name": "1.png", "text": "a caption"}} for each image.'
             )
         self._paths = [path for path, _ in pairs]
-        self.captions = [caption for _, caption in pairs]
+        self.captions: Sequence[str] = [caption for _, caption in pairs]
 
     def name(self, index: int) -> str:
         """What an error calls the image."""
@@ -108,7 +108,7 @@ class ImageDataset:
     def __init__(self, dataset: str | Path) -> None:
         self._dataset = dataset
         self._rows = _open_dataset(dataset)
-        self.captions = list(self._rows["text"])
+        self.captions: Sequence[str] = list(self._rows["text"])
         for index, caption in enumerate(self.captions):
             if not isinstance(caption, str):
                 raise UserError(f"{self.name(index)}: its 'text' is {caption!r:.60}; one caption was expected.")

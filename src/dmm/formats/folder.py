@@ -63,18 +63,25 @@ def check_folder(folder: Path, family: Family, *, allow_pickle: bool) -> dict[st
     """
     skeletons = check_configs(folder, family)
     for component in family.components:
-        tensors: dict[str, Tensor] = {}
-        files, _ = _weight_files(folder, component, allow_pickle)
-        for file in files:
-            tensors.update(read_header(file, allow_pickle=allow_pickle).tensors)
-        model = skeletons[component.name]
-        check_tensors(model, _current_names(model, tensors), str(folder / component.name))
+        check_component(folder / component.name, component, skeletons[component.name], allow_pickle=allow_pickle)
     return skeletons
+
+
+def check_component(at: Path, component: Component, model: Any, *, allow_pickle: bool) -> None:
+    """Check that a component's folder holds all the weights of its skeleton, and no others.
+
+    Raises: UserError: weights missing, cut short, pickled, or not those of the config.
+    """
+    tensors: dict[str, Tensor] = {}
+    files, _ = weight_files(at, component, allow_pickle)
+    for file in files:
+        tensors.update(read_header(file, allow_pickle=allow_pickle).tensors)
+    check_tensors(model, _current_names(model, tensors), str(at))
 
 
 def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow_pickle: bool) -> Any:
     """Load the pipeline of a folder that ``check_folder`` has passed."""
-    variants = {_weight_files(folder, component, allow_pickle)[1] for component in family.components}
+    variants = {weight_files(folder / component.name, component, allow_pickle)[1] for component in family.components}
     return family.pipeline_class.from_pretrained(
         folder,
         dtype=torch_dtype,
@@ -87,9 +94,9 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
     )
 
 
-def _weight_files(folder: Path, component: Component, allow_pickle: bool) -> tuple[list[Path], str | None]:
-    """A component's weight files and their variant, in the order in which diffusers prefers them."""
-    at, stem = folder / component.name, component.weights_name
+def weight_files(at: Path, component: Component, allow_pickle: bool) -> tuple[list[Path], str | None]:
+    """The weight files in a component's folder and their variant, in the order in which diffusers prefers them."""
+    stem = component.weights_name
     pickle_stem = "pytorch_model" if stem == "model" else stem
     kinds = [(f"{stem}.{{}}safetensors", f"{stem}.safetensors.index.{{}}json")]
     if allow_pickle:

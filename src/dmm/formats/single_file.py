@@ -63,12 +63,7 @@ def check_single_file(path: Path, header: Header, config: Path | None, family: F
     skeletons = check_configs(config, family)
     used: set[str] = set()
     for name, names in original_names(skeletons, family).items():
-        found = {
-            ours: _as_linear(header.tensors[theirs]) if _is_vae_attention(theirs) else header.tensors[theirs]
-            for ours, theirs in names.items()
-            if theirs in header.tensors
-        }
-        check_tensors(skeletons[name], found, str(path), names)
+        _check_component(skeletons[name], names, header.tensors, path)
         used.update(names.values())
     left = [
         name for name in header.tensors if name not in used and not any(fnmatchcase(name, known) for known in _HARMLESS)
@@ -76,6 +71,19 @@ def check_single_file(path: Path, header: Header, config: Path | None, family: F
     check_nothing_left(left, f"an {family.title} model of {config}'s architecture", str(path))
     prediction_type_of(path, header)
     return skeletons
+
+
+def check_vae_file(path: Path, header: Header, skeletons: Mapping[str, Any], family: Family) -> None:
+    """Check that a single file holds a VAE of the skeletons' architecture: alone, or as part of a full checkpoint.
+
+    Raises: UserError: none, or one of another architecture.
+    """
+    (component,) = (one for one in family.components if one.name == "vae")
+    prefix = component.original_prefix
+    tensors = header.tensors
+    if not any(name.startswith(prefix) for name in tensors):
+        tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    _check_component(skeletons["vae"], original_names(skeletons, family)["vae"], tensors, path)
 
 
 def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: torch.dtype) -> Any:
@@ -177,6 +185,15 @@ def original_names(models: Mapping[str, Any], family: Family) -> dict[str, dict[
             ours: names[int(converted[ours])] for ours in model.state_dict() if converted.get(ours) is not None
         }
     return result
+
+
+def _check_component(model: Any, names: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path) -> None:
+    found = {
+        ours: _as_linear(tensors[theirs]) if _is_vae_attention(theirs) else tensors[theirs]
+        for ours, theirs in names.items()
+        if theirs in tensors
+    }
+    check_tensors(model, found, str(path), names)
 
 
 def _unet_candidates(unet: Any) -> Iterator[str]:

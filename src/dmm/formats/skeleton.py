@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dmm.errors import UserError
-from dmm.families import Family
+from dmm.families import Component, Family
 from dmm.formats.tensors import read_json
 
 
@@ -21,22 +21,30 @@ def build_skeletons(folder: Path, family: Family) -> dict[str, Any]:
     Returns: models by the components' names.
     Raises: UserError: a config is missing, is not JSON, or describes no model of its class; or the parts do not fit.
     """
-    skeletons = {}
-    for component in family.components:
-        config_path = folder / component.name / "config.json"
-        found = read_json(config_path).get("_class_name", component.model_class.__name__)
-        if found != component.model_class.__name__:
-            raise UserError(
-                f"{config_path} describes a {found}; {family.title} has a {component.model_class.__name__} there. "
-                "Choose a model of that family."
-            )
-        try:
-            with torch.device("meta"):
-                skeletons[component.name] = _from_config(component.model_class, config_path.parent)
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{config_path} describes no {component.model_class.__name__}: {error}") from error
+    skeletons = {
+        component.name: build_skeleton(folder / component.name, component, family) for component in family.components
+    }
     _check_widths(skeletons, folder)
     return skeletons
+
+
+def build_skeleton(at: Path, component: Component, family: Family) -> Any:
+    """Build one component of the folder that holds its config, on the meta device.
+
+    Raises: UserError: the config is missing, is not JSON, or describes no model of its class.
+    """
+    config_path = at / "config.json"
+    found = read_json(config_path).get("_class_name", component.model_class.__name__)
+    if found != component.model_class.__name__:
+        raise UserError(
+            f"{config_path} describes a {found}; {family.title} has a {component.model_class.__name__} there. "
+            "Choose a model of that family."
+        )
+    try:
+        with torch.device("meta"):
+            return _from_config(component.model_class, at)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config_path} describes no {component.model_class.__name__}: {error}") from error
 
 
 def check_tensors(model: Any, found: Mapping[str, Tensor], where: str, names: Mapping[str, str] | None = None) -> None:

@@ -1,0 +1,114 @@
+"""Merge fine-tuned models into one that paints in all their styles, by distillation.
+
+A recipe says what is merged, on what data and how. The smallest one, whose teachers paint their own data:
+
+  base: models/sd15                     # its VAE, text encoder and start become the student's
+  teachers:
+    - {name: ink, model: models/ink}    # a pipeline folder, a single file or a hub id
+    - {name: photo, lora: photo.safetensors, lora_scale: 0.8}
+  data:
+    synthesize: {prompts: prompts.txt, count: 1500}   # or {images: folder}, captioned; or {dataset: id}
+  training: {steps: 10000, batch_size: 32, micro_batch_size: 8}
+
+Everything else has the paper's value; docs/merge.md tells of every key. All of it is checked before anything
+large is loaded.
+
+DIR gets the run (recipe.yaml, log.jsonl, samples/, checkpoints/) and at the end the result: a stock pipeline
+folder with the styles beside it, which dmm generate DIR --style ink paints with. Stopped in any way, a run goes
+on from its last checkpoint with --resume.
+
+Examples:
+  dmm merge recipe.yaml --output merged
+  dmm merge recipe.yaml --output merged --resume
+  dmm merge recipe.yaml --output try --set training.steps=100 --set losses.feature=0.1
+  accelerate launch -m dmm merge recipe.yaml --output merged        # on many GPUs
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dmm.errors import UserError
+from dmm.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from dmm.merge import Merged
+    from dmm.recipe import Recipe
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("recipe", metavar="RECIPE.yaml", type=Path, help="what is merged, on what data and how")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="of the run and its result")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR, or begin one where there is none"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge in DIR")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        dest="overrides",
+        action="append",
+        default=[],
+        help="over what the recipe says: training.steps=10, teachers.0.lora_scale=0.5; may be given several times",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge, and say what was written.
+
+    Raises: UserError: see :func:`dmm.merge.merge`; KeyboardInterrupt: with a word on how to go on.
+    """
+    if args.resume and args.overwrite:
+        raise UserError("--resume goes on with what is there, --overwrite removes it: give one of them.")
+    from dmm.cli.libraries import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from dmm.merge import merge
+    from dmm.processes import is_main_process, leave
+    from dmm.trainer import CHECKPOINTS, Stopped
+
+    try:
+        recipe = load_recipe(args.recipe, args.overrides)
+    except UserError:
+        if not is_main_process():  # all read the same recipe
+            leave()
+        raise
+    try:
+        merged = merge(recipe, args.output, resume=args.resume, overwrite=args.overwrite)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "The device ran out of memory: lower training.micro_batch_size, or set training.gradient_checkpointing to "
+            "true. --resume goes on from the last checkpoint, if there is one."
+        ) from error
+    except Stopped:
+        if not is_main_process():
+            sys.exit(130)
+        raise
+    except KeyboardInterrupt:
+        started = (args.output / CHECKPOINTS).is_dir()
+        raise KeyboardInterrupt(
+            "--resume goes on from the last checkpoint"
+            if started
+            else "nothing was written; what was encoded is found again by the next run"
+        ) from None
+    if is_main_process():
+        print(_told(merged, recipe))
+
+
+def _told(merged: "Merged", recipe: "Recipe") -> str:
+    from dmm.trainer import CHECKPOINTS
+
+    folder, styles = merged.folder, ", ".join(teacher.name for teacher in recipe.teachers)
+    if merged.was_finished:
+        return f"{folder} is finished already: a pipeline with the styles {styles}."
+    kept = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
+    return (
+        f"Wrote {folder} in {merged.seconds:.0f} s: a stock Stable Diffusion pipeline, with the styles {styles}.\n"
+        f"  paint:       dmm generate {folder} --style '{recipe.teachers[0].name}' PROMPT\n"
+        f"  curves:      {folder}/log.jsonl; samples, if any, in {folder}/samples\n"
+        f"  checkpoints: {folder}/{CHECKPOINTS}, {kept / 1e9:.2g} GB; remove them once no --resume will need them"
+    )

@@ -1,0 +1,1 @@
+"""How well a merged model paints as its teachers do."""

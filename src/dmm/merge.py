@@ -1,0 +1,326 @@
+"""A merge from its recipe to its result: check, open, encode, train, save.
+
+One folder holds a run and what comes of it::
+
+    merged/recipe.yaml         the recipe with all it was resolved to
+           log.jsonl           loss curves
+           checkpoints/        what --resume goes on from
+           samples/            grids of pictures, by step
+           trackers/           what trackers write to disk
+           model_index.json    the result: a stock pipeline ...
+           unet/ vae/ ...
+           styles/             ... and its styles
+
+Without ``model_index.json`` nothing takes the folder for a pipeline. It comes last, in one rename, so that the
+result appears whole or not at all.
+"""
+
+import gc
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+
+from dmm.batches import Batches
+from dmm.data import Synthesis, TrainingData, prepare_data
+from dmm.distill import Teacher, Teachers
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.formats.side_car import STYLES_FOLDER
+from dmm.outputs import check_folder
+from dmm.pictures import grid, save_png
+from dmm.pipeline import save_pipeline
+from dmm.preflight import Plan, check_merge, check_space, open_source
+from dmm.processes import join_processes, on_main
+from dmm.recipe import Recipe, load_recipe, save_recipe
+from dmm.residency import place_teachers
+from dmm.sampling import sample
+from dmm.sharing import Group, is_uneven, share_batch
+from dmm.student import StyledStudent
+from dmm.styles import StylePrompts
+from dmm.teachers import ModelSource, freeze, noise_schedule, open_pipeline
+from dmm.trainer import CHECKPOINTS, LOG, Trainer
+
+RECIPE = "recipe.yaml"
+SAMPLES = "samples"
+
+_TRACKERS = "trackers"
+_INDEX = "model_index.json"
+_RESULT = "result"
+_WRITTEN = (
+    *(_INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER),
+    *(component.name for component in SD1.components),
+    *("scheduler", "tokenizer"),
+)
+# of a recipe, what a run may not change once it has begun
+_BINDING = ("kind", "base", "start", "teachers", "data", "size", "seed")
+_NUM_SAMPLE_PROMPTS = 4
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has come to.
+
+    Attributes:
+        was_finished: the run had ended before, and nothing was done.
+        seconds: that it took.
+    """
+
+    folder: Path
+    was_finished: bool
+    seconds: float
+
+
+def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Merged:
+    """Distil a recipe's teachers into one student, and save it as a pipeline.
+
+    Called in every process of a run; the main one prepares the data and saves. Nothing is written before training
+    begins, but encoded data to the user's cache.
+
+    Args:
+        folder: of the run and its result.
+        resume: go on with the run in ``folder``, or begin one where there is none.
+        overwrite: remove what an earlier merge has written there, once everything is ready for the new one.
+    Raises: UserError: something is wrong with the recipe, its models, its data or the folder; Stopped: SIGINT or
+        SIGTERM came, and the run is saved.
+    """
+    start = time.monotonic()
+    state = join_processes()
+    plan = on_main(lambda: _check(recipe, folder, state.num_processes, state.device, resume, overwrite))
+    if plan is None:
+        return Merged(folder, was_finished=True, seconds=time.monotonic() - start)
+    try:
+        _run(recipe, plan, folder, resume=resume)
+    finally:
+        AcceleratorState._reset_state()  # so that a second merge in this process may have another precision
+    return Merged(folder, was_finished=False, seconds=time.monotonic() - start)
+
+
+def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
+    training = recipe.training
+    accelerator = Accelerator(
+        mixed_precision="no" if training.precision == "fp32" else training.precision,
+        log_with=list(recipe.logging.trackers) or None,
+        project_dir=folder / _TRACKERS,
+    )
+    names = [teacher.name for teacher in recipe.teachers]
+    if is_uneven(len(names), accelerator.num_processes) and accelerator.is_main_process:
+        _logger.warning(
+            "%d teachers on %d processes: some processes have more to do than others, which wait for them.",
+            len(names),
+            accelerator.num_processes,
+        )
+    groups = share_batch(training.batch_size, len(names), accelerator.num_processes, accelerator.process_index)
+
+    base = open_pipeline(plan.base, name="base")
+    data, prompts = on_main(lambda: _prepare_data(recipe, plan, base, accelerator.device))
+    set_seed(recipe.seed)
+    student = _build_student(recipe, plan, base, average=accelerator.is_main_process)
+    teachers = _open_teachers(recipe, plan, groups, accelerator.device, student)
+    batches = Batches(
+        data,
+        names,
+        groups,
+        noise_schedule(base.scheduler.config),
+        caption_dropout=training.caption_dropout,
+        micro_batch_size=training.micro_batch_size,
+        seed=recipe.seed,
+        device=accelerator.device,
+    )
+
+    on_main(lambda: _begin(recipe, folder, resume=resume))
+    if recipe.logging.trackers:
+        accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
+    base.register_modules(unet=student.unet)  # the merged pipeline
+    show = partial(_show, base, recipe, prompts, folder, accelerator.device) if recipe.logging.sample_every else None
+    trainer = Trainer(accelerator, student, teachers, batches, recipe, folder, show)
+    trainer.train()
+    with trainer.averaged():
+        on_main(lambda: _save_result(base, plan, folder))
+    accelerator.end_training()
+
+
+def _check(
+    recipe: Recipe, folder: Path, num_processes: int, device: torch.device, resume: bool, overwrite: bool
+) -> Plan | None:
+    """Everything that can be checked before anything large is loaded; None where the run has ended already."""
+    is_run = (folder / RECIPE).is_file()
+    if (resume or overwrite) and not is_run and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"'{folder}' holds no {RECIPE}, so it is no merge to {'resume' if resume else 'overwrite'}. Name another "
+            "output."
+        )
+    if resume and is_run:
+        before = load_recipe(folder / RECIPE)
+        _check_same(before, recipe, folder)
+        if before == recipe and (folder / _INDEX).is_file():
+            return None
+    else:
+        check_folder(folder, overwrite=overwrite)
+    plan = check_merge(recipe, num_processes, device)
+    open_source(recipe)
+    check_space(folder, plan.num_bytes)
+    return plan
+
+
+def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
+    """Refuse to go on with a run under a recipe for another model."""
+    old, new = (_flat(recipe.model_dump(mode="json", include=set(_BINDING))) for recipe in (before, now))
+    for key in [*old, *new]:
+        if old.get(key) != new.get(key):
+            raise UserError(
+                f"The run in '{folder}' began with {key} {old.get(key, 'unset')}, the recipe now says "
+                f"{new.get(key, 'unset')}. Resume with '{folder / RECIPE}', or name another output."
+            )
+
+
+def _prepare_data(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -> tuple[TrainingData, list[str]]:
+    """The training data, and what the samples show."""
+    source = open_source(recipe)
+    # painting takes the whole model; reading captions is little work, and worth doing exactly
+    dtype = _DTYPES[recipe.training.precision] if isinstance(source, Synthesis) else torch.float32
+
+    def open_teacher(name: str, model: ModelSource) -> Any:
+        pipeline = open_pipeline(model, torch_dtype=dtype, name=f"teacher '{name}'")
+        if isinstance(source, Synthesis):
+            return pipeline.to(device)
+        pipeline.text_encoder.to(device)
+        return pipeline
+
+    named = [(teacher.name, model) for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)]
+    readers = (base.vae, base.text_encoder)
+    for module in readers:
+        module.to(device)
+    data = prepare_data(
+        source,
+        base,
+        {name: partial(open_teacher, name, model) for name, model in named},
+        size=recipe.size,
+        clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
+    )
+    # training needs none of them; the base's wait for the samples and the result
+    for module in readers:
+        module.to("cpu")
+    _free(device)
+    captions = source.prompts if isinstance(source, Synthesis) else source.captions
+    prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
+    return data, list(prompts)
+
+
+def _build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> StyledStudent:
+    """The student at its start, float32, on the CPU.
+
+    Args:
+        average: whether this process averages the teachers, where that is the start; the others' weights are made
+            equal to its when training begins.
+    """
+    unet = base.unet
+    if plan.start is not None:
+        unet = open_pipeline(plan.start, name="start").unet
+    elif recipe.start == "average" and average:
+        mean = {name: torch.zeros_like(tensor) for name, tensor in unet.state_dict().items()}
+        for source in plan.teachers:
+            for name, tensor in open_pipeline(source).unet.state_dict().items():
+                mean[name] += tensor
+        unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
+    names = [teacher.name for teacher in recipe.teachers]
+    return StyledStudent(unet, StylePrompts(names, unet.get_submodule(SD1.time_embedding).linear_2.out_features))
+
+
+def _open_teachers(
+    recipe: Recipe, plan: Plan, groups: list[Group], device: torch.device, student: StyledStudent
+) -> Teachers:
+    """The teachers that this process serves: frozen, in the recipe's precision, where they can be used."""
+    teachers = {}
+    for index in (group.teacher for group in groups):
+        name = f"teacher '{recipe.teachers[index].name}'"
+        pipeline = open_pipeline(plan.teachers[index], torch_dtype=_DTYPES[recipe.training.precision], name=name)
+        unet = freeze(pipeline.unet)
+        if recipe.training.compile:
+            unet.compile()
+        teachers[index] = Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
+    # float32 weights, gradients, AdamW's two moments, and their average
+    copies = 4 + (recipe.training.ema_decay is not None)
+    num_student_bytes = 4 * copies * sum(parameter.numel() for parameter in student.parameters())
+    return place_teachers(teachers, device, num_student_bytes=num_student_bytes)
+
+
+def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
+    """Make the folder that of this run: everything is ready for training."""
+    if not resume:
+        _remove(folder, _WRITTEN)
+    # while a run goes on, its folder is no pipeline; and what a killed one has left is swept
+    _remove(folder, (_INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / RECIPE)
+
+
+@torch.no_grad()
+def _show(pipeline: Any, recipe: Recipe, prompts: list[str], folder: Path, device: torch.device, step: int) -> None:
+    """Paint every prompt in every style, from the same noise, into one picture."""
+    styles = [teacher.name for teacher in recipe.teachers]
+    cells = [(prompt, seed, style) for seed, prompt in enumerate(prompts) for style in styles]
+    painted, seeds, in_styles = zip(*cells, strict=True)
+    readers = (pipeline.vae, pipeline.text_encoder)
+    for module in readers:
+        module.to(device)
+    # not in float16, in which some VAEs overflow
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+        pictures = sample(
+            pipeline,
+            painted,
+            seeds,
+            styles=in_styles,
+            steps=recipe.logging.sample_steps,
+            guidance_scale=recipe.logging.sample_guidance,
+            width=recipe.size,
+            height=recipe.size,
+        )
+        picture = grid(list(pictures), len(styles), row_labels=prompts, column_labels=styles)
+    save_png(picture, folder / SAMPLES / f"step-{step:08d}.png", overwrite=True)
+    for module in readers:
+        module.to("cpu")
+    _free(device)
+
+
+def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:
+    save_pipeline(pipeline, folder / _RESULT, provenance=plan.provenance)
+    made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == _INDEX)
+    _remove(folder, (path.name for path in made))
+    for path in made:
+        path.rename(folder / path.name)
+    (folder / _RESULT).rmdir()
+
+
+def _remove(folder: Path, names: Any) -> None:
+    for path in (folder / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Nested keys and values as ``teachers.0.name``."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {place: value}
+    return {name: one for key, inner in items for name, one in _flat(inner, f"{place}.{key}".strip(".")).items()}

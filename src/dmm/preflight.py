@@ -1,0 +1,245 @@
+"""Everything that is checked of a merge before anything large is loaded."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dmm.conditioning import check_clip_skip
+from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
+from dmm.diffusion import PredictionType
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.files import sha256
+from dmm.prompts import read_prompts
+from dmm.recipe import Recipe, Teacher
+from dmm.samplers import check_multiple
+from dmm.sharing import share_batch
+from dmm.styles import Provenance, StylePrompts
+from dmm.teachers import CheckedModel, ModelSource, check_model, naming, noise_schedule
+
+# of a UNet's config, what says nothing of what it computes
+_HARMLESS = ("sample_size", "upcast_attention")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that was found fit to run.
+
+    Attributes:
+        base, teachers: where their weights are.
+        start: the model that the student begins as; None for the base, or for the teachers' average.
+        prediction_type: of the base, and so of the student.
+        provenance: of each teacher.
+        num_bytes: what will be written.
+    """
+
+    base: ModelSource
+    teachers: tuple[ModelSource, ...]
+    start: ModelSource | None
+    prediction_type: PredictionType
+    provenance: tuple[Provenance, ...]
+    num_bytes: int
+
+
+def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Plan:
+    """Check that a recipe's models are there, whole, and of one kind, and that this machine can do what it asks.
+
+    Raises: UserError: the first thing that is wrong.
+    """
+    _check_precision(recipe.training.precision, device)
+    _check_trackers(recipe.logging.trackers)
+    _check_batch(recipe, num_processes)
+
+    base_source = ModelSource(recipe.base)
+    base = _check_base(base_source)
+    check_multiple("size", recipe.size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
+    sources = tuple(_source(teacher, recipe.base, base.path) for teacher in recipe.teachers)
+    teachers = []
+    for teacher, source in zip(recipe.teachers, sources, strict=True):
+        name = f"teacher '{teacher.name}'"
+        checked = check_model(source, name=name)
+        with naming(name):
+            check_clip_skip(SimpleNamespace(**checked.skeletons), teacher.clip_skip or None)
+        _check_alike(name, checked, base)
+        teachers.append(checked)
+    start = _check_start(recipe, base, teachers)
+    provenance = tuple(map(_provenance, recipe.teachers, sources, teachers))
+    return Plan(base_source, sources, start, base.prediction_type, provenance, _num_bytes(recipe, base.skeletons))
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Refuse a disk that what a run writes does not fit on; checkpoints that are there already count as written.
+
+    Raises: UserError.
+    """
+    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if num_bytes - there > free:
+        raise UserError(
+            f"'{folder}' needs {_gigabytes(num_bytes - there)} for the checkpoints and the result, and its disk has "
+            f"{_gigabytes(free)} free. Make room, lower checkpoint.keep, or name another output."
+        )
+
+
+def open_source(recipe: Recipe) -> CaptionedImages | Synthesis:
+    """What the recipe's data are made from.
+
+    Raises: UserError: it cannot be read, or is empty.
+    """
+    data = recipe.data
+    if data.images is not None:
+        return ImageFolder(data.images)
+    if data.dataset is not None:
+        return ImageDataset(data.dataset)
+    painted = data.synthesize
+    assert painted is not None  # the recipe has one of the three
+    return Synthesis(
+        read_prompts(painted.prompts),
+        painted.count * len(recipe.teachers),
+        steps=painted.steps,
+        guidance_scale=painted.guidance,
+        seed=painted.seed,
+    )
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("training.precision is fp16, which a CPU does not train in; set it to bf16 or fp32.")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"training.precision is bf16, which {torch.cuda.get_device_name(device)} does not compute; set it to fp16 "
+            "or fp32."
+        )
+
+
+def _check_trackers(trackers: Sequence[str]) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    assert all(name in LOGGER_TYPE_TO_CLASS for name in trackers)  # the recipe knows accelerate's names
+    for name in trackers:
+        if name not in [str(available) for available in get_available_trackers()]:
+            raise UserError(
+                f"logging.trackers names {name}, which is not installed; install its package or leave it out."
+            )
+
+
+def _check_batch(recipe: Recipe, num_processes: int) -> None:
+    try:
+        for process in range(num_processes):
+            share_batch(recipe.training.batch_size, len(recipe.teachers), num_processes, process)
+    except ValueError as error:
+        raise UserError(f"training.batch_size: {error}") from error
+
+
+def _check_base(source: ModelSource) -> CheckedModel:
+    path = Path(source.model)
+    if path.is_file():
+        raise UserError(
+            f"base: {path} is a single file, which carries neither configs nor a tokenizer for the result. Name a "
+            "stock pipeline folder or a hub id as the base; single files can be teachers, or the start."
+        )
+    return check_model(source, name="base")
+
+
+def _source(teacher: Teacher, base: str, base_path: Path) -> ModelSource:
+    model = base if teacher.model is None else teacher.model
+    return ModelSource(
+        model,
+        config=(teacher.config or base_path) if Path(model).is_file() else None,
+        lora=teacher.lora,
+        lora_scale=teacher.lora_scale,
+        vae=teacher.vae,
+        prediction_type=teacher.prediction_type,
+        allow_pickle=teacher.allow_pickle,
+    )
+
+
+def _check_start(recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedModel]) -> ModelSource | None:
+    if recipe.start == "average":
+        for teacher, checked in zip(recipe.teachers, teachers, strict=True):
+            if checked.prediction_type != base.prediction_type:
+                raise UserError(
+                    f"start is average, but teacher '{teacher.name}' predicts {checked.prediction_type} and the base "
+                    f"{base.prediction_type}: only weights of one prediction type can be averaged. Set start to base."
+                )
+    if recipe.start in ("base", "average"):
+        return None
+    source = ModelSource(recipe.start, config=base.path if Path(recipe.start).is_file() else None)
+    checked = check_model(source, name="start")
+    _check_alike("start", checked, base)
+    if checked.prediction_type != base.prediction_type:
+        raise UserError(
+            f"start: the model predicts {checked.prediction_type}, the base {base.prediction_type}, whose scheduler "
+            "the result gets. Start from a model that predicts what the base does."
+        )
+    return source
+
+
+def _check_alike(name: str, model: CheckedModel, base: CheckedModel) -> None:
+    """Refuse a model whose UNet has another architecture or another noise schedule than the base's."""
+    ours, theirs = (_structure(one.skeletons["unet"]) for one in (base, model))
+    # what tells families apart first
+    for key in dict.fromkeys(["cross_attention_dim", *ours, *theirs]):
+        if ours.get(key) != theirs.get(key):
+            advice = (
+                "SD 2.x and SD 1.x cannot be merged; choose teachers of one family."
+                if key == "cross_attention_dim"
+                else "Choose teachers of one architecture."
+            )
+            raise UserError(f"{name}: the UNet has {key} {theirs.get(key)}, the student {ours.get(key)}. {advice}")
+    powers, base_powers = (noise_schedule(one.scheduler_config) for one in (model, base))
+    if len(powers) != len(base_powers):
+        raise UserError(
+            f"{name}: its noise schedule has {len(powers)} steps, the student's {len(base_powers)}. Choose teachers "
+            "that were trained on the base's schedule."
+        )
+    if not torch.allclose(powers, base_powers, rtol=1e-4, atol=1e-8):
+        step = int((powers - base_powers).abs().argmax())
+        raise UserError(
+            f"{name}: its noise schedule is not the student's: alphas_cumprod at step {step} is {powers[step]:.6g}, "
+            f"the student's {base_powers[step]:.6g}. Choose teachers that were trained on the base's schedule."
+        )
+    if model.prediction_type == "epsilon" and base.prediction_type == "v_prediction" and (powers == 0).any():
+        raise UserError(
+            f"{name}: it predicts epsilon on a schedule that ends in pure noise, where that says nothing of the "
+            "velocity that the base predicts. Choose teachers that predict v."
+        )
+
+
+def _structure(unet: Any) -> dict[str, Any]:
+    """A UNet's config, one way of writing it for all that mean the same."""
+    config = {name: value for name, value in unet.config.items() if name[0] != "_" and name not in _HARMLESS}
+    for name, value in config.items():
+        if isinstance(value, list | tuple):
+            config[name] = value[0] if len(set(map(str, value))) == 1 and name != "block_out_channels" else tuple(value)
+    return config
+
+
+def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) -> Provenance:
+    told = str(source.model)
+    if source.lora is not None:
+        told = f"{source.lora} at {source.lora_scale:g} on {told}"
+    return Provenance(teacher.name, told, sha256(*checked.unet_files), SD1.name, checked.prediction_type)
+
+
+def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any]) -> int:
+    """Of the checkpoints, one more of them than are kept while the newest is written, and of the result."""
+    unet, vae, text_encoder = (
+        sum(parameter.numel() for parameter in skeletons[name].parameters()) for name in ("unet", "vae", "text_encoder")
+    )
+    with torch.device("meta"):
+        dim = skeletons["unet"].time_embedding.linear_2.out_features
+        prompts = StylePrompts([teacher.name for teacher in recipe.teachers], dim)
+    student = unet + sum(parameter.numel() for parameter in prompts.parameters())
+    copies = 3 + (recipe.training.ema_decay is not None)  # the weights, AdamW's two moments, their average
+    return 4 * (student * copies * (recipe.checkpoint.keep + 1) + student + vae + text_encoder)
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"

@@ -1,0 +1,137 @@
+"""Several processes of one run: what one does for all, and that none is left waiting for one that is gone."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from dmm.errors import UserError
+
+Made = TypeVar("Made")
+
+# The main process prepares the data while the others wait in a collective, for hours if need be. What ends their
+# wait where it dies is the launcher, or the connection that it closes.
+_TIMEOUT = timedelta(days=7)
+_TELLING_SECONDS = 2.0
+_HANG_SECONDS = 20.0  # launchers kill 30 s after they have asked
+
+
+def join_processes() -> PartialState:
+    """Find the other processes of the run, if a launcher has started some, and the device of this one."""
+    return PartialState(timeout=_TIMEOUT) if "WORLD_SIZE" in os.environ else PartialState()
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for the run; can be asked before :func:`join_processes`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def on_main(work: Callable[[], Made]) -> Made:
+    """What ``work`` makes in the main process, in all of them.
+
+    Args:
+        work: makes something that can be sent between processes.
+    Raises: what ``work`` does, in the main process; SystemExit in the others, which leave the telling to it.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return work()
+    made: list[Any] = [None, False]
+    try:
+        if state.is_main_process:
+            made = [work(), True]
+    finally:
+        # also on the way out with an error: the others must hear of it
+        try:
+            broadcast_object_list(made)
+        except RuntimeError:  # the main process has gone without a word
+            if state.is_main_process:
+                raise
+    if not made[1]:
+        leave()
+    return made[0]
+
+
+def leave() -> None:
+    """End a process that is not the main one, with what is wrong left for that to tell.
+
+    Raises: SystemExit: a little later: a launcher kills all once the first has ended.
+    """
+    time.sleep(_TELLING_SECONDS)
+    sys.exit(2)
+
+
+@contextmanager
+def telling_of_loss(step: int) -> Iterator[None]:
+    """Within the block, which belongs to ``step``, a process that is gone is told of.
+
+    Raises: UserError: naming this process and the step, where another one does not answer.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_connection(error):
+            raise
+        raise UserError(
+            f"Rank {state.process_index} of {state.num_processes}, step {step}: another process of the run is gone "
+            f"({str(error).splitlines()[0]}). The launcher tells which; --resume goes on from the last checkpoint."
+        ) from error
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within the block, SIGINT and SIGTERM are noted rather than obeyed; what is given tells whether one came.
+
+    A process that waits in a collective for another one that is gone cannot note anything: it ends, with a word.
+    """
+    noted = threading.Event()
+    before = {s: signal.signal(s, lambda *_: noted.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    # Python calls a handler between two of its instructions, which a blocked call never comes to; the byte is written
+    # to this socket at once
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    wakeup_before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    watch = threading.Thread(target=_end_if_blocked, args=(receiver, noted), daemon=True)
+    watch.start()
+    try:
+        yield noted.is_set
+    finally:
+        signal.set_wakeup_fd(wakeup_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        sender.close()
+        watch.join()
+        receiver.close()
+
+
+def _end_if_blocked(receiver: socket.socket, noted: threading.Event) -> None:
+    state = PartialState()
+    if not receiver.recv(1) or state.num_processes == 1 or noted.wait(_HANG_SECONDS):
+        return
+    print(
+        f"dmm: error: Rank {state.process_index} of {state.num_processes} was asked to stop, and has waited "
+        f"{_HANG_SECONDS:g} s in its step for a process that does not answer. --resume goes on from the last "
+        "checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    # gloo's errors are plain RuntimeErrors that name its source files
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
