@@ -326,7 +326,7 @@ def test_folders_of_other_families(sd1_folder, tmp_path, class_name, linear, tit
 
 
 def test_a_single_file_without_config(sd1_file):
-    refused(ModelSource(sd1_file), "carries neither configs nor a tokenizer. Pass config=")
+    refused(ModelSource(sd1_file), "carries neither configs nor a tokenizer. Pass as its config")
 
 
 def test_a_config_that_is_not_there(sd1_file, tmp_path):

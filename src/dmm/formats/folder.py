@@ -111,7 +111,7 @@ def weight_files(at: Path, component: Component, allow_pickle: bool) -> tuple[li
     if pickles:
         raise UserError(
             f"{at} has its weights only as a pickle ({pickles[0].name}), which can run code when it is opened. Get "
-            "the safetensors version, or allow pickles (allow_pickle=True) if you trust it."
+            "the safetensors version, or allow pickles (allow_pickle, --allow-pickle) if you trust it."
         )
     raise UserError(f"{at} holds no {stem}.safetensors. The folder is incomplete; download or save it again.")
 

@@ -57,8 +57,8 @@ def check_single_file(path: Path, header: Header, config: Path | None, family: F
     check_is_checkpoint(path, header, family)
     if config is None:
         raise UserError(
-            f"{path} is a single file, which carries neither configs nor a tokenizer. Pass config=: a stock pipeline "
-            "folder of the same architecture, such as the base."
+            f"{path} is a single file, which carries neither configs nor a tokenizer. Pass as its config "
+            "(config=, --config) a stock pipeline folder of the same architecture, such as the base."
         )
     skeletons = check_configs(config, family)
     used: set[str] = set()

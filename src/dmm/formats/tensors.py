@@ -166,7 +166,7 @@ def _check_pickle_allowed(path: Path, allow_pickle: bool) -> None:
     if not allow_pickle:
         raise UserError(
             f"{path} is a pickle, which can run code when it is opened. Pass a .safetensors file, or allow pickles "
-            "(allow_pickle=True) if you trust it."
+            "(allow_pickle, --allow-pickle) if you trust it."
         )
     if path.suffix not in PICKLE_SUFFIXES:
         raise UserError(f"{path} is a pickle by content but not by name. Rename it to end in .ckpt.")
