@@ -31,7 +31,7 @@ def commands():
                         yield pytest.param(words[1:], id=f"{page.name}: {part.strip()}")
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_every_command_is_one_that_the_program_takes(words):
     command, *rest = words
     assert command in COMMANDS
