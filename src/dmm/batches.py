@@ -12,6 +12,7 @@ from dmm.draws import draw
 from dmm.sharing import Group
 
 STUDENT = "student"
+"""Name of the student's text encoder, which is the base's."""
 
 
 class Data(Protocol):

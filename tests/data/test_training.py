@@ -6,7 +6,8 @@ import torch
 from conftest import tiny_pipeline, tiny_text_encoder
 from data_helpers import count_calls, noise, write_folder
 
-from dmm.data import STUDENT, ImageFolder, Synthesis, prepare_data
+from dmm.batches import STUDENT
+from dmm.data import ImageFolder, Synthesis, prepare_data
 from dmm.errors import UserError
 
 CAPTIONS = ["a cat", "a dog", "a cat", ""]

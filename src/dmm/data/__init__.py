@@ -6,6 +6,6 @@ embeddings; ``rows`` caches both, by the ``keys`` of what they were made from; `
 
 from dmm.data.images import CaptionedImages, ImageDataset, ImageFolder
 from dmm.data.synthesis import Synthesis
-from dmm.data.training import STUDENT, TrainingData, prepare_data
+from dmm.data.training import TrainingData, prepare_data
 
-__all__ = ["STUDENT", "CaptionedImages", "ImageDataset", "ImageFolder", "Synthesis", "TrainingData", "prepare_data"]
+__all__ = ["CaptionedImages", "ImageDataset", "ImageFolder", "Synthesis", "TrainingData", "prepare_data"]

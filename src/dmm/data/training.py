@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dmm.batches import STUDENT
 from dmm.conditioning import num_cut
 from dmm.data.encoding import check_size, encode_latents, encode_texts
 from dmm.data.images import CaptionedImages
@@ -18,8 +19,6 @@ from dmm.data.rows import Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
 from dmm.errors import UserError
 
-STUDENT = "student"
-"""Name of the student's text encoder, which is the base's."""
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 logger = logging.getLogger(__name__)
