@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -110,8 +112,12 @@ def finished(merge, tmp_path_factory):
     return folder
 
 
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def steps_of(folder):
-    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [entry["step"] for entry in log_of(folder)]
 
 
 def result_of(folder):
@@ -279,6 +285,19 @@ def test_bf16_and_checkpointing(merge, tmp_path):
     training = {"steps": 1, "batch_size": 3, "precision": "bf16", "gradient_checkpointing": True}
     assert merge(tmp_path / "bf16", training=training) == 0
     assert load_file(tmp_path / "bf16" / UNET)["conv_in.weight"].dtype == torch.float32
+
+
+def test_two_processes_merge_as_one(finished, models, tmp_path, merge):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dmm"]
+    command = [*launch, "merge", str(models / "finished.yaml"), "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("Wrote ") == 1
+    for one, two in zip(*(log_of(folder) for folder in (finished, tmp_path / "two")), strict=True):
+        assert two["score"] == pytest.approx(one["score"], rel=1e-4)
+    told = json.loads((tmp_path / "two" / "checkpoints" / "step-00000004" / "info.json").read_text())
+    assert told["num_processes"] == 2
 
 
 # what is wrong

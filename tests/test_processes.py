@@ -1,7 +1,10 @@
-"""A process that cannot answer a signal, since it waits for one that is gone, ends with a word."""
+"""What one process does for all; that none is left waiting for one that is gone."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 BLOCKED = """
 import ctypes, os, signal, threading
@@ -38,3 +41,37 @@ def test_a_blocked_process_ends_with_a_word_when_it_is_asked_to_stop():
 def test_one_that_is_not_blocked_notes_the_signal():
     ended = run(blocked=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+SHARED = """
+import os, signal, sys
+from dmm.errors import UserError
+from dmm.processes import join_processes, on_main
+
+def work():
+    assert state.is_main_process
+    if "{fate}" == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "{fate}" == "fails":
+        raise UserError("told once")
+    return {{"rows": 3}}
+
+state = join_processes()
+try:
+    print("has", on_main(work))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("fate", ["well", "fails", "killed"])
+def test_what_the_main_process_does_for_all(tmp_path, fate):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED.format(fate=fate))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=150)
+    assert (ended.returncode == 0) == (fate == "well")
+    assert ended.stdout.count("has {'rows': 3}") == (2 if fate == "well" else 0)
+    assert ended.stderr.splitlines().count("told once") == (1 if fate == "fails" else 0)
+    assert "AssertionError" not in ended.stderr

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from dmm.errors import UserError
 
@@ -27,8 +27,20 @@ _HANG_SECONDS = 20.0  # launchers kill 30 s after they have asked
 
 
 def join_processes() -> PartialState:
-    """Find the other processes of the run, if a launcher has started some, and the device of this one."""
-    return PartialState(timeout=_TIMEOUT) if "WORLD_SIZE" in os.environ else PartialState()
+    """Find the other processes of the run, if a launcher has started some, and the device of this one.
+
+    Raises: UserError: there are others, but they did not find each other.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    # on a machine without an accelerator, processes look for each other only if they are told to use the CPU
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu, timeout=_TIMEOUT) if started > 1 else PartialState(cpu=cpu)
+    if state.num_processes != started:
+        raise UserError(
+            f"The launcher started {started} processes, but this one found {state.num_processes}, so that they would "
+            "overwrite each other's work. Launch with torchrun, or with accelerate launch."
+        )
+    return state
 
 
 def is_main_process() -> bool:
