@@ -61,6 +61,13 @@ def store_lora(source: Path, target: Path, rank: int) -> None:
     print(f"{source.name}: rank {rank} keeps {mean:.1%} of the layers' squared norms, {min(kept):.1%} at least")
 
 
+def forget_path(config: Path) -> None:
+    """Leave out of a config where its model lay while it was trained."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    settings.pop("_name_or_path", None)
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -70,6 +77,7 @@ def main() -> None:
 
     ignored = shutil.ignore_patterns("*.safetensors")
     shutil.copytree(base, WEIGHTS / "configs", ignore=ignored)
+    forget_path(WEIGHTS / "configs" / "vae" / "config.json")
     store(base / "vae" / "diffusion_pytorch_model.safetensors", WEIGHTS / "vae.safetensors")
 
     plan: dict[str, dict[str, str]] = {}

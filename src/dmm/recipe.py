@@ -1,6 +1,6 @@
 """The recipe of a merge: what is merged, from what data, how it is trained; typed, checked, YAML in and out.
 
-A field's name is its key in the file, and its default is the paper's value (seeds: DMM §A.3) where the
+A field's name is its key in the file, and its default is the paper's value (DMM §A.3) where the
 paper has one. Paths are relative to the recipe's folder. Nothing heavy is imported and nothing is opened:
 what can be known without the models is checked here, before they are loaded.
 """
