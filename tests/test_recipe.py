@@ -55,7 +55,7 @@ def test_a_recipe_that_names_nothing_else_has_the_papers_values(folder):
     training = recipe.training
     assert (training.steps, training.batch_size, training.micro_batch_size) == (100_000, 320, 20)
     assert (training.learning_rate, training.style_learning_rate, training.caption_dropout) == (1e-5, None, 0.1)
-    assert recipe.losses == Losses(feature=0.001, adversarial=0)
+    assert recipe.losses == Losses(feature=0.001, adversarial=0.01)
     assert (recipe.checkpoint.every, recipe.checkpoint.keep) == (2500, 3)
 
 
@@ -255,9 +255,8 @@ def test_mistakes_in_overrides(folder, overrides, message):
         ),
         (
             "base: base",
-            "base: base\nlosses: {adversarial: 0.01}",
-            "line 2: losses.adversarial: found 0.01, but there is no adversarial loss yet; set it to 0 or "
-            "leave it out.",
+            "base: base\nlosses: {adversarial: -1}",
+            "line 2: losses.adversarial: found -1, expected a number at least 0.",
         ),
     ],
 )

@@ -34,9 +34,11 @@ def check_file(path: Path, *, overwrite: bool = False) -> None:
         _check_parent(path)
 
 
-def check_folder(path: Path, *, overwrite: bool = False) -> None:
+def check_folder(path: Path, *, overwrite: bool = False, besides: str | None = None) -> None:
     """Refuse a folder that could not be filled at the end; call it before any expensive work.
 
+    Args:
+        besides: a name in it that does not count.
     Raises: UserError: the folder holds something and may not be overwritten, is a file, or cannot be written.
     """
     with _told_to_user(path):
@@ -46,7 +48,7 @@ def check_folder(path: Path, *, overwrite: bool = False) -> None:
             _check_parent(path)
         elif not os.access(path, os.W_OK):
             raise UserError(f"The folder '{path}' cannot be written; name another output.")
-        elif not overwrite and any(path.iterdir()):
+        elif not overwrite and any(inside.name != besides for inside in path.iterdir()):
             raise UserError(
                 f"The folder '{path}' is not empty. Name another output, "
                 "or add --overwrite to replace files of the same name."

@@ -66,7 +66,7 @@ def read_lora(path: Path, models: Mapping[str, Any], *, allow_pickle: bool = Fal
         path = path / LORA_FILE
     header = read_header(path, allow_pickle=allow_pickle)
     check_is_lora(path, header)
-    names = _split_names(path, list(header.tensors))
+    names = split_names(path, list(header.tensors))
     layers = _layers_by_name(models)
     _check_known(path, list(names), layers)
     tensors = read_tensors(path)
@@ -90,7 +90,7 @@ def read_lora(path: Path, models: Mapping[str, Any], *, allow_pickle: bool = Fal
         if "alpha" in parts:
             scaling = tensors[parts["alpha"]].item() / len(down)
         else:
-            scaling = _peft_scaling(peft_config, component, module, rank=len(down))
+            scaling = peft_scaling(peft_config, component, module, rank=len(down))
         result.append(LoraLayerWeights(component, module, down, up, scaling))
     return result
 
@@ -145,7 +145,7 @@ def save_kohya_lora(
     write_tensors(path, tensors, {**written, **(metadata or {})})
 
 
-def _split_names(path: Path, keys: list[str]) -> dict[str, dict[str, str]]:
+def split_names(path: Path, keys: list[str]) -> dict[str, dict[str, str]]:
     """Layer name -> part -> key."""
     names: dict[str, dict[str, str]] = {}
     for key in keys:
@@ -202,7 +202,7 @@ def _check_known(path: Path, names: list[str], layers: Mapping[str, object]) -> 
     )
 
 
-def _peft_scaling(config: Mapping[str, Any], component: str, module: str, rank: int) -> float:
+def peft_scaling(config: Mapping[str, Any], component: str, module: str, rank: int) -> float:
     """Read alpha / rank from PEFT's config, which diffusers keeps in a file's metadata; 1 without one."""
     alphas: Mapping[str, float] = config.get(f"{component}.alpha_pattern") or {}
     default = config.get(f"{component}.lora_alpha", rank)

@@ -25,8 +25,7 @@ from dmm.formats.tensors import Header, write_tensors
 V_PREDICTION_MARK = "v_pred"
 """An empty tensor of this name says, by custom, that the UNet predicts v."""
 
-# left in files by training scripts and by older libraries; nothing that samples reads them
-_HARMLESS = (
+HARMLESS = (
     "model_ema.*",
     "first_stage_model.loss.*",
     "*.position_ids",
@@ -40,6 +39,8 @@ _HARMLESS = (
     "scale_factor",
     V_PREDICTION_MARK,
 )
+"""Left in files by training scripts and by older libraries; nothing that samples reads them."""
+
 _SPEC_TO_PREDICTION = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _PREDICTION_TO_SPEC = {"epsilon": "epsilon", "v_prediction": "v"}
 
@@ -66,7 +67,7 @@ def check_single_file(path: Path, header: Header, config: Path | None, family: F
         _check_component(skeletons[name], names, header.tensors, path)
         used.update(names.values())
     left = [
-        name for name in header.tensors if name not in used and not any(fnmatchcase(name, known) for known in _HARMLESS)
+        name for name in header.tensors if name not in used and not any(fnmatchcase(name, known) for known in HARMLESS)
     ]
     check_nothing_left(left, f"an {family.title} model of {config}'s architecture", str(path))
     prediction_type_of(path, header)
@@ -143,7 +144,7 @@ def save_single_file(
                     f"{family.title} model."
                 )
             theirs = names[ours]
-            if _is_vae_attention(theirs) and tensor.ndim == 2:
+            if is_vae_attention(theirs) and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
             tensors[theirs] = tensor.to(dtype) if dtype else tensor
     prediction_type = _PREDICTION_TO_SPEC[pipeline.scheduler.config.prediction_type]
@@ -189,7 +190,7 @@ def original_names(models: Mapping[str, Any], family: Family) -> dict[str, dict[
 
 def _check_component(model: Any, names: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path) -> None:
     found = {
-        ours: _as_linear(tensors[theirs]) if _is_vae_attention(theirs) else tensors[theirs]
+        ours: _as_linear(tensors[theirs]) if is_vae_attention(theirs) else tensors[theirs]
         for ours, theirs in names.items()
         if theirs in tensors
     }
@@ -246,7 +247,7 @@ def _parameters(layers: list[str]) -> list[str]:
     return [f"{layer}.{parameter}" for layer in layers for parameter in ("weight", "bias")]
 
 
-def _is_vae_attention(name: str) -> bool:
+def is_vae_attention(name: str) -> bool:
     """Whether the original layout has a 1x1 convolution where diffusers has a linear layer."""
     return ".mid.attn_1." in name and name.endswith(".weight") and ".norm." not in name
 

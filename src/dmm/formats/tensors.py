@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from dmm.errors import UserError
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
+_MAX_HEADER = 100_000_000  # bytes, as the format has it; what claims more is no header at all
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,6 +40,8 @@ class Header:
     tensors: dict[str, Tensor]
     """On the meta device: names, shapes and dtypes without values."""
     metadata: dict[str, str]
+    offsets: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """First byte of each tensor in the file, and the one after its last; empty of a pickle."""
 
 
 def read_header(path: Path, *, allow_pickle: bool = False) -> Header:
@@ -136,30 +139,60 @@ def _read_safetensors_header(path: Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if 8 + length <= size else None
-    if text is None and length < 100_000_000:  # more than the format allows: not a header's length at all
+        possible = length <= _MAX_HEADER
+        text = file.read(length) if possible and 8 + length <= size else None
+    if text is None and possible:
         raise UserError(
             f"{path} is cut short: its header alone takes {8 + length} bytes, the file has {size}. Download it again."
         )
     try:
         declared: dict[str, Any] = json.loads(text or b"")
         metadata = declared.pop("__metadata__", {})
-        end = 8 + length + max((entry["data_offsets"][1] for entry in declared.values()), default=0)
+        offsets = {}
+        for name, entry in declared.items():
+            begin, stop = entry["data_offsets"]
+            offsets[name] = (8 + length + begin, 8 + length + stop)
+        end = max((stop for _, stop in offsets.values()), default=8 + length)
         tensors = {
             name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
             for name, entry in declared.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is not a safetensors file: its header cannot be read ({error!r}).") from error
-    if end != size:
-        found = "is cut short" if size < end else "has bytes too many"
-        raise UserError(f"{path} {found}: its header declares {end} bytes, the file has {size}. Download it again.")
+    if end < size:
+        raise UserError(
+            f"{path} has bytes too many: its header declares {end} bytes, the file has {size}. Download it again."
+        )
+    if end > size:
+        lost = min((start, name) for name, (start, stop) in offsets.items() if stop > size)[1]
+        raise UserError(
+            f"{path} is cut short: its header declares {end} bytes, the file has {size}, which ends before or within "
+            f"'{lost}'. Download it again."
+        )
+    _check_offsets(path, tensors, offsets, 8 + length)
     try:
-        with safe_open(path, framework="pt"):  # the library's own checks, such as that no two tensors overlap
+        with safe_open(path, framework="pt"):  # the library's own checks, whatever is left
             pass
     except SafetensorError as error:
         raise UserError(f"{path} is not a valid safetensors file: {error}. Download it again.") from error
-    return Header(tensors, metadata)
+    return Header(tensors, metadata, offsets)
+
+
+def _check_offsets(
+    path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, tuple[int, int]], start: int
+) -> None:
+    """Refuse tensors that overlap, leave holes between them, or take another number of bytes than they need."""
+    before = "the header"
+    for name in sorted(offsets, key=offsets.__getitem__):
+        begin, end = offsets[name]
+        if begin != start:
+            fault = f"overlaps {before}" if begin < start else f"leaves a hole of {begin - start} bytes after {before}"
+        elif end - begin != tensors[name].nbytes:
+            fault = f"takes {end - begin} bytes where its shape and dtype need {tensors[name].nbytes}"
+        else:
+            start, before = end, f"'{name}'"
+            continue
+        raise UserError(f"{path} is not a valid safetensors file: '{name}' {fault}. Download it again.")
 
 
 def _check_pickle_allowed(path: Path, allow_pickle: bool) -> None:

@@ -1,0 +1,1 @@
+"""Soups: merges without training, streamed, with a ledger of what is in them."""

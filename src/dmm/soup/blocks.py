@@ -1,0 +1,95 @@
+"""Blocks of a UNet as people who merge by blocks (MBW) count them, and rules that give blocks weights of their own.
+
+SD 1.x has 26 of them: BASE (all that is no UNet), IN00 to IN11, M00, OUT00 to OUT11; SDXL has IN00 to IN08 and OUT00
+to OUT08. As in the first tool that had them, the time embedding counts as IN00 and the last layers as the last OUT.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dmm.errors import UserError
+
+_ORIGINAL = re.compile(r"^model\.diffusion_model\.(input_blocks|middle_block|output_blocks)(?:\.(\d+))?\.")
+_DIFFUSERS = re.compile(r"^unet/(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
+_UNETS = ("model.diffusion_model.", "unet/")
+_LAST = ("model.diffusion_model.out.", "unet/conv_norm_out.", "unet/conv_out.")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of one architecture.
+
+    Attributes:
+        names: all of them, as the lists of weights that people share have them.
+        layers: ResNets in each level of the UNet's way down.
+    """
+
+    names: tuple[str, ...]
+    layers: int
+
+    @classmethod
+    def of(cls, tensors: Iterable[str]) -> "Blocks":
+        """Read them off the names of a model's tensors, in the original layout or as ``unet/...`` of a folder."""
+        inputs = outputs = layers = 0
+        for name in tensors:
+            if found := _ORIGINAL.match(name):
+                number = int(found[2] or 0) + 1
+                inputs = max(inputs, number) if found[1] == "input_blocks" else inputs
+                outputs = max(outputs, number) if found[1] == "output_blocks" else outputs
+            elif (found := _DIFFUSERS.match(name)) and found[3] == "resnets":
+                level, layer = int(found[2]), int(found[4])
+                if found[1] == "down":
+                    layers = max(layers, layer + 1)
+                else:
+                    outputs = max(outputs, level * (layer + 1) + layer + 1)
+        inputs = inputs or outputs
+        names = ["BASE", *(f"IN{i:02}" for i in range(inputs)), "M00", *(f"OUT{i:02}" for i in range(outputs))]
+        return cls(tuple(names), layers)
+
+    def block_of(self, tensor: str) -> str:
+        """The block that a tensor belongs to."""
+        if not tensor.startswith(_UNETS):
+            return "BASE"
+        if tensor.startswith(_LAST):
+            return self.names[-1]
+        if found := _ORIGINAL.match(tensor):
+            if found[1] == "middle_block":
+                return "M00"
+            return f"{'IN' if found[1] == 'input_blocks' else 'OUT'}{int(found[2]):02}"
+        if found := _DIFFUSERS.match(tensor):
+            level, kind, layer = int(found[2]), found[3], int(found[4])
+            if found[1] == "down":
+                place = 1 + layer if kind != "downsamplers" else self.layers + 1
+                return f"IN{level * (self.layers + 1) + place:02}"
+            place = layer if kind != "upsamplers" else self.layers
+            return f"OUT{level * (self.layers + 1) + place:02}"
+        return "M00" if tensor.startswith("unet/mid_block.") else "IN00"
+
+    def select(self, pattern: str, tensors: Sequence[str]) -> list[str]:
+        """The tensors that a rule is for.
+
+        Args:
+            pattern: a block (``IN04``), blocks (``IN00-IN05``, in the order of ``names``), or ``/a regular
+                expression/`` that is searched for in the tensors' names.
+        Raises: UserError: it is none of these, or is for no tensor at all.
+        """
+        if len(pattern) > 1 and pattern.startswith("/") and pattern.endswith("/"):
+            try:
+                expression = re.compile(pattern[1:-1])
+            except re.error as error:
+                raise UserError(f"blocks: '{pattern}' is no regular expression: {error}.") from error
+            chosen = [name for name in tensors if expression.search(name)]
+        else:
+            first, _, last = (part.strip() for part in pattern.partition("-"))
+            for name in (first, last or first):
+                if name not in self.names:
+                    raise UserError(
+                        f"blocks: there is no block '{name}'; these models have {self.names[0]}, {self.names[1]} to "
+                        f"{self.names[-1]} with M00 between, and a /regular expression/ stands between slashes."
+                    )
+            span = range(self.names.index(first), self.names.index(last or first) + 1)
+            chosen = [name for name in tensors if self.names.index(self.block_of(name)) in span]
+        if not chosen:
+            raise UserError(f"blocks: '{pattern}' is for none of the {len(tensors)} tensors. Check the pattern.")
+        return chosen

@@ -1,0 +1,37 @@
+"""One entrance to all kinds of soup."""
+
+from pathlib import Path
+
+from dmm.soup.greedy import make_greedy_soup
+from dmm.soup.ledger import Ledger
+from dmm.soup.lora import make_lora
+from dmm.soup.make import Bar, Made, make_soup, no_bar
+from dmm.soup.recipe import SoupRecipe
+
+
+def cook(
+    recipe: SoupRecipe,
+    output: Path,
+    *,
+    ledger: Ledger | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    bar: Bar = no_bar,
+) -> Made:
+    """Make what a recipe asks for.
+
+    Args:
+        output: a .safetensors file; of full models also a folder.
+        ledger: that of the soup which the recipe comes from; models must be those that it tells of.
+        overwrite: replace an output that exists.
+        threads: by default as many as there are cores.
+    Raises: UserError: anything that the user can mend, before anything is written.
+    """
+    expected = None if ledger is None else ledger.digests
+    if recipe.kind == "lora":
+        return make_lora(recipe, output, overwrite=overwrite, threads=threads, expected=expected, bar=bar)
+    if recipe.method == "greedy":
+        return make_greedy_soup(recipe, output, overwrite=overwrite, threads=threads, bar=bar)
+    # scores are of that very choice of models: another has none
+    greedy = ledger.greedy if ledger is not None and recipe == ledger.recipe else None
+    return make_soup(recipe, output, overwrite=overwrite, threads=threads, expected=expected, bar=bar, greedy=greedy)

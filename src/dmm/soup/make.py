@@ -1,0 +1,199 @@
+"""Making a soup: check, hash, measure, merge, write; whole or not at all."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from dmm.errors import UserError
+from dmm.files import sha256
+from dmm.formats.folder import UNUSED_COMPONENTS
+from dmm.formats.tensors import read_json
+from dmm.outputs import check_file, check_folder, new_file, new_folder
+from dmm.soup.ledger import check_digests, describe, labelled_digests
+from dmm.soup.models import Layout
+from dmm.soup.plan import Plan, plan_soup
+from dmm.soup.reading import Digests
+from dmm.soup.recipe import SoupRecipe
+from dmm.soup.stream import in_threads, measure, num_threads, write
+from dmm.soup.writing import NewWeightFile, sync_folder
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
+"""Begins a stage: told its name and how much there is to do; gives what is told of what is done."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A soup that was made.
+
+    Attributes:
+        num_bytes: of its weights.
+        not_finite: how many values of which tensors are NaN or infinite in the output's dtype.
+        notes: what the user should be told.
+    """
+
+    path: Path
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    not_finite: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def no_bar(_: str, __: int) -> AbstractContextManager[Callable[[int], object]]:
+    """Show nothing."""
+    return nullcontext(lambda _: None)
+
+
+def make_soup(
+    recipe: SoupRecipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    expected: Mapping[str, str] | None = None,
+    digests: Digests | None = None,
+    bar: Bar = no_bar,
+    greedy: Mapping[str, object] | None = None,
+) -> Made:
+    """Merge full models without training.
+
+    Args:
+        recipe: of kind ``unet``, with any method but ``greedy``, which :func:`dmm.soup.greedy.make_greedy_soup` makes.
+        output: a .safetensors file of the original layout; any other name is a stock diffusers folder.
+        threads: by default as many as there are cores; the result is the same for any number.
+        expected: sha256 by label, from a ledger, that the models must have.
+        digests: what is known of files' sha256; by default the user's cache.
+        greedy: what the ledger says of how the models were chosen.
+    Raises: UserError: anything about the models, the recipe or the place that the user can mend, before anything is
+        written.
+    """
+    start = time.monotonic()
+    layout = layout_of(output)
+    (check_file if layout == "file" else check_folder)(output, overwrite=overwrite)
+    threads = num_threads(threads)
+    digests = digests or Digests()
+    with plan_soup(recipe, layout) as plan:
+        known = digest_files(plan, digests, threads, bar)
+        check_digests(expected or {}, labelled_digests(plan, known))
+        count = sum(tensor.declared.num_elements for tensor in plan.tensors)
+        _check_space(output, sum(tensor.declared.num_bytes for tensor in plan.tensors))
+        if plan.method.measures is None:
+            measured: dict[str, Tensor] = {}
+        else:
+            with bar("measuring", count) as progress:
+                measured = measure(plan, threads, progress)
+        metadata = describe(plan, known, output, greedy)
+        with bar("merging", count) as progress:
+            not_finite = _write(plan, output, metadata, measured, threads, progress, overwrite)
+        return Made(
+            output,
+            len(plan.tensors),
+            sum(tensor.declared.num_bytes for tensor in plan.tensors),
+            time.monotonic() - start,
+            not_finite,
+            plan.notes,
+        )
+
+
+def layout_of(output: Path) -> Layout:
+    """What an output's name asks for."""
+    return "file" if output.suffix == ".safetensors" else "folder"
+
+
+def digest_files(plan: Plan, digests: Digests, threads: int, bar: Bar) -> dict[Path, str]:
+    """Sha256 of all that is read, every value of it being finite."""
+    files = plan.files
+    with bar("reading", sum(file.num_bytes for file in files)) as progress:
+        found = in_threads([partial(file.digest, digests, progress) for file in files], threads)
+    digests.save()
+    loras = {model.lora for model in plan.teachers if model.lora is not None}
+    return {**{file.path: digest for file, digest in zip(files, found, strict=True)}, **{p: sha256(p) for p in loras}}
+
+
+def _write(
+    plan: Plan,
+    output: Path,
+    metadata: Mapping[str, str],
+    measured: Mapping[str, Tensor],
+    threads: int,
+    progress: Callable[[int], object],
+    overwrite: bool,
+) -> dict[str, int]:
+    place = new_file(output, overwrite=overwrite) if plan.layout == "file" else new_folder(output, overwrite=overwrite)
+    with place as temporary:
+        by_path: dict[Path, list[int]] = {}
+        for i, tensor in enumerate(plan.tensors):
+            path = temporary if plan.layout == "file" else temporary / weights_path(tensor.name)
+            by_path.setdefault(path, []).append(i)
+        if plan.layout == "folder":
+            _copy_configs(plan, temporary)
+        with ExitStack() as stack:
+            files = {}
+            opened = []
+            for path, indices in by_path.items():
+                tensors = {_name_in(plan, plan.tensors[i].name): plan.tensors[i].declared for i in indices}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = NewWeightFile(path, tensors, metadata)
+                opened.append(file)
+                stack.callback(file.close)
+                files.update({plan.tensors[i].name: (file, _name_in(plan, plan.tensors[i].name)) for i in indices})
+            not_finite = write(plan, files, measured, threads, progress)
+            for source in plan.files:
+                source.check_unchanged()
+            for file in opened:
+                file.sync()
+        if plan.layout == "folder":
+            for folder in {path.parent for path in temporary.rglob("*")}:
+                sync_folder(folder)
+    sync_folder(output.resolve().parent)
+    return not_finite
+
+
+def weights_path(name: str) -> Path:
+    """Where a folder keeps a tensor of the name ``component/...``."""
+    component = name.split("/", 1)[0]
+    stem = "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+    return Path(component) / f"{stem}.safetensors"
+
+
+def _name_in(plan: Plan, name: str) -> str:
+    return name if plan.layout == "file" else name.split("/", 1)[1]
+
+
+def _copy_configs(plan: Plan, folder: Path) -> None:
+    """All of a stock folder but its weights; it says what these models predict, and has no safety checker."""
+    assert plan.configs is not None  # the plan saw to it
+    index = read_json(plan.configs / "model_index.json")
+    for name in UNUSED_COMPONENTS:
+        if name in index:
+            index[name] = [None, None]
+    index["requires_safety_checker"] = False
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for name in sorted(name for name, value in index.items() if isinstance(value, list) and value[0]):
+        (folder / name).mkdir()
+        for file in sorted((plan.configs / name).iterdir()):
+            is_weights = file.suffix in (".safetensors", ".bin", ".msgpack", ".onnx") or ".index." in file.name
+            if file.is_file() and not is_weights:
+                shutil.copyfile(file, folder / name / file.name)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(scheduler)
+    if config.get("prediction_type", "epsilon") != plan.prediction_type:
+        config["prediction_type"] = plan.prediction_type
+        scheduler.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_space(output: Path, num_bytes: int) -> None:
+    place = next(folder for folder in output.resolve().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise UserError(
+            f"'{output}' needs {num_bytes / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free. Make room, or name "
+            "another output."
+        )

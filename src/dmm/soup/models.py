@@ -1,0 +1,238 @@
+"""Models as named tensors to be read in slices, whatever layout they are kept in."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dmm.errors import UserError
+from dmm.families import SD1, Component, title_of_folder, title_of_keys
+from dmm.formats.detect import is_lora
+from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, weight_files
+from dmm.formats.lora import LoraLayerWeights
+from dmm.formats.single_file import (
+    HARMLESS,
+    V_PREDICTION_MARK,
+    is_vae_attention,
+    original_names,
+    prediction_type_of,
+)
+from dmm.formats.tensors import Header, read_json
+from dmm.soup.reading import WeightFile
+
+Layout = Literal["file", "folder"]
+"""A single file of the original layout; or a diffusers folder, whose tensors are ``component/name``."""
+
+TEXT_ENCODERS = ("text_encoder", "cond_stage_model.", "conditioner.embedders.")
+"""What text encoders' tensors' names begin with."""
+
+_VAE_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one tensor of a model is read from."""
+
+    file: WeightFile
+    name: str
+    """In the file."""
+    shape: tuple[int, ...]
+    """In the layout that it is read for; its elements' order is the same in all."""
+    added: tuple[tuple[LoraLayerWeights, float], ...] = ()
+    """LoRAs on this layer, and how strongly."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In the file."""
+        return self.file.tensors[self.name].dtype
+
+    @property
+    def num_elements(self) -> int:
+        """How many."""
+        return torch.Size(self.shape).numel()
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Some elements, flattened; a slice of a LoRA's product is computed from the rows that it takes."""
+        values = self.file.read(self.name, start, stop).to(dtype)
+        for layer, scale in self.added:
+            columns = layer.down.flatten(1).shape[1]
+            first, last = start // columns, -(-stop // columns)
+            delta = (layer.up.flatten(1)[first:last].to(dtype) @ layer.down.flatten(1).to(dtype)).flatten()
+            values.add_(delta[start - first * columns : stop - first * columns], alpha=scale * layer.scaling)
+        return values
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model whose files are open and whose headers are checked."""
+
+    label: str
+    """What error messages call it."""
+    path: Path
+    layout: Layout
+    family: str
+    prediction_type: str
+    tensors: dict[str, Source]
+    files: dict[str, WeightFile]
+    """By their paths within a folder; of a single file, by its name."""
+    lora: Path | None = None
+    """The LoRA on it, if any."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Of its main file."""
+        return next(iter(self.files.values())).metadata
+
+
+def open_model(path: Path, label: str) -> OpenModel:
+    """Open a model's files and check their headers.
+
+    Raises: UserError: damaged files, pickles, or no model of a family that we know; it begins with ``label``.
+    """
+    try:
+        return _open_folder(path, label) if path.is_dir() else _open_file(path, label)
+    except UserError as error:
+        raise UserError(f"{label}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the two layouts call the same tensors, as one model's configs have it."""
+
+    config: Path
+    skeletons: dict[str, Any]
+    file_of_folder: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, config: Path) -> "Names":
+        """Read them off a stock pipeline folder's configs.
+
+        Raises: UserError: it is no stock folder, or of a family whose layouts we cannot translate.
+        """
+        skeletons = check_configs(config, SD1)
+        names = {
+            f"{component}/{_with_level(component, ours)}": theirs
+            for component, by_name in original_names(skeletons, SD1).items()
+            for ours, theirs in by_name.items()
+        }
+        return cls(config, skeletons, names)
+
+    def layer(self, layout: Layout, component: str, module: str) -> str:
+        """What a layout calls a layer's weight."""
+        name = f"{component}/{_with_level(component, module)}.weight"
+        return name if layout == "folder" else self.file_of_folder[name]
+
+
+def translate(model: OpenModel, layout: Layout, names: Names) -> OpenModel:
+    """A model's tensors by the names of another layout; what nothing reads is left behind.
+
+    Raises: UserError: it has tensors that the other layout has no name for, or other shapes than the configs.
+    """
+    if model.layout == layout:
+        return model
+    forward = names.file_of_folder
+    table = forward if layout == "file" else {theirs: ours for ours, theirs in forward.items()}
+    tensors = {}
+    for name, source in model.tensors.items():
+        if name not in table:
+            if any(fnmatchcase(name, f"*{known}") for known in (*HARMLESS, "/logit_scale", "/text_projection.weight")):
+                continue
+            raise UserError(
+                f"{model.label}: {model.path} has '{name}', for which the other layout has no name. Merge models of "
+                f"the architecture of {names.config}, or give another config."
+            )
+        shape = source.shape
+        if is_vae_attention(forward.get(name, name)):
+            shape = (*shape[:2], 1, 1) if layout == "file" else shape[:2]
+        tensors[table[name]] = replace(source, shape=shape)
+    return replace(model, layout=layout, tensors=tensors)
+
+
+def put_lora(model: OpenModel, layers: Sequence[LoraLayerWeights], path: Path, scale: float, names: Names) -> OpenModel:
+    """A model with a LoRA on it.
+
+    Args:
+        layers: as ``read_lora`` has checked them.
+    """
+    tensors = dict(model.tensors)
+    for layer in layers:
+        name = names.layer(model.layout, layer.component, layer.module)
+        source = tensors.get(name)
+        if source is None:
+            raise UserError(f"{model.label}: {model.path} has no '{name}', which the LoRA {path} changes.")
+        tensors[name] = replace(source, added=(*source.added, (layer, scale)))
+    return replace(model, tensors=tensors, lora=path)
+
+
+def _open_file(path: Path, label: str) -> OpenModel:
+    file = WeightFile(path)
+    names = list(file.tensors)
+    if is_lora(names):
+        raise UserError(f"{path} is a LoRA, not a full model. Pass it as lora: instead of model:.")
+    found = title_of_keys(names)
+    if found is None:
+        example = f", such as '{names[0]}'" if names else ""
+        raise UserError(
+            f"{path}: none of its {len(names)} tensors has a name that we know{example}. Pass a single file of the "
+            "original layout, or a pipeline folder."
+        )
+    prediction_type = prediction_type_of(path, Header(file.tensors, file.metadata)) or "epsilon"
+    tensors = {name: Source(file, name, tuple(file.tensors[name].shape)) for name in file.in_order()}
+    return OpenModel(label, path, "file", found[0], prediction_type, tensors, {path.name: file})
+
+
+def _open_folder(path: Path, label: str) -> OpenModel:
+    if not (path / "model_index.json").is_file():
+        raise UserError(
+            f"{path} holds no model_index.json, so it is no stock diffusers pipeline folder. Pass the folder that "
+            "`save_pretrained` of a pipeline wrote, or a single .safetensors file."
+        )
+    index = read_json(path / "model_index.json")
+    unet_config = path / "unet" / "config.json"
+    family = title_of_folder(str(index.get("_class_name")), read_json(unet_config) if unet_config.is_file() else {})
+    files: dict[str, WeightFile] = {}
+    tensors: dict[str, Source] = {}
+    # the UNet first: its file is the one whose metadata tell of the whole
+    for name in sorted(index, key=lambda name: (name != "unet", name)):
+        at = path / name
+        stem = "model" if name.startswith(TEXT_ENCODERS[0]) else "diffusion_pytorch_model"
+        if name in UNUSED_COMPONENTS or not (at / "config.json").is_file():
+            continue
+        for weights in weight_files(at, Component(name, None, "", stem), allow_pickle=False)[0]:
+            file = files[os.path.relpath(weights, path).replace(os.sep, "/")] = WeightFile(weights)
+            for key in file.in_order():
+                tensors[f"{name}/{_current(name, key)}"] = Source(file, key, tuple(file.tensors[key].shape))
+    if not any(name.startswith("unet/") for name in tensors):
+        raise UserError(f"{path} has no UNet. Pass a whole pipeline folder.")
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    prediction_type = read_json(scheduler).get("prediction_type", "epsilon")
+    return OpenModel(label, path, "folder", family, str(prediction_type), tensors, files)
+
+
+def _current(component: str, name: str) -> str:
+    """A tensor's name in its component's newest files; older files have older ones."""
+    if component == "vae":
+        for old, new in _VAE_ATTENTION.items():
+            name = name.replace(old, new)
+    return _with_level(component, name)
+
+
+def _with_level(component: str, name: str) -> str:
+    # the level that transformers 5.6 dropped from the class is kept in the files
+    if (
+        component != "text_encoder"
+        or name.startswith("text_model.")
+        or name in ("logit_scale", "text_projection.weight")
+    ):
+        return name
+    return f"text_model.{name}"
+
+
+def is_harmless(name: str) -> bool:
+    """Whether nothing that samples reads a tensor of this name."""
+    return name != V_PREDICTION_MARK and any(fnmatchcase(name, f"*{known}") for known in HARMLESS)
