@@ -1,5 +1,6 @@
 """A tiny SD 1.x of real diffusers classes, in every form that models come in."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dmm.formats.single_file import save_single_file
 from dmm.pipeline import add_styles, save_pipeline
 from dmm.styles import Provenance, StylePrompts
+
+# tests run in several processes, and models as small as these gain nothing by threads
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 MAX_TOKENS = 24
 STYLE_NAMES = ["ink", "photo", "clay"]

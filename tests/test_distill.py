@@ -132,7 +132,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(student):
 def test_a_velocity_teacher_is_converted_and_its_last_block_left_out(student):
     batch = new_batch(student)
     epsilon, velocity = new_teachers(("epsilon", "v_prediction"))
-    call = (batch.x_t, batch.timesteps, batch.alpha_bar_t, batch.conditioning)
+    call = (batch, Part(0, slice(None), batch.conditioning))
     prediction, features = velocity(*call)
     raw = velocity.unet(batch.x_t, batch.timesteps, **batch.conditioning).sample
     expected = convert_prediction(raw, batch.x_t, batch.alpha_bar_t, "v_prediction", "epsilon")

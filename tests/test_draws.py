@@ -9,7 +9,7 @@ SHAPE = {"latent_shape": (4, 4, 4), "num_timesteps": 1000, "caption_dropout": 0.
 
 
 def take(seed, step, indices):
-    return draw(seed, step, indices, num_rows=[50] * len(indices), **SHAPE)
+    return draw(seed, step, indices, num_rows=[[50]] * len(indices), **SHAPE)
 
 
 def test_a_sample_is_the_same_in_any_share_of_the_batch():
@@ -37,7 +37,14 @@ def test_draws_are_what_they_say():
 
 
 def test_each_sample_may_have_rows_of_its_own():
-    draws = draw(0, 0, range(300), num_rows=[1, 10, 100] * 100, **SHAPE)
+    draws = draw(0, 0, range(300), num_rows=[[1], [10], [100]] * 100, **SHAPE)
     assert draws.rows[::3].max() == 0
     assert draws.rows[1::3].max() == 9
     assert draws.rows[2::3].max() > 50
+
+
+def test_a_choice_of_styles_is_even_and_takes_rows_of_the_style_chosen():
+    draws = draw(0, 0, range(400), num_rows=[[1, 5]] * 400, **SHAPE)
+    assert 150 < draws.styles.sum() < 250
+    assert (draws.rows[draws.styles == 0] == 0).all()
+    assert set(draws.rows[draws.styles == 1].tolist()) == set(range(5))

@@ -13,7 +13,8 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_pipeline, tiny_text_encoder, tiny_unet, tiny_vae
 from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
-from peft import LoraConfig
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -385,3 +386,34 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, merge, tmp_path, monke
     assert not (folder / "model_index.json").exists()
     assert merge(folder, "--resume") == 0
     assert result_of(folder) == result_of(finished)
+
+
+def test_loras_of_every_layout_are_teachers_at_once(merge, models, tmp_path, capsys):
+    adapted = tiny_pipeline()
+    torch.manual_seed(5)
+    adapted.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "conv1"]))
+    peft = get_peft_model_state_dict(adapted.unet)
+    save_kohya_lora(models / "kohya.safetensors", unet=adapted.unet)
+    StableDiffusionPipeline.save_lora_weights(models / "peft", peft)
+    StableDiffusionPipeline.save_lora_weights(models / "diffusers", convert_state_dict_to_diffusers(peft))
+    teachers = [
+        {"name": "kohya", "lora": "kohya.safetensors", "lora_scale": 0.5},
+        {"name": "peft", "lora": "peft", "lora_scale": 0.5},
+        {"name": "diffusers", "lora": "diffusers/pytorch_lora_weights.safetensors", "lora_scale": 1},
+    ]
+    training = {**recipe_of(models)["training"], "steps": 1}
+    assert merge(tmp_path / "loras", teachers=teachers, training=training) == 0, capsys.readouterr().err
+    pipe = dmm.load_pipeline(tmp_path / "loras")
+    assert dmm.style_names(pipe) == ["kohya", "peft", "diffusers"]
+    # one LoRA in three layouts is one teacher, and at another scale another
+    error = log_of(tmp_path / "loras")[-1]
+    base = open_pipeline(ModelSource(models / "base")).unet.state_dict()
+    delta = [
+        open_pipeline(ModelSource(models / "base", lora=models / path)).unet.state_dict()[name] - base[name]
+        for path in ("kohya.safetensors", "peft", "diffusers/pytorch_lora_weights.safetensors")
+        for name in ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",)
+    ]
+    torch.testing.assert_close(delta[0], delta[1])
+    torch.testing.assert_close(delta[0], delta[2])
+    assert delta[0].abs().max() > 0
+    assert {"score_error/kohya", "score_error/peft", "score_error/diffusers"} <= error.keys()

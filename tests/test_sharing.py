@@ -9,7 +9,8 @@ CASES = [(320, 8, 16), (320, 8, 8), (40, 8, 1), (41, 8, 1), (30, 8, 3), (29, 3, 
 
 @pytest.mark.parametrize(("batch_size", "num_teachers", "num_processes"), CASES)
 def test_samples_are_dealt_out_once_and_styles_count_alike(batch_size, num_teachers, num_processes):
-    shares = [share_batch(batch_size, num_teachers, num_processes, process) for process in range(num_processes)]
+    equal = [1 / num_teachers] * num_teachers
+    shares = [share_batch(batch_size, equal, num_processes, process) for process in range(num_processes)]
     dealt = [index for groups in shares for group in groups for index in group.indices]
     assert sorted(dealt) == list(range(batch_size))
     for teacher in range(num_teachers):
@@ -21,17 +22,29 @@ def test_samples_are_dealt_out_once_and_styles_count_alike(batch_size, num_teach
 
 def test_with_as_many_processes_as_teachers_each_serves_one():
     for process in range(16):
-        assert [group.teacher for group in share_batch(320, 8, 16, process)] == [process % 8]
+        assert [group.teacher for group in share_batch(320, [1 / 8] * 8, 16, process)] == [process % 8]
 
 
 def test_one_process_serves_all():
-    assert [group.teacher for group in share_batch(40, 8, 1, 0)] == list(range(8))
+    assert [group.teacher for group in share_batch(40, [1 / 8] * 8, 1, 0)] == list(range(8))
 
 
 def test_a_batch_too_small_for_its_processes_is_refused():
-    with pytest.raises(ValueError, match="smallest batch is 16"):
-        share_batch(15, 8, 16, 0)
-    assert all(share_batch(16, 8, 16, process) for process in range(16))
+    with pytest.raises(ValueError, match="a batch of 15 gives teacher 7 1 samples for the 2 processes"):
+        share_batch(15, [1 / 8] * 8, 16, 0)
+    assert all(share_batch(16, [1 / 8] * 8, 16, process) for process in range(16))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_shares_need_not_be_equal(num_processes):
+    shares = [0.25, 0.25, 0.5]
+    dealt = [share_batch(41, shares, num_processes, process) for process in range(num_processes)]
+    groups = [group for groups in dealt for group in groups]
+    assert sorted(index for group in groups for index in group.indices) == list(range(41))
+    for teacher, share in enumerate(shares):
+        mine = [group for group in groups if group.teacher == teacher]
+        assert sum(len(group.indices) for group in mine) == (10, 10, 21)[teacher]
+        assert sum(group.weight * len(group.indices) for group in mine) == pytest.approx(share)
 
 
 def test_uneven_shares_are_known():

@@ -1,6 +1,7 @@
 """A run goes on where it stopped, on any number of processes, and never saves what is broken."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -167,7 +168,7 @@ def test_a_run_goes_on_at_the_rate_that_its_recipe_now_says(tmp_path):
     toy_trainer(tmp_path, toy_recipe(training=changed)).train()
     after = saved(tmp_path)
     assert all((tensor - before[name]).abs().max() < 1e-9 for name, tensor in after.tensors["student"].items())
-    assert {group["options"]["weight_decay"] for group in after.info["optimizer"]["groups"]} == {0.0}
+    assert {group["options"]["weight_decay"] for group in after.info["student"]["optimizer"]["groups"]} == {0.0}
     with pytest.raises(UserError, match="has trained 3 steps already"):
         toy_trainer(tmp_path, toy_recipe(training={"steps": 2})).train()
 
@@ -206,3 +207,17 @@ def test_precision_and_checkpointing_run(tmp_path, precision):
     training = {"steps": 2, "precision": precision, "gradient_checkpointing": True}
     toy_trainer(tmp_path, toy_recipe(training=training)).train()
     assert all(tensor.dtype == torch.float32 for tensor in saved(tmp_path).tensors["student"].values())
+
+
+def test_the_curves_are_means_of_what_was_seen(tmp_path):
+    """Of the first step of an untrained student: the adversary guesses, and the score is that of a run without it."""
+    toy_trainer(tmp_path / "with", toy_recipe(training={"steps": 1})).train()
+    without = toy_recipe(training={"steps": 1}, losses={"feature": 0.1, "adversarial": 0})
+    toy_trainer(tmp_path / "without", without).train()
+    first, plain = read_log(tmp_path / "with")[0], read_log(tmp_path / "without")[0]
+    assert first["score"] == plain["score"]
+    assert first["feature"] == plain["feature"]
+    guess = math.log(2 * len(STYLES))
+    assert first["adversarial"] == pytest.approx(guess, rel=0.3)
+    assert first["discriminator"] == pytest.approx(2 * guess, rel=0.3)
+    assert "adversarial" not in plain

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
-from dmm.batches import Batches
-from dmm.distill import Teacher
+from dmm.batches import Batches, Role
+from dmm.discriminator import Discriminator
+from dmm.distill import Adversary, Teacher
 from dmm.errors import UserError
 from dmm.recipe import Recipe
 from dmm.sharing import share_batch
@@ -30,7 +31,7 @@ ALPHAS_CUMPROD = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule
 
 
 class ToyData:
-    """Rows of noise with a text embedding each; row's caption dropped: zeros."""
+    """Rows of noise with a text embedding each, every other one for the other teacher; a dropped caption is zeros."""
 
     num_rows = 32
     latent_shape = (4, 8, 8)
@@ -39,6 +40,9 @@ class ToyData:
         generator = torch.Generator().manual_seed(0)
         self._latents = torch.randn(self.num_rows, *self.latent_shape, generator=generator)
         self._text = torch.randn(self.num_rows, 6, 16, generator=generator)
+
+    def rows_of(self, teacher):
+        return torch.arange(STYLES.index(teacher), self.num_rows, len(STYLES))
 
     def latents(self, rows):
         return self._latents[rows]
@@ -51,7 +55,12 @@ class ToyData:
 def toy_recipe(**settings):
     training = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "precision": "fp32", **settings.pop("training", {})}
     teachers = [{"name": name, "model": "o/m"} for name in STYLES]
-    parts = {"checkpoint": {"every": 2, "keep": 2}, "logging": {"every": 1}, "losses": {"feature": 0.1}, **settings}
+    parts = {
+        "checkpoint": {"every": 2, "keep": 2},
+        "logging": {"every": 1},
+        "losses": {"feature": 0.1, "adversarial": 0.01},
+        **settings,
+    }
     data = {"dataset": "o/d"}
     return Recipe.model_validate({"base": "o/b", "teachers": teachers, "data": data, "training": training, **parts})
 
@@ -79,19 +88,28 @@ def toy_trainer(folder, recipe, student=None, **settings):
         mixed_precision={"fp32": "no"}.get(recipe.training.precision, recipe.training.precision), cpu=True
     )
     training = recipe.training
-    groups = share_batch(training.batch_size, len(STYLES), accelerator.num_processes, accelerator.process_index)
+    weight = recipe.losses.adversarial
+    adversary = Adversary(Discriminator(toy_student().unet, len(STYLES)), weight, "epsilon") if weight else None
+    roles = [Role([i], name, 1 / len(STYLES)) for i, name in enumerate(STYLES)]
+    groups = share_batch(
+        training.batch_size, [role.share for role in roles], accelerator.num_processes, accelerator.process_index
+    )
     batches = Batches(
         ToyData(),
         STYLES,
-        groups,
-        ALPHAS_CUMPROD,
+        roles,
+        groups=groups,
+        alphas_cumprod=ALPHAS_CUMPROD,
         caption_dropout=training.caption_dropout,
         micro_batch_size=training.micro_batch_size,
         seed=recipe.seed,
         device=accelerator.device,
+        adversarial=adversary is not None,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    return Trainer(accelerator, student or toy_student(), toy_teachers(), batches, recipe, folder, **settings)
+    return Trainer(
+        accelerator, student or toy_student(), toy_teachers(), batches, recipe, folder, STYLES, adversary, **settings
+    )
 
 
 def die_at(trainer, rank, step):

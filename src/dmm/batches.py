@@ -1,22 +1,23 @@
 """Batches of a training step: draws made on stored latents and texts, noised, and cut into micro-batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dmm.diffusion import add_noise
-from dmm.distill import Batch, Part
-from dmm.draws import draw
+from dmm.distill import Batch, Part, Rediffusion
+from dmm.draws import draw, draw_again
 from dmm.sharing import Group
 
 STUDENT = "student"
 """Name of the student's text encoder, which is the base's."""
 
 
-class Data(Protocol):
-    """What batches are made from; :class:`dmm.data.TrainingData` is."""
+class CaptionedLatents(Protocol):
+    """Latents with their captions as text encoders read them."""
 
     num_rows: int
     latent_shape: tuple[int, int, int]
@@ -28,34 +29,65 @@ class Data(Protocol):
         """Keyword arguments of a UNet for B rows, as the named encoder made them; the empty caption's where dropped."""
 
 
+class Data(CaptionedLatents, Protocol):
+    """What batches are made from; :class:`dmm.data.TrainingData` is."""
+
+    def rows_of(self, teacher: str) -> Tensor:
+        """(R,) int64, the rows that a style's teacher painted."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a teacher supervises.
+
+    Attributes:
+        styles: indices of the styles that it teaches; where they are several, a sample's is drawn.
+        encoder: whose text encoder it reads, a name of :class:`Data`.
+        share: of every batch and of the loss; those of all roles sum to 1.
+    """
+
+    styles: Sequence[int]
+    encoder: str
+    share: float
+
+
 class Batches:
     """All that a process trains on, by step.
 
     Args:
         data: latents and the encoded captions.
-        styles: the teachers' names, in their order; each is the name of its encoder in ``data``.
+        styles: names, in the order of the student's style prompts.
+        roles: of the teachers, by index.
         groups: this process's part of every global batch.
         alphas_cumprod: (T,), the student's noise schedule.
         micro_batch_size: samples, at most, of one batch.
         seed: of everything random.
         device: where the batches are wanted.
+        own: each style learns on what its own teacher painted, not on everything.
+        adversarial: draw, too, how a discriminator's images are diffused.
     """
 
     def __init__(
         self,
         data: Data,
         styles: Sequence[str],
+        roles: Sequence[Role],
+        *,
         groups: Sequence[Group],
         alphas_cumprod: Tensor,
-        *,
         caption_dropout: float,
         micro_batch_size: int,
         seed: int,
         device: torch.device,
+        own: bool = False,
+        adversarial: bool = False,
     ) -> None:
-        self._data, self._styles = data, styles
+        self._data, self._roles, self._num_styles = data, roles, len(styles)
         self._alphas_cumprod = alphas_cumprod
         self._caption_dropout, self._seed, self._device = caption_dropout, seed, device
+        self._adversarial = adversarial
+        everything = torch.arange(data.num_rows)
+        self._rows = [data.rows_of(style) if own else everything for style in styles]
         samples = [(group.teacher, index, group.weight) for group in groups for index in group.indices]
         starts = range(0, len(samples), micro_batch_size)
         self._micro_batches = [samples[start : start + micro_batch_size] for start in starts]
@@ -74,29 +106,46 @@ class Batches:
             self._seed,
             step,
             indices,
-            num_rows=[self._data.num_rows] * len(indices),
+            num_rows=[[len(self._rows[style]) for style in self._roles[teacher].styles] for teacher in teachers],
             latent_shape=self._data.latent_shape,
             num_timesteps=len(self._alphas_cumprod),
             caption_dropout=self._caption_dropout,
         )
         alpha_bar_t = self._alphas_cumprod[draws.timesteps]
-        x_t = add_noise(self._data.latents(draws.rows), draws.noise, alpha_bar_t)
-        style = torch.tensor(teachers)
+        styles = [
+            self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
+        ]
+        rows = torch.stack([self._rows[style][row] for style, row in zip(styles, draws.rows.tolist(), strict=True)])
+        x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
         parts = []
         for teacher in dict.fromkeys(teachers):
             samples = slice(teachers.index(teacher), teachers.index(teacher) + teachers.count(teacher))
             # both sides see the same dropped captions: a mismatch teaches nothing
-            conditioning = self._data.conditioning(self._styles[teacher], draws.rows[samples], draws.dropped[samples])
+            encoder = self._roles[teacher].encoder
+            conditioning = self._data.conditioning(encoder, rows[samples], draws.dropped[samples])
             parts.append(Part(teacher, samples, self._to_device(conditioning)))
+        one_hot = torch.nn.functional.one_hot(torch.tensor(styles), self._num_styles)
         return Batch(
             x_t=x_t.to(self._device),
             timesteps=draws.timesteps.to(self._device),
             alpha_bar_t=alpha_bar_t.to(self._device),
-            style_weights=torch.nn.functional.one_hot(style, len(self._styles)).float().to(self._device),
-            conditioning=self._to_device(self._data.conditioning(STUDENT, draws.rows, draws.dropped)),
+            style_weights=one_hot.float().to(self._device),
+            conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)),
             loss_weights=torch.tensor(weights, device=self._device),
             parts=parts,
+            again=self._again(step, indices, draws.timesteps) if self._adversarial else None,
         )
+
+    def _again(self, step: int, indices: Sequence[int], timesteps: Tensor) -> Rediffusion:
+        later, noise = draw_again(
+            self._seed,
+            step,
+            indices,
+            timesteps=timesteps,
+            latent_shape=self._data.latent_shape,
+            num_timesteps=len(self._alphas_cumprod),
+        )
+        return Rediffusion(later.to(self._device), self._alphas_cumprod[later].to(self._device), noise.to(self._device))
 
     def _to_device(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self._device) for name, value in conditioning.items()}

@@ -19,25 +19,26 @@ class Curves:
 
     def __init__(self, styles: Sequence[str], device: torch.device) -> None:
         self._styles, self._device = styles, device
+        # of each term, by style: the sum of its values, and their number
         self._sums: dict[str, Tensor] = {}
-        self._counts = torch.zeros(len(styles), device=device)
 
     def add(self, batch: Batch, terms: Mapping[str, Tensor]) -> None:
         """Add a batch's values: for each term, (B,)."""
-        self._counts += batch.style_weights.sum(0)
         for name, values in terms.items():
             if name not in self._sums:
-                self._sums[name] = torch.zeros(len(self._styles), device=self._device)
-            self._sums[name] += values @ batch.style_weights
+                self._sums[name] = torch.zeros(2, len(self._styles), device=self._device)
+            self._sums[name] += torch.stack([values, torch.ones_like(values)]) @ batch.style_weights
 
     def take(self, accelerator: Any) -> dict[str, float]:
         """The means over all processes' samples, ``score`` and ``score/anime``, and begin anew."""
-        counts = accelerator.reduce(self._counts, reduction="sum")
         scalars = {}
         for name, sums in self._sums.items():
-            means = accelerator.reduce(sums, reduction="sum") / counts
+            total, count = accelerator.reduce(sums, reduction="sum")
+            means = (total / count).tolist()
+            # an earlier style is drawn by chance, and so may not be there
+            told = {style: means[i] for i, style in enumerate(self._styles) if count[i]}
             # of the styles, not of the samples: as the loss weighs them
-            scalars[name] = means.mean().item()
-            scalars |= {f"{name}/{style}": mean.item() for style, mean in zip(self._styles, means, strict=True)}
-        self._sums, self._counts = {}, torch.zeros_like(self._counts)
+            scalars[name] = sum(told.values()) / len(told)
+            scalars |= {f"{name}/{style}": mean for style, mean in told.items()}
+        self._sums = {}
         return scalars

@@ -80,6 +80,36 @@ def convert_prediction(
     return convert(model_output, x_t, alpha_bar_t)
 
 
+def rediffuse(
+    model_output: Tensor,
+    x_t: Tensor,
+    alpha_bar_t: Tensor,
+    noise: Tensor,
+    alpha_bar_s: Tensor,
+    prediction_type: PredictionType,
+) -> Tensor:
+    """The clean latents that a model predicts at timestep t, diffused again with other noise to a timestep s >= t.
+
+    At large t the clean latents themselves are unbounded: an error of the predicted noise comes back
+    sqrt((1 - alpha_bar_t) / alpha_bar_t) times as large, about 15 at the end of SD 1.x's schedule. Diffused to s they
+    are multiplied by sqrt(alpha_bar_s), and what is left of that factor is at most 1.
+
+    Args:
+        model_output, x_t, noise: (B, C, H, W).
+        alpha_bar_t: (B,) in [0, 1].
+        alpha_bar_s: (B,) in [0, alpha_bar_t].
+    Returns: x_s, (B, C, H, W), dtype of ``x_t``.
+    Source: DMM eq. 12 and §A.2, "we diffuse the discriminator input images with random noise".
+    """
+    signal, spread = _factors(x_t, alpha_bar_t)
+    signal_s, spread_s = _factors(x_t, alpha_bar_s)
+    if prediction_type == "v_prediction":
+        return signal_s * (signal * x_t - spread * model_output) + spread_s * noise
+    # nothing of x_0 is left at s where nothing of it is left at t
+    ratio = signal_s / signal.clamp(min=1e-6)
+    return ratio * (x_t - spread * model_output) + spread_s * noise
+
+
 def _factors(x: Tensor, alpha_bar_t: Tensor) -> tuple[Tensor, Tensor]:
     """Square roots of signal and noise power, shaped to multiply ``x``; in its dtype, taken in the schedule's."""
     power = alpha_bar_t.reshape(-1, *(1,) * (x.ndim - 1))

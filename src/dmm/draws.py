@@ -17,12 +17,14 @@ class Draws:
     """What was drawn for B samples.
 
     Attributes:
-        rows: (B,) int64, which row of the data each sample is.
+        styles: (B,) int64, which of the styles that it may be in each sample is.
+        rows: (B,) int64, which of the rows that it may be taken from each sample is.
         timesteps: (B,) int64, uniform.
         noise: (B, C, H, W) float32, standard normal.
         dropped: (B,) bool, whose caption is replaced by the empty one.
     """
 
+    styles: Tensor
     rows: Tensor
     timesteps: Tensor
     noise: Tensor
@@ -34,7 +36,7 @@ def draw(
     step: int,
     indices: Sequence[int],
     *,
-    num_rows: Sequence[int],
+    num_rows: Sequence[Sequence[int]],
     latent_shape: Sequence[int],
     num_timesteps: int,
     caption_dropout: float,
@@ -42,16 +44,44 @@ def draw(
     """Draw what the samples at ``indices`` of the global batch of ``step`` are made of.
 
     Args:
-        num_rows: for each of the B samples, the number of rows that it may be taken from.
+        num_rows: for each of the B samples and each of the styles that it may be in, the number of rows that it may
+            then be taken from.
         latent_shape: (C, H, W).
         caption_dropout: in [0, 1].
     """
-    rows, timesteps, noise, dropped = [], [], [], []
-    for index, count in zip(indices, num_rows, strict=True):
+    styles, rows, timesteps, noise, dropped = [], [], [], [], []
+    for index, counts in zip(indices, num_rows, strict=True):
         # counter-based, so that each sample has 2**64 blocks of one stream that no other sample reads
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, step]))
-        rows.append(generator.integers(count))
+        # where there is no choice of styles, nothing is drawn of the stream
+        styles.append(int(generator.integers(len(counts))) if len(counts) > 1 else 0)
+        rows.append(generator.integers(counts[styles[-1]]))
         timesteps.append(generator.integers(num_timesteps))
         dropped.append(generator.random() < caption_dropout)
         noise.append(generator.standard_normal(tuple(latent_shape), dtype=np.float32))
-    return Draws(torch.tensor(rows), torch.tensor(timesteps), torch.from_numpy(np.stack(noise)), torch.tensor(dropped))
+    return Draws(
+        torch.tensor(styles),
+        torch.tensor(rows),
+        torch.tensor(timesteps),
+        torch.from_numpy(np.stack(noise)),
+        torch.tensor(dropped),
+    )
+
+
+def draw_again(
+    seed: int, step: int, indices: Sequence[int], *, timesteps: Tensor, latent_shape: Sequence[int], num_timesteps: int
+) -> tuple[Tensor, Tensor]:
+    """Draw what samples are diffused with a second time; of a stream of its own, so that :func:`draw` stays as it is.
+
+    Args:
+        timesteps: (B,) int64, where the samples are.
+        latent_shape: (C, H, W).
+    Returns: timesteps from there on, uniform, (B,) int64; standard normal noise, (B, C, H, W) float32.
+    """
+    later, noise = [], []
+    for index, timestep in zip(indices, timesteps.tolist(), strict=True):
+        # half of all streams away from what draw reads
+        generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 1 << 63, index, step]))
+        later.append(generator.integers(timestep, num_timesteps))
+        noise.append(generator.standard_normal(tuple(latent_shape), dtype=np.float32))
+    return torch.tensor(later), torch.from_numpy(np.stack(noise))

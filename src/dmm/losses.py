@@ -7,6 +7,7 @@ so that a loss weight means the same at every resolution and width.
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,6 +38,35 @@ def feature_loss(student_features: Mapping[str, Tensor], teacher_features: Mappi
         raise ValueError(f"The student lacks the teacher's blocks {', '.join(sorted(strange))}.")
     errors = [_mean_squared_error(student_features[name], features) for name, features in teacher_features.items()]
     return torch.stack(errors).sum(0)
+
+
+def adversarial_loss(student_logits: Tensor, styles: Tensor) -> Tensor:
+    """How little the discriminator takes the student's latents for the teachers' of their styles.
+
+    Args:
+        student_logits: (B, 2 N), of what the student painted.
+        styles: (B,) int64 in [0, N), whose style each is.
+    Returns: (B,) float32.
+    Source: DMM eq. 11, Algorithm 1 line 11.
+    """
+    return F.cross_entropy(student_logits.float(), styles, reduction="none")
+
+
+def discriminator_loss(student_logits: Tensor, teacher_logits: Tensor, styles: Tensor) -> Tensor:
+    """How badly the discriminator tells the student in a style from that style's teacher, and styles from each other.
+
+    The student's class is N + i, the teacher's i, as in Algorithm 1; the second term of eq. 11 has it the other
+    way round, which contradicts the text.
+
+    Args:
+        student_logits, teacher_logits: (B, 2 N).
+        styles: (B,) int64 in [0, N).
+    Returns: (B,) float32.
+    Source: DMM Algorithm 1 line 17.
+    """
+    num_styles = student_logits.shape[1] // 2
+    fake = F.cross_entropy(student_logits.float(), num_styles + styles, reduction="none")
+    return fake + F.cross_entropy(teacher_logits.float(), styles, reduction="none")
 
 
 def _mean_squared_error(a: Tensor, b: Tensor) -> Tensor:

@@ -11,10 +11,13 @@ One folder holds a run and what comes of it::
            unet/ vae/ ...
            styles/             ... and its styles
 
+           first-stage/        where the recipe has a second stage: all of this, of the first
+
 Without ``model_index.json`` nothing takes the folder for a pipeline. It comes last, in one rename, so that the
 result appears whole or not at all.
 """
 
+import copy
 import gc
 import logging
 import shutil
@@ -28,30 +31,34 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import AutocastKwargs, set_seed
 
-from dmm.batches import Batches
+from dmm.batches import STUDENT, Batches, Role
 from dmm.data import Synthesis, TrainingData, prepare_data
-from dmm.distill import Teacher, Teachers
+from dmm.discriminator import Discriminator
+from dmm.distill import Adversary, EarlierStudent, Teacher, Teachers
 from dmm.errors import UserError
 from dmm.families import SD1
-from dmm.formats.side_car import STYLES_FOLDER
+from dmm.formats.side_car import STYLES_FOLDER, read_side_car
 from dmm.outputs import check_folder
 from dmm.pictures import grid, save_png
 from dmm.pipeline import save_pipeline
-from dmm.preflight import Plan, check_merge, check_space, open_source
+from dmm.preflight import Plan, check_merge, check_space, open_source, paints_earlier, shares_of
 from dmm.processes import join_processes, on_main
-from dmm.recipe import Recipe, load_recipe, save_recipe
+from dmm.prompts import read_prompts
+from dmm.recipe import Data, Recipe, Training, load_recipe, save_recipe
 from dmm.residency import place_teachers
 from dmm.sampling import sample
 from dmm.sharing import Group, is_uneven, share_batch
-from dmm.student import StyledStudent
-from dmm.styles import StylePrompts
+from dmm.student import StyledStudent, grow
+from dmm.styles import StylePrompts, bake
 from dmm.teachers import ModelSource, freeze, noise_schedule, open_pipeline
 from dmm.trainer import CHECKPOINTS, LOG, Trainer
+from dmm.watch import SAMPLES_PER_STYLE, Watch
 
 RECIPE = "recipe.yaml"
 SAMPLES = "samples"
+FIRST_STAGE = "first-stage"
 
 _TRACKERS = "trackers"
 _INDEX = "model_index.json"
@@ -62,8 +69,9 @@ _WRITTEN = (
     *("scheduler", "tokenizer"),
 )
 # of a recipe, what a run may not change once it has begun
-_BINDING = ("kind", "base", "start", "teachers", "data", "size", "seed")
+_BINDING = ("kind", "base", "start", "earlier", "teachers", "data", "size", "seed")
 _NUM_SAMPLE_PROMPTS = 4
+_WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _logger = logging.getLogger(__name__)
@@ -74,11 +82,13 @@ class Merged:
     """What a merge has come to.
 
     Attributes:
+        styles: that it paints in.
         was_finished: the run had ended before, and nothing was done.
         seconds: that it took.
     """
 
     folder: Path
+    styles: list[str]
     was_finished: bool
     seconds: float
 
@@ -98,14 +108,37 @@ def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     """
     start = time.monotonic()
     state = join_processes()
-    plan = on_main(lambda: _check(recipe, folder, state.num_processes, state.device, resume, overwrite))
-    if plan is None:
-        return Merged(folder, was_finished=True, seconds=time.monotonic() - start)
-    try:
-        _run(recipe, plan, folder, resume=resume)
-    finally:
-        AcceleratorState._reset_state()  # so that a second merge in this process may have another precision
-    return Merged(folder, was_finished=False, seconds=time.monotonic() - start)
+    if not resume:
+        on_main(lambda: check_folder(folder, overwrite=overwrite))
+    if recipe.finetune is not None:  # the second stage's check comes after the first stage's training
+        prompts = recipe.finetune.synthesize.prompts
+        on_main(lambda: read_prompts(prompts))
+    was_finished = []
+    for stage, place in _stages(recipe, folder):
+        check = partial(_check, stage, place, state.num_processes, state.device, resume, overwrite)
+        plan = on_main(check)
+        was_finished.append(plan is None)
+        if plan is not None:
+            try:
+                _run(stage, plan, place, resume=resume)
+            finally:
+                AcceleratorState._reset_state()  # so that a second merge in this process may have another precision
+    style_prompts = on_main(lambda: read_side_car(folder))
+    assert style_prompts is not None
+    state.destroy_process_group()
+    return Merged(folder, style_prompts.names, was_finished=all(was_finished), seconds=time.monotonic() - start)
+
+
+def _stages(recipe: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
+    """A recipe as recipes of one stage each, and where each is run."""
+    if recipe.finetune is None:
+        return [(recipe, folder)]
+    first = recipe.model_copy(update={"finetune": None})
+    painted = recipe.finetune.synthesize.model_copy(update={"own": True})
+    then = {"start": str((folder / FIRST_STAGE).resolve()), "data": Data(synthesize=painted)}
+    training = Training(**recipe.finetune.training.model_dump())
+    second = first.model_copy(update={**then, "training": training})
+    return [(first, folder / FIRST_STAGE), (second, folder)]
 
 
 def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
@@ -114,42 +147,64 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         mixed_precision="no" if training.precision == "fp32" else training.precision,
         log_with=list(recipe.logging.trackers) or None,
         project_dir=folder / _TRACKERS,
+        # a cache of the weights in half precision would take as much as a teacher, and nothing reads it twice
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
-    names = [teacher.name for teacher in recipe.teachers]
-    if is_uneven(len(names), accelerator.num_processes) and accelerator.is_main_process:
+    styles = list(plan.styles)
+    roles = _roles(recipe, styles)
+    if is_uneven(len(roles), accelerator.num_processes) and accelerator.is_main_process:
         _logger.warning(
             "%d teachers on %d processes: some processes have more to do than others, which wait for them.",
-            len(names),
+            len(roles),
             accelerator.num_processes,
         )
-    groups = share_batch(training.batch_size, len(names), accelerator.num_processes, accelerator.process_index)
+    shares = [role.share for role in roles]
+    groups = share_batch(training.batch_size, shares, accelerator.num_processes, accelerator.process_index)
 
     base = open_pipeline(plan.base, name="base")
     data, prompts = on_main(lambda: _prepare_data(recipe, plan, base, accelerator.device))
+    settings = {
+        "micro_batch_size": training.micro_batch_size,
+        "device": accelerator.device,
+        "own": recipe.data.synthesize is not None and recipe.data.synthesize.own,
+    }
+    new_batches = partial(
+        Batches, data, styles, roles, alphas_cumprod=noise_schedule(base.scheduler.config), **settings
+    )
+    watch = None
+    if recipe.logging.score_error_every:
+        size = max(SAMPLES_PER_STYLE * len(roles), accelerator.num_processes)
+        watched = share_batch(size, shares, accelerator.num_processes, accelerator.process_index)
+        fixed = new_batches(groups=watched, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
+        watch = Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, styles)
     set_seed(recipe.seed)
+    adversary = _build_adversary(recipe, plan, base, accelerator.device)
     student = _build_student(recipe, plan, base, average=accelerator.is_main_process)
     teachers = _open_teachers(recipe, plan, groups, accelerator.device, student)
-    batches = Batches(
-        data,
-        names,
-        groups,
-        noise_schedule(base.scheduler.config),
+    if watch is not None:
+        watch.ask(teachers)
+    batches = new_batches(
+        groups=groups,
         caption_dropout=training.caption_dropout,
-        micro_batch_size=training.micro_batch_size,
         seed=recipe.seed,
-        device=accelerator.device,
+        adversarial=adversary is not None,
     )
 
     on_main(lambda: _begin(recipe, folder, resume=resume))
     if recipe.logging.trackers:
         accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
     base.register_modules(unet=student.unet)  # the merged pipeline
-    show = partial(_show, base, recipe, prompts, folder, accelerator.device) if recipe.logging.sample_every else None
-    trainer = Trainer(accelerator, student, teachers, batches, recipe, folder, show)
+    show = (
+        partial(_show, base, recipe, styles, prompts, folder, accelerator.device)
+        if recipe.logging.sample_every
+        else None
+    )
+    trainer = Trainer(accelerator, student, teachers, batches, recipe, folder, styles, adversary, watch, show)
     trainer.train()
     with trainer.averaged():
         on_main(lambda: _save_result(base, plan, folder))
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would part the processes, and another stage may come
+        tracker.finish()
 
 
 def _check(
@@ -157,7 +212,8 @@ def _check(
 ) -> Plan | None:
     """Everything that can be checked before anything large is loaded; None where the run has ended already."""
     is_run = (folder / RECIPE).is_file()
-    if (resume or overwrite) and not is_run and folder.is_dir() and any(folder.iterdir()):
+    held = [path.name for path in folder.iterdir() if path.name != FIRST_STAGE] if folder.is_dir() else []
+    if (resume or overwrite) and not is_run and held:
         raise UserError(
             f"'{folder}' holds no {RECIPE}, so it is no merge to {'resume' if resume else 'overwrite'}. Name another "
             "output."
@@ -168,9 +224,9 @@ def _check(
         if before == recipe and (folder / _INDEX).is_file():
             return None
     else:
-        check_folder(folder, overwrite=overwrite)
+        check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
     plan = check_merge(recipe, num_processes, device)
-    open_source(recipe)
+    open_source(recipe, plan)
     check_space(folder, plan.num_bytes)
     return plan
 
@@ -188,7 +244,7 @@ def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
 
 def _prepare_data(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -> tuple[TrainingData, list[str]]:
     """The training data, and what the samples show."""
-    source = open_source(recipe)
+    source = open_source(recipe, plan)
     # painting takes the whole model; reading captions is little work, and worth doing exactly
     dtype = _DTYPES[recipe.training.precision] if isinstance(source, Synthesis) else torch.float32
 
@@ -199,14 +255,28 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -
         pipeline.text_encoder.to(device)
         return pipeline
 
-    named = [(teacher.name, model) for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)]
+    def open_earlier(style: int) -> Any:
+        assert plan.style_prompts is not None
+        pipeline = open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge")
+        prompts = plan.style_prompts
+        bake(pipeline.unet, prompts(torch.eye(len(prompts.names))[style]), SD1.time_embedding)
+        return pipeline.to(device)
+
+    openers = {
+        teacher.name: partial(open_teacher, teacher.name, model)
+        for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
+    }
+    if paints_earlier(recipe):
+        assert plan.style_prompts is not None
+        # what the earlier student paints in each of its styles stands in for its teachers
+        openers = {name: partial(open_earlier, i) for i, name in enumerate(plan.style_prompts.names)} | openers
     readers = (base.vae, base.text_encoder)
     for module in readers:
         module.to(device)
     data = prepare_data(
         source,
         base,
-        {name: partial(open_teacher, name, model) for name, model in named},
+        openers,
         size=recipe.size,
         clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
     )
@@ -235,19 +305,51 @@ def _build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> S
             for name, tensor in open_pipeline(source).unet.state_dict().items():
                 mean[name] += tensor
         unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
+    unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
     names = [teacher.name for teacher in recipe.teachers]
-    return StyledStudent(unet, StylePrompts(names, unet.get_submodule(SD1.time_embedding).linear_2.out_features))
+    if plan.style_prompts is None:
+        prompts = StylePrompts(names, unet.get_submodule(SD1.time_embedding).linear_2.out_features)
+    else:
+        prompts = grow(plan.style_prompts, names) if recipe.earlier else plan.style_prompts
+    return StyledStudent(unet, prompts)
+
+
+def _roles(recipe: Recipe, styles: list[str]) -> list[Role]:
+    """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept."""
+    num_earlier = len(styles) - len(recipe.teachers)
+    shares = shares_of(recipe)
+    roles = [
+        Role([num_earlier + i], teacher.name, share)
+        for i, (teacher, share) in enumerate(zip(recipe.teachers, shares, strict=False))
+    ]
+    kept = [Role(range(num_earlier), STUDENT, share) for share in shares[len(roles) :]]
+    return roles + kept
+
+
+def _build_adversary(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -> Adversary | None:
+    """The discriminator on the base's UNet, before that becomes the student; on the device before the teachers are."""
+    weight = recipe.losses.adversarial
+    if weight == 0:
+        return None
+    dtype = _DTYPES[recipe.training.precision]
+    discriminator = Discriminator(base.unet, len(plan.styles), dtype=dtype, seed=recipe.seed)
+    if recipe.training.gradient_checkpointing:
+        discriminator.backbone.enable_gradient_checkpointing()
+    return Adversary(discriminator.to(device), weight, plan.prediction_type)
 
 
 def _open_teachers(
     recipe: Recipe, plan: Plan, groups: list[Group], device: torch.device, student: StyledStudent
 ) -> Teachers:
     """The teachers that this process serves: frozen, in the recipe's precision, where they can be used."""
-    teachers = {}
+    teachers: dict[int, Teacher] = {}
     for index in (group.teacher for group in groups):
+        if index == len(recipe.teachers):
+            teachers[index] = _open_earlier_student(plan, _DTYPES[recipe.training.precision])
+            continue
         name = f"teacher '{recipe.teachers[index].name}'"
         pipeline = open_pipeline(plan.teachers[index], torch_dtype=_DTYPES[recipe.training.precision], name=name)
-        unet = freeze(pipeline.unet)
+        unet = freeze(pipeline.unet).to(memory_format=torch.channels_last)
         if recipe.training.compile:
             unet.compile()
         teachers[index] = Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
@@ -255,6 +357,15 @@ def _open_teachers(
     copies = 4 + (recipe.training.ema_decay is not None)
     num_student_bytes = 4 * copies * sum(parameter.numel() for parameter in student.parameters())
     return place_teachers(teachers, device, num_student_bytes=num_student_bytes)
+
+
+def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:
+    assert plan.style_prompts is not None
+    unet = open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge").unet
+    unet.to(memory_format=torch.channels_last)
+    student = StyledStudent(unet, copy.deepcopy(plan.style_prompts).to(dtype))
+    freeze(student)
+    return EarlierStudent(student)
 
 
 def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
@@ -268,9 +379,10 @@ def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
 
 
 @torch.no_grad()
-def _show(pipeline: Any, recipe: Recipe, prompts: list[str], folder: Path, device: torch.device, step: int) -> None:
+def _show(
+    pipeline: Any, recipe: Recipe, styles: list[str], prompts: list[str], folder: Path, device: torch.device, step: int
+) -> None:
     """Paint every prompt in every style, from the same noise, into one picture."""
-    styles = [teacher.name for teacher in recipe.teachers]
     cells = [(prompt, seed, style) for seed, prompt in enumerate(prompts) for style in styles]
     painted, seeds, in_styles = zip(*cells, strict=True)
     readers = (pipeline.vae, pipeline.text_encoder)
@@ -296,6 +408,7 @@ def _show(pipeline: Any, recipe: Recipe, prompts: list[str], folder: Path, devic
 
 
 def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:
+    pipeline.unet.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     save_pipeline(pipeline, folder / _RESULT, provenance=plan.provenance)
     made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == _INDEX)
     _remove(folder, (path.name for path in made))

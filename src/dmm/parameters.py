@@ -10,7 +10,8 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
@@ -33,6 +34,7 @@ class Parameters:
         model_hash: see :func:`model_hash`.
         style: of a merged model, as ``--style`` reads it, "ink=0.7,photo=0.3"; of a grid, all of them, "ink; photo".
         lora, lora_scale, lora_hash: the LoRA's name, its strength and its file's hash, if one was used.
+        plugins: what else it was made with, such as "Denoising strength", by name.
     """
 
     prompt: str
@@ -49,6 +51,7 @@ class Parameters:
     lora: str | None = None
     lora_scale: float = 1.0
     lora_hash: str | None = None
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         fields = {
@@ -63,6 +66,7 @@ class Parameters:
         }
         if self.lora is not None:
             fields |= {"LoRA": self.lora, "LoRA scale": f"{self.lora_scale:g}", "LoRA hash": self.lora_hash}
+        fields |= self.plugins
         lines = [self.prompt]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")

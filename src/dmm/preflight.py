@@ -12,15 +12,17 @@ import torch
 from dmm.conditioning import check_clip_skip
 from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
 from dmm.diffusion import PredictionType
+from dmm.discriminator import build_head
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files import sha256
+from dmm.formats.side_car import STYLES_FOLDER, read_side_car
 from dmm.prompts import read_prompts
 from dmm.recipe import Recipe, Teacher
 from dmm.samplers import check_multiple
 from dmm.sharing import share_batch
 from dmm.styles import Provenance, StylePrompts
-from dmm.teachers import CheckedModel, ModelSource, check_model, naming, noise_schedule
+from dmm.teachers import CheckedModel, ModelSource, check_model, locate, naming, noise_schedule
 
 # of a UNet's config, what says nothing of what it computes
 _HARMLESS = ("sample_size", "upcast_attention")
@@ -31,17 +33,22 @@ class Plan:
     """A merge that was found fit to run.
 
     Attributes:
-        base, teachers: where their weights are.
+        base: gives the student its VAE and text encoder; a merged model, where that is merged further.
+        teachers: where their weights are.
         start: the model that the student begins as; None for the base, or for the teachers' average.
+        style_prompts: that the student begins with, all or some, where it begins as a merged model.
         prediction_type: of the base, and so of the student.
-        provenance: of each teacher.
+        styles: the student's.
+        provenance: of each style.
         num_bytes: what will be written.
     """
 
     base: ModelSource
     teachers: tuple[ModelSource, ...]
     start: ModelSource | None
+    style_prompts: StylePrompts | None
     prediction_type: PredictionType
+    styles: tuple[str, ...]
     provenance: tuple[Provenance, ...]
     num_bytes: int
 
@@ -55,10 +62,12 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     _check_trackers(recipe.logging.trackers)
     _check_batch(recipe, num_processes)
 
-    base_source = ModelSource(recipe.base)
+    base_source = ModelSource(recipe.earlier.model if recipe.earlier else recipe.base)
     base = _check_base(base_source)
+    # what LoRAs are put on, and whose configs single files follow
+    beneath = _check_base(ModelSource(recipe.base)) if recipe.earlier else base
     check_multiple("size", recipe.size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
-    sources = tuple(_source(teacher, recipe.base, base.path) for teacher in recipe.teachers)
+    sources = tuple(teacher_source(teacher, recipe.base, beneath.path) for teacher in recipe.teachers)
     teachers = []
     for teacher, source in zip(recipe.teachers, sources, strict=True):
         name = f"teacher '{teacher.name}'"
@@ -68,8 +77,27 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         _check_alike(name, checked, base)
         teachers.append(checked)
     start = _check_start(recipe, base, teachers)
+    style_prompts = _read_earlier(recipe, base) if recipe.earlier else _read_start(recipe, start)
     provenance = tuple(map(_provenance, recipe.teachers, sources, teachers))
-    return Plan(base_source, sources, start, base.prediction_type, provenance, _num_bytes(recipe, base.skeletons))
+    if recipe.earlier and style_prompts:
+        provenance = (*_earlier_provenance(style_prompts, base_source, base), *provenance)
+    return Plan(
+        base_source,
+        sources,
+        start,
+        style_prompts,
+        base.prediction_type,
+        tuple(one.name for one in provenance),
+        provenance,
+        _num_bytes(recipe, base.skeletons, style_prompts),
+    )
+
+
+def shares_of(recipe: Recipe) -> list[float]:
+    """Each teacher's share of a batch; the last is the earlier student's, where there is one to be kept."""
+    kept = recipe.earlier.regularization if recipe.earlier else 0.0
+    shares = [(1 - kept) / len(recipe.teachers)] * len(recipe.teachers)
+    return [*shares, kept] if kept else shares
 
 
 def check_space(folder: Path, num_bytes: int) -> None:
@@ -87,7 +115,12 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def open_source(recipe: Recipe) -> CaptionedImages | Synthesis:
+def paints_earlier(recipe: Recipe) -> bool:
+    """Whether the earlier student, in each of its styles, paints data beside the teachers."""
+    return recipe.data.synthesize is not None and recipe.earlier is not None and recipe.earlier.regularization > 0
+
+
+def open_source(recipe: Recipe, plan: Plan) -> CaptionedImages | Synthesis:
     """What the recipe's data are made from.
 
     Raises: UserError: it cannot be read, or is empty.
@@ -101,7 +134,7 @@ def open_source(recipe: Recipe) -> CaptionedImages | Synthesis:
     assert painted is not None  # the recipe has one of the three
     return Synthesis(
         read_prompts(painted.prompts),
-        painted.count * len(recipe.teachers),
+        painted.count * len(plan.styles if paints_earlier(recipe) else recipe.teachers),
         steps=painted.steps,
         guidance_scale=painted.guidance,
         seed=painted.seed,
@@ -132,7 +165,7 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 def _check_batch(recipe: Recipe, num_processes: int) -> None:
     try:
         for process in range(num_processes):
-            share_batch(recipe.training.batch_size, len(recipe.teachers), num_processes, process)
+            share_batch(recipe.training.batch_size, shares_of(recipe), num_processes, process)
     except ValueError as error:
         raise UserError(f"training.batch_size: {error}") from error
 
@@ -147,7 +180,8 @@ def _check_base(source: ModelSource) -> CheckedModel:
     return check_model(source, name="base")
 
 
-def _source(teacher: Teacher, base: str, base_path: Path) -> ModelSource:
+def teacher_source(teacher: Teacher, base: str, base_path: Path) -> ModelSource:
+    """Where a recipe's teacher comes from; what it takes from the base, by the recipe's word for it and its folder."""
     model = base if teacher.model is None else teacher.model
     return ModelSource(
         model,
@@ -179,6 +213,43 @@ def _check_start(recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedM
             "the result gets. Start from a model that predicts what the base does."
         )
     return source
+
+
+def _read_earlier(recipe: Recipe, merged: CheckedModel) -> StylePrompts:
+    """The style prompts of the merged model that is merged further."""
+    assert recipe.earlier is not None
+    style_prompts = read_side_car(merged.path)
+    if style_prompts is None:
+        raise UserError(
+            f"{recipe.earlier.model} is no merged model: it has no {STYLES_FOLDER}/ folder. Merge models with `dmm "
+            "merge`, then add to what that has made."
+        )
+    for teacher in recipe.teachers:
+        if teacher.name in style_prompts.names:
+            raise UserError(
+                f"teacher '{teacher.name}': {recipe.earlier.model} has a style of that name; choose another name."
+            )
+    return style_prompts
+
+
+def _earlier_provenance(style_prompts: StylePrompts, source: ModelSource, merged: CheckedModel) -> Sequence[Provenance]:
+    """Where the earlier styles came from; where that is not known, the merged model itself."""
+    if style_prompts.provenance:
+        return style_prompts.provenance
+    told = (str(source.model), sha256(*merged.unet_files), SD1.name, merged.prediction_type)
+    return [Provenance(name, *told) for name in style_prompts.names]
+
+
+def _read_start(recipe: Recipe, start: ModelSource | None) -> StylePrompts | None:
+    """The style prompts that a student starts with; None for new ones."""
+    style_prompts = None if start is None else read_side_car(locate(start))
+    names = [teacher.name for teacher in recipe.teachers]
+    if style_prompts is not None and style_prompts.names != names:
+        raise UserError(
+            f"start: {recipe.start} is a merged model of {', '.join(style_prompts.names)}, the teachers are "
+            f"{', '.join(names)}. To train it further, name the same in the same order; `dmm add` adds others."
+        )
+    return style_prompts
 
 
 def _check_alike(name: str, model: CheckedModel, base: CheckedModel) -> None:
@@ -228,17 +299,21 @@ def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) ->
     return Provenance(teacher.name, told, sha256(*checked.unet_files), SD1.name, checked.prediction_type)
 
 
-def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any]) -> int:
+def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any], style_prompts: StylePrompts | None) -> int:
     """Of the checkpoints, one more of them than are kept while the newest is written, and of the result."""
     unet, vae, text_encoder = (
         sum(parameter.numel() for parameter in skeletons[name].parameters()) for name in ("unet", "vae", "text_encoder")
     )
     with torch.device("meta"):
         dim = skeletons["unet"].time_embedding.linear_2.out_features
-        prompts = StylePrompts([teacher.name for teacher in recipe.teachers], dim)
+        names = [teacher.name for teacher in recipe.teachers]
+        prompts = StylePrompts([*(style_prompts.names if recipe.earlier and style_prompts else []), *names], dim)
+        head = build_head(skeletons["unet"].config.block_out_channels[-1], len(prompts.names))
     student = unet + sum(parameter.numel() for parameter in prompts.parameters())
-    copies = 3 + (recipe.training.ema_decay is not None)  # the weights, AdamW's two moments, their average
-    return 4 * (student * copies * (recipe.checkpoint.keep + 1) + student + vae + text_encoder)
+    judging = sum(parameter.numel() for parameter in head.parameters()) if recipe.losses.adversarial else 0
+    # the weights and AdamW's two moments, and an average of the student
+    state = 3 * (student + judging) + (student if recipe.training.ema_decay is not None else 0)
+    return 4 * (state * (recipe.checkpoint.keep + 1) + student + vae + text_encoder)
 
 
 def _gigabytes(num_bytes: int) -> str:

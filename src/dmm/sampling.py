@@ -1,6 +1,7 @@
 """Pictures from a pipeline: a sampler on the model's own schedule, one seed a picture, batch by batch."""
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from dmm.conditioning import check_clip_skip, encode_tokens, tokenize
 from dmm.errors import UserError
-from dmm.pipeline import style_names, temporary_style
+from dmm.pipeline import check_style, style_names, style_over_time
 from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
-from dmm.styles import Mix, style_weights
+from dmm.style_schedule import StyleSchedule
+from dmm.styles import Mix
 
 
 def sample(
@@ -23,7 +25,8 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    styles: Sequence[Mix | None] | None = None,
+    styles: Sequence[StyleSchedule | Mix | None] | None = None,
+    inputs: Callable[[int], Mapping[str, Any]] | None = None,
     steps: int = 25,
     guidance_scale: float = 7.0,
     negative_prompt: str = "",
@@ -45,6 +48,8 @@ def sample(
         pipeline: a diffusers pipeline of the Stable Diffusion kind, on the device it shall run on.
         prompts, seeds: N each; a seed is in [0, 2**32).
         styles: N, of a merged model, None for a picture without; by default the one that is set on the pipeline.
+        inputs: further arguments of the pipeline's call, for a batch of the size that it is given: a control image, an
+            image to begin with. See :mod:`dmm.plugins`.
         steps: denoising steps, from 1 to the number the model was trained with (1000).
         guidance_scale: classifier-free guidance; 1 is none.
         negative_prompt: what guidance leads away from; empty for none.
@@ -62,6 +67,7 @@ def sample(
         seeds,
         output_type="pt",
         styles=styles,
+        inputs=inputs,
         steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
@@ -99,6 +105,7 @@ def sample_latents(
         seeds,
         output_type="latent",
         styles=None,
+        inputs=None,
         steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
@@ -118,7 +125,8 @@ def _sample_batches(
     seeds: Sequence[int],
     *,
     output_type: str,
-    styles: Sequence[Mix | None] | None,
+    styles: Sequence[StyleSchedule | Mix | None] | None,
+    inputs: Callable[[int], Mapping[str, Any]] | None,
     steps: int,
     guidance_scale: float,
     negative_prompt: str,
@@ -138,8 +146,7 @@ def _sample_batches(
             )
         names = style_names(pipeline)
         for style in styles:
-            if style is not None:
-                style_weights(names, style)
+            check_style(names, style)
     width, height = picture_size(pipeline, width, height)
     scheduler = build_scheduler(pipeline.scheduler.config, sampler)
     check_settings(steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
@@ -148,7 +155,7 @@ def _sample_batches(
     if steps > trained_steps:
         raise UserError(f"The model knows {trained_steps} steps; {steps} were asked for.")
     if batch_size is None:
-        batch_size = max(1, min(64, 4 * 512 * 512 // (width * height)))
+        batch_size = usual_batch_size(width, height)
 
     # A shallow copy shares the weights, and what is set on it stays on it. (`from_pipe` would cast the
     # shared weights to float32.)
@@ -160,12 +167,15 @@ def _sample_batches(
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             # undone before the pictures are given out, so that nothing of ours is set while others have a turn
-            with temporary_style(ours, styles[batch]) if styles is not None else nullcontext():
+            changing = nullcontext(_leave) if styles is None else style_over_time(ours, styles[batch])
+            with changing as on_step_end:
                 images = _sample_batch(
                     ours,
                     list(prompts[batch]),
                     list(seeds[batch]),
                     progress,
+                    on_step_end,
+                    {} if inputs is None else inputs(len(prompts[batch])),
                     num_inference_steps=steps,
                     guidance_scale=guidance_scale,
                     negative_prompt=negative_prompt,
@@ -184,6 +194,8 @@ def _sample_batch(
     prompts: list[str],
     seeds: list[int],
     progress: Callable[[float], object] | None,
+    on_step_end: Callable[..., dict[str, Any]],
+    inputs: Mapping[str, Any],
     *,
     negative_prompt: str,
     width: int,
@@ -192,24 +204,26 @@ def _sample_batch(
     **settings: Any,
 ) -> Tensor:
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    factor = pipeline.vae_scale_factor
-    shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
-    # drawn here and in float32: left to itself, the pipeline draws other noise in half precision
-    noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-    num_steps = settings["num_inference_steps"]
+    accepted = inspect.signature(type(pipeline).__call__).parameters
+    sizes = {name: size for name, size in (("width", width), ("height", height)) if name in accepted}
+    if "strength" not in accepted:  # what begins with an image adds noise of its own to it
+        factor = pipeline.vae_scale_factor
+        shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
+        # drawn here and in float32: left to itself, the pipeline draws other noise in half precision
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        inputs = {**inputs, "latents": noise.to(pipeline.unet.dtype)}
 
-    def on_step(_pipeline: Any, _step: int, _timestep: Tensor, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def on_step(running: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
-            progress(len(prompts) / num_steps)
-        return {}
+            progress(len(prompts) / running.num_timesteps)
+        return on_step_end(running, step, timestep, tensors)
 
     images: Tensor = pipeline(
         **_read_prompts(pipeline, prompts, negative_prompt, clip_skip),
-        width=width,
-        height=height,
+        **sizes,
         generator=generators,  # ancestral samplers draw on
-        latents=noise.to(pipeline.unet.dtype),
         callback_on_step_end=on_step,
+        **inputs,
         **settings,
     ).images
     if not images.isfinite().all():
@@ -218,6 +232,10 @@ def _sample_batch(
             "Some models overflow in float16: use bf16 or fp32. If fp32 does the same, the checkpoint is damaged."
         )
     return images
+
+
+def _leave(_running: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    return tensors
 
 
 def _read_prompts(pipeline: Any, prompts: list[str], negative_prompt: str, clip_skip: int | None) -> dict[str, Any]:
@@ -269,6 +287,11 @@ def picture_size(pipeline: Any, width: int | None = None, height: int | None = N
     for name, size in zip(("width", "height"), sizes, strict=True):
         check_multiple(name, size, step)
     return sizes
+
+
+def usual_batch_size(width: int, height: int) -> int:
+    """Pictures at a time, of that size in pixels: as many as make up four of 512 x 512."""
+    return max(1, min(64, 4 * 512 * 512 // (width * height)))
 
 
 def unread(pipeline: Any, prompt: str) -> str:

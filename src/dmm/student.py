@@ -1,12 +1,15 @@
-"""The student: a stock UNet and the style prompts, as one module that is trained."""
+"""The student: a stock UNet and the style prompts, which may grow and shrink, as one module that is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from dmm.errors import UserError
 from dmm.features import BlockTap
+from dmm.names import nearest
 from dmm.styles import StylePrompts, attach_styles, styled_embedding
 
 
@@ -21,6 +24,39 @@ class StudentOutput:
 
     prediction: Tensor
     features: dict[str, Tensor]
+
+
+def grow(style_prompts: StylePrompts, names: Sequence[str]) -> StylePrompts:
+    """Style prompts with further styles, whose rows are drawn as all rows once were; the earlier ones stay as they are.
+
+    Args:
+        names: of the styles that are new.
+    Source: DMM §3.5.
+    """
+    grown = StylePrompts([*style_prompts.names, *names], style_prompts.config.dim)
+    state = style_prompts.state_dict()
+    earlier = state.pop("embeddings")
+    with torch.no_grad():
+        grown.embeddings[: len(earlier)] = earlier
+    grown.load_state_dict({**state, "embeddings": grown.embeddings.detach()})
+    return grown
+
+
+def shrink(style_prompts: StylePrompts, name: str) -> StylePrompts:
+    """Style prompts without one style; the others stay as they are.
+
+    Raises: UserError: there is no style of that name, or no other.
+    """
+    names = style_prompts.names
+    if name not in names:
+        raise UserError(f"There is no style '{name}'{nearest(name, names)}; the styles are {', '.join(names)}.")
+    if len(names) == 1:
+        raise UserError(f"'{name}' is the only style: without it nothing is left to choose from.")
+    kept = [i for i, one in enumerate(names) if one != name]
+    shrunk = StylePrompts([names[i] for i in kept], style_prompts.config.dim)
+    shrunk.load_state_dict({**style_prompts.state_dict(), "embeddings": style_prompts.embeddings.detach()[kept]})
+    shrunk.provenance = [one for one in style_prompts.provenance if one.name != name]
+    return shrunk
 
 
 class StyledStudent(nn.Module):

@@ -4,30 +4,32 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
 from dmm.batches import Batches
-from dmm.checkpoint import load_checkpoint, newest_checkpoint, pack_optimizer, save_checkpoint, sweep, unpack_optimizer
+from dmm.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sweep
 from dmm.curves import Curves
-from dmm.distill import Teachers, distill
+from dmm.distill import Adversary, Batch, Distillation, Seen, Teachers, discriminate, distill
 from dmm.errors import UserError
+from dmm.learner import Learner
 from dmm.outputs import new_file
-from dmm.processes import leave, stop_signals, telling_of_loss
+from dmm.processes import stop_signals, telling_of_loss
 from dmm.recipe import Recipe
 from dmm.student import StyledStudent
+from dmm.watch import Watch
 
 CHECKPOINTS = "checkpoints"
 LOG = "log.jsonl"
+STUDENT, DISCRIMINATOR = "student", "discriminator"
 
 _logger = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ class Trainer:
         batches: this process's.
         recipe: the training, its losses, its checkpoints and its log.
         folder: of the run; holds ``checkpoints/`` and ``log.jsonl``.
+        styles: the student's, by name.
+        adversary: on the accelerator's device; its head is trained beside the student.
+        watch: measures the student at the recipe's intervals.
         show: called on the main process at the recipe's intervals with the step, while the student holds its
             averaged weights.
     """
@@ -58,31 +63,31 @@ class Trainer:
         batches: Batches,
         recipe: Recipe,
         folder: Path,
+        styles: Sequence[str],
+        adversary: Adversary | None = None,
+        watch: Watch | None = None,
         show: Callable[[int], None] | None = None,
     ) -> None:
         self.accelerator, self.student, self.teachers, self.batches = accelerator, student, teachers, batches
-        self.recipe, self.folder, self.show = recipe, folder, show
+        self.recipe, self.folder, self.adversary, self.show = recipe, folder, adversary, show
+        self.watch = watch
         training = recipe.training
         if training.gradient_checkpointing:
             student.unet.enable_gradient_checkpointing()
-        self.parameters = dict(student.named_parameters())
-        style_rate = training.style_learning_rate or training.learning_rate
-        groups = [
-            {"params": list(student.unet.parameters()), "lr": training.learning_rate},
-            {"params": list(student.style_prompts.parameters()), "lr": style_rate},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
-        self.schedule = get_scheduler(
-            training.lr_schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps
-        )
         if training.compile:
             student.unet.compile()
-        self.model = accelerator.prepare_model(student)
-        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        style_rate = training.style_learning_rate or training.learning_rate
+        groups = [(student.unet, training.learning_rate), (student.style_prompts, style_rate)]
+        self.learners = {STUDENT: Learner(accelerator, student, groups, training)}
+        self.parameters = self.learners[STUDENT].parameters
+        if adversary is not None:
+            head = adversary.discriminator.head
+            self.learners[DISCRIMINATOR] = Learner(accelerator, head, [(head, training.learning_rate)], training)
         # of the weights as they now are: where there are several processes, the main one's in all of them
         self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
         self.sample_every = recipe.logging.sample_every or math.inf
-        self.curves = Curves([teacher.name for teacher in recipe.teachers], accelerator.device)
+        self.watch_every = recipe.logging.score_error_every or math.inf
+        self.curves = Curves(styles, accelerator.device)
 
     def train(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, to the last step; saved at the end.
@@ -107,8 +112,10 @@ class Trainer:
                     self._step(step)
                     done = step + 1
                     bar.update(training.batch_size)
-                    if done % self.recipe.logging.every == 0 or done == training.steps:
-                        self._log(done, bar)
+                    is_last = done == training.steps
+                    measured = self._measure() if is_last or done % self.watch_every == 0 else {}
+                    if measured or is_last or done % self.recipe.logging.every == 0:
+                        self._log(done, bar, measured)
                     stop = self._any(asked_to_stop())
                     if stop or done % self.recipe.checkpoint.every == 0 or done == training.steps:
                         self._save(done)
@@ -118,50 +125,70 @@ class Trainer:
                         raise Stopped(f"step {done} of {training.steps} is saved in '{self.folder}'; --resume goes on")
 
     def _step(self, step: int) -> None:
+        student = self.learners[STUDENT]
+        seen = []
         for i, batch in enumerate(self.batches.of_step(step)):
-            is_last = i == len(self.batches) - 1
-            # gradients are synchronised once a step, with the last micro-batch's
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model), self.accelerator.autocast():
-                result = distill(self.model, self.teachers, batch, feature_weight=self.recipe.losses.feature)
-            self.curves.add(batch, result.terms)
-            # DDP takes the mean over processes; the loss weights want the sum
-            self.accelerator.backward(result.loss * self.accelerator.num_processes)
-        max_norm = self.recipe.training.max_grad_norm or math.inf
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), max_norm)
-        # loss scaling meets infinities on purpose, and skips such steps by itself
-        if self.accelerator.scaler is None:
-            self._check_finite(step, norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            with self._accumulating(student, i):
+                result = distill(
+                    student.model,
+                    self.teachers,
+                    batch,
+                    feature_weight=self.recipe.losses.feature,
+                    adversary=self.adversary,
+                )
+            self._learn_from(result, batch)
+            seen.append(result.seen)
+        student.step(step)
         if self.ema:
             self.ema.step(self.parameters.values())
+        if self.adversary is not None:
+            self._step_discriminator(step, seen)
 
-    def _check_finite(self, step: int, norm: Tensor) -> None:
-        if torch.isfinite(norm):
-            return
-        if not self.accelerator.is_main_process:  # all have the same gradients
-            leave()
-        broken = (n for n, p in self.parameters.items() if p.grad is not None and not p.grad.isfinite().all())
-        raise UserError(
-            f"Step {step}: the gradient of '{next(broken, 'all')}' is not finite; nothing was saved since. Resume from "
-            "the last checkpoint with a lower learning_rate, or with precision bf16 or fp32."
-        )
+    def _step_discriminator(self, step: int, seen: Sequence[Seen | None]) -> None:
+        discriminator = self.learners[DISCRIMINATOR]
+        for i, one in enumerate(seen):
+            assert one is not None
+            with self._accumulating(discriminator, i):
+                result = discriminate(discriminator.model, one)
+            self._learn_from(result, one.batch)
+        discriminator.step(step)
 
-    def _log(self, done: int, bar: Any) -> None:
+    @contextmanager
+    def _accumulating(self, learner: Learner, micro_batch: int) -> Iterator[None]:
+        # gradients are synchronised once a step, with the last micro-batch's
+        is_last = micro_batch == len(self.batches) - 1
+        with nullcontext() if is_last else self.accelerator.no_sync(learner.model), self.accelerator.autocast():
+            yield
+
+    def _learn_from(self, result: Distillation, batch: Batch) -> None:
+        self.curves.add(batch, result.terms)
+        # DDP takes the mean over processes; the loss weights want the sum
+        self.accelerator.backward(result.loss * self.accelerator.num_processes)
+
+    def _measure(self) -> Mapping[str, float]:
+        if self.watch is None:
+            return {}
+        with self.averaged(), self.accelerator.autocast():
+            return self.watch.measure(self.student, self.accelerator)
+
+    def _log(self, done: int, bar: Any, measured: Mapping[str, float]) -> None:
         scalars = self.curves.take(self.accelerator)
-        scalars |= {"learning_rate": self.schedule.get_last_lr()[0]}
+        scalars |= {"learning_rate": self.learners[STUDENT].learning_rate, **measured}
         if not self.accelerator.is_main_process:
             return
-        bar.set_postfix({name: f"{scalars[name]:.4f}" for name in ("score",) if name in scalars})
+        bar.set_postfix({name: f"{scalars[name]:.4f}" for name in ("score", "score_error") if name in scalars})
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": done, "time": round(time.time(), 3), **scalars}) + "\n")
         self.accelerator.log(scalars, step=done)
 
     def _save(self, done: int) -> None:
         if self.accelerator.is_main_process:
-            state, info = pack_optimizer(self.optimizer.optimizer, self.parameters)
-            tensors: dict[str, Mapping[str, Tensor]] = {"student": self.student.state_dict(), "optimizer": state}
+            tensors: dict[str, Mapping[str, Tensor]] = {}
+            info: dict[str, Any] = {}
+            for name, learner in self.learners.items():
+                state, told = learner.state(name)
+                tensors |= state
+                info |= told
             if self.ema:
                 tensors["ema"] = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
             scaler = self.accelerator.scaler
@@ -170,8 +197,7 @@ class Trainer:
                 done,
                 tensors,
                 {
-                    "optimizer": info,
-                    "schedule": self.schedule.state_dict()["last_epoch"],
+                    **info,
                     "ema_step": self.ema.optimization_step if self.ema else 0,
                     "scaler": scaler.state_dict() if scaler else {},
                     "num_threads": torch.get_num_threads(),
@@ -197,19 +223,15 @@ class Trainer:
                 f"training.steps of {self.recipe.training.steps}."
             )
         info = checkpoint.info
-        # what the recipe may have changed since
-        options = [{name: group[name] for name in ("initial_lr", "weight_decay")} for group in self._groups()]
         for what, now in (
             ("num_threads", torch.get_num_threads()),
             ("num_processes", self.accelerator.num_processes),
         ):
             if info[what] != now:
                 _logger.warning("The run had %s %d and now has %d: its last bits may differ.", what, info[what], now)
-        self.student.load_state_dict(checkpoint.tensors["student"])
-        unpack_optimizer(self.optimizer.optimizer, self.parameters, checkpoint.tensors["optimizer"], info["optimizer"])
-        self.schedule.load_state_dict({**self.schedule.state_dict(), "last_epoch": info["schedule"]})
-        for group, option, factor in zip(self._groups(), options, self.schedule.lr_lambdas, strict=True):
-            group.update(option, lr=option["initial_lr"] * factor(info["schedule"]))
+        for name, learner in self.learners.items():
+            if name in info:  # a discriminator may be new
+                learner.load_state(name, checkpoint)
         if self.ema:
             # a run that had no average begins one here
             averages = checkpoint.tensors.get("ema", checkpoint.tensors["student"])
@@ -230,10 +252,6 @@ class Trainer:
         lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
         with new_file(log, overwrite=True) as temporary:
             temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
-
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self.optimizer.optimizer.param_groups
-        return groups
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

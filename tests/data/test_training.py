@@ -46,7 +46,7 @@ def test_rows_are_the_images_and_their_captions(folder, pipeline, tmp_path):
     captions = [CAPTIONS[row] for row in rows]
     kept = torch.zeros(5, dtype=torch.bool)
     assert (data.num_rows, data.latent_shape) == (4, (4, 8, 8))
-    assert data.teacher_of.tolist() == [-1] * 4
+    assert data.rows_of("own").tolist() == []  # no teacher has painted them
     assert data.latents(rows).dtype == torch.float32
     assert data.latents(rows).equal(torch.cat([data.latents(row[None]) for row in rows]))
     assert near(data.conditioning(STUDENT, rows, kept)["encoder_hidden_states"], embedding(pipeline, captions))
@@ -82,13 +82,13 @@ def test_equal_text_encoders_are_stored_once(folder, pipeline, tmp_path):
     assert len(list((tmp_path / "cache" / "texts").iterdir())) == 2
 
 
-def test_painted_rows_remember_their_teacher(pipeline, tmp_path):
+def test_each_style_learns_on_what_its_teacher_painted(pipeline, tmp_path):
     teachers = {"own": teacher_pipeline(), "same": tiny_pipeline()}
     source = Synthesis(["a cat", "a dog"], 5, steps=1, guidance_scale=1)
     data = prepare(source, pipeline, tmp_path, teachers)
-    assert data.teacher_of.tolist() == [0, 0, 0, 1, 1]
-    for index, name in enumerate(teachers):
-        mine = (data.teacher_of == index).nonzero()[:, 0]
+    assert [data.rows_of(name).tolist() for name in teachers] == [[0, 1, 2], [3, 4]]
+    for name in teachers:
+        mine = data.rows_of(name)
         alone = prepare(source, pipeline, tmp_path / "again", teachers)
         assert data.latents(mine).equal(alone.latents(mine))
         assert data.conditioning(name, mine, torch.ones(len(mine), dtype=torch.bool))["encoder_hidden_states"].equal(

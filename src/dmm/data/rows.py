@@ -34,6 +34,19 @@ class Shard:
     num_rows: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """A process's among those that share some work."""
+
+    index: int = 0
+    count: int = 1
+
+    def rows(self, num_rows: int) -> int:
+        """How many of ``num_rows`` rows it sees to."""
+        starts = range(self.index * SHARD_ROWS, num_rows, self.count * SHARD_ROWS)
+        return sum(min(SHARD_ROWS, num_rows - start) for start in starts)
+
+
 class Rows:
     """M rows of named tensors, read at random; what is not asked for stays on disk.
 
@@ -77,6 +90,7 @@ def cached_rows(
     key: Callable[[range], str],
     make: Callable[[range], dict[str, Tensor]],
     progress: Callable[[float], object],
+    place: Place = Place(),
 ) -> Rows:
     """Rows from the cache, made where it has none, or none that is whole.
 
@@ -85,13 +99,17 @@ def cached_rows(
         key: names the content of some rows by what it is made from, without making it.
         make: makes the tensors of some rows, in the dtype that is to be stored. Reports its progress itself.
         progress: told the number of rows that the cache had.
+        place: among processes that share the work: each sees to its own shards, and none may read any before all are
+            done. By default there is one process.
     Raises: UserError: the cache cannot be written.
     """
     shards = []
-    for start in range(0, num_rows, SHARD_ROWS):
+    for index, start in enumerate(range(0, num_rows, SHARD_ROWS)):
         rows = range(start, min(start + SHARD_ROWS, num_rows))
         shard = Shard(folder / f"{key(rows)}.safetensors", len(rows))
-        if _is_whole(shard):
+        if index % place.count != place.index:
+            pass  # another process's
+        elif _is_whole(shard):
             progress(len(rows))
         else:
             _write(shard, make(rows))

@@ -1,5 +1,6 @@
 """What the training loop reads: no VAE and no text encoder runs behind it."""
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,23 +32,29 @@ class TrainingData:
         latents: M rows of ``latents``.
         texts: by text encoder, U rows of what a UNet reads of a caption; the first is the empty caption.
         caption_of: (M,) int64, which of the U is a row's caption.
-        teacher_of: (M,) int64.
+        painted: by teacher, the rows that it painted.
 
     Attributes:
         num_rows: M.
         latent_shape: (C, h, w).
-        teacher_of: (M,) int64, the index of the teacher that painted the image; -1 for one that none has.
     """
 
-    def __init__(self, latents: Rows, texts: Mapping[str, Rows], caption_of: Tensor, teacher_of: Tensor) -> None:
-        assert len(latents) == len(caption_of) == len(teacher_of)
+    def __init__(
+        self, latents: Rows, texts: Mapping[str, Rows], caption_of: Tensor, painted: Mapping[str, range]
+    ) -> None:
+        assert len(latents) == len(caption_of)
         self._latents = latents
         self._texts = dict(texts)
         self._caption_of = caption_of
-        self.teacher_of = teacher_of
+        self._painted = dict(painted)
         self.num_rows = len(latents)
         _, channels, height, width = self.latents(torch.tensor([0])).shape
         self.latent_shape = (channels, height, width)
+
+    def rows_of(self, teacher: str) -> Tensor:
+        """The images that a teacher painted, none where no teacher paints: (R,) int64, increasing."""
+        rows = self._painted.get(teacher, range(0))
+        return torch.arange(rows.start, rows.stop)
 
     def latents(self, rows: Tensor) -> Tensor:
         """Clean latents.
@@ -100,13 +107,14 @@ def prepare_data(
     cache = platformdirs.user_cache_path("dmm") / "encodings" if cache is None else cache
     clip_skips = clip_skips or {}
     shares: list[Share] = []
+    of_teacher: dict[str, range] = {}
     if isinstance(source, Synthesis):
         shares = share_out(source, len(teachers))
         captions = [prompt for share in shares for prompt in share.prompts]
-        teacher_of = [index for index, share in enumerate(shares) for _ in share.prompts]
+        ends = list(itertools.accumulate(len(share.prompts) for share in shares))
+        of_teacher = {name: range(start, end) for name, start, end in zip(teachers, [0, *ends], ends, strict=False)}
     else:
         captions = list(source.captions)
-        teacher_of = [-1] * len(captions)
     places = {caption: place for place, caption in enumerate(dict.fromkeys(["", *captions]))}
     distinct = list(places)
     cut = num_cut(base, distinct)
@@ -135,9 +143,7 @@ def prepare_data(
             latents = Rows([shard for rows in painted for shard in rows.shards])
         else:
             latents = encode_latents(base.vae, source, size, cache, bar.update)
-    return TrainingData(
-        latents, texts, torch.tensor([places[caption] for caption in captions]), torch.tensor(teacher_of)
-    )
+    return TrainingData(latents, texts, torch.tensor([places[caption] for caption in captions]), of_teacher)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm.batches import STUDENT, Data
+from dmm.batches import STUDENT, CaptionedLatents
 from dmm.diffusion import add_noise, convert_prediction
 from dmm.draws import draw
 from dmm.pipeline import temporary_style
@@ -53,7 +53,7 @@ def score_error(
     student: Any,
     teachers: Mapping[str, Any],
     base: Any,
-    data: Data,
+    data: CaptionedLatents,
     rows: Mapping[str, Tensor],
     *,
     draws_per_row: int = 16,
@@ -111,14 +111,16 @@ def score_error(
     return ScoreError(by_style, by_band, bands_of)
 
 
-def _draw(places: list[tuple[int, int]], seed: int, data: Data, num_timesteps: int) -> tuple[Tensor, Tensor]:
+def _draw(
+    places: list[tuple[int, int]], seed: int, data: CaptionedLatents, num_timesteps: int
+) -> tuple[Tensor, Tensor]:
     """Timesteps, (B,), and noise, (B, C, H, W), of places of rows and how often they were drawn before."""
     drawn = [
         draw(
             seed,
             repeat,
             [place],
-            num_rows=[data.num_rows],
+            num_rows=[[data.num_rows]],
             latent_shape=data.latent_shape,
             num_timesteps=num_timesteps,
             caption_dropout=0.0,

@@ -1,0 +1,190 @@
+"""The score error of a merge: what the teachers paint from seeds that no training has used, and the error on it.
+
+It is measured on what all teachers have painted, for every style: wherever a picture begins, its style has to lead it
+home. Measured on what a style's own teacher has painted alone, the error is relative to a base that mostly sees there
+whose hand it is, and says how much of the last details is missing.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmm.batches import CaptionedLatents
+from dmm.data import Synthesis, TrainingData, prepare_data
+from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
+from dmm.data.rows import cached_rows
+from dmm.evaluation.painting import Painting
+from dmm.evaluation.score_error import ScoreError, score_error
+from dmm.pipeline import temporary_style
+from dmm.teachers import naming
+
+NUM_LATENTS = 64
+"""Of each style."""
+NUM_BANDS = 10
+"""Of timesteps."""
+DRAWS = 1024
+"""Of noise and timesteps, for each style."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that takes part in an evaluation."""
+
+    open: Callable[[torch.dtype], Any]
+    """Opens its pipeline, in that dtype and on the device that it shall run on."""
+    source: str = ""
+    """Where it is, for the report."""
+    sha256: str = ""
+    """Of its weights."""
+    clip_skip: int | None = None
+    """Layers of its text encoder that are left out."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Latents that every teacher has synthesised, for the same prompts from the same noise.
+
+    Attributes:
+        by_teacher: what each teacher has painted, which its own text encoder and the student's read.
+        settings: that it was painted by, for the caches of what is found on it.
+    """
+
+    by_teacher: Mapping[str, TrainingData]
+    settings: Mapping[str, Any]
+
+
+class Everywhere:
+    """All teachers' latents as one teacher and the student read their captions; those of a teacher are neighbours."""
+
+    def __init__(self, held_out: HeldOut, style: str) -> None:
+        self._painted = list(held_out.by_teacher.values())
+        self._read = held_out.by_teacher[style]
+        self._count = self._read.num_rows
+        self.num_rows = self._count * len(self._painted)
+        self.latent_shape = self._read.latent_shape
+
+    def latents(self, rows: Tensor) -> Tensor:
+        """(B, C, h, w) float32, on the CPU."""
+        return torch.cat([self._painted[row // self._count].latents(row[None] % self._count) for row in rows])
+
+    def conditioning(self, encoder: str, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        """What a UNet reads of the captions, which are every teacher's."""
+        return self._read.conditioning(encoder, rows % self._count, dropped)
+
+
+def synthesize_held_out(
+    teachers: Mapping[str, Model],
+    student: Model,
+    base: Model,
+    prompts: Sequence[str],
+    painting: Painting,
+    size: int,
+    cache: Path,
+    seed: int,
+    progress: Callable[[float], object],
+    *,
+    num_latents: int = NUM_LATENTS,
+) -> HeldOut:
+    """Let every teacher paint latents that no training has seen, in float32, as far as the cache does not hold them.
+
+    Args:
+        size: pixels a side of the pictures whose latents they are.
+        cache: folder of the cache.
+        seed: of the evaluation, from which the latents' is made.
+        progress: called with 1 for every teacher.
+        num_latents: by each teacher.
+    Raises: UserError: the size does not suit a model.
+    """
+    # one that nobody has reason to give a training
+    digest = hashlib.sha256(f"held out {seed}".encode()).digest()
+    synthesis = Synthesis(
+        prompts,
+        num_latents,
+        steps=painting.steps,
+        guidance_scale=painting.guidance_scale,
+        negative_prompt=painting.negative_prompt,
+        sampler=painting.sampler,
+        seed=int.from_bytes(digest[:7], "big"),
+    )
+    base_pipeline = base.open(torch.float32)
+    made = {}
+    for style, teacher in teachers.items():
+        skips = {name: skip for name, skip in (("student", student.clip_skip), (style, teacher.clip_skip)) if skip}
+        with naming(f"teacher '{style}'"):
+            made[style] = prepare_data(
+                synthesis,
+                base_pipeline,
+                {style: partial(teacher.open, torch.float32)},
+                size=size,
+                cache=cache,
+                clip_skips=skips,
+                show_progress=False,
+            )
+        progress(1)
+    return HeldOut(made, {"synthesis": asdict(synthesis), "size": size, "seed": seed, "skip": student.clip_skip})
+
+
+def held_out_error(
+    student: Model, style: str, teacher: Model, base: Model, held_out: HeldOut, cache: Path, *, own: bool
+) -> ScoreError:
+    """Measure one style of a student on held-out latents, in float32.
+
+    Args:
+        student: a model with styles.
+        style: which is measured.
+        teacher: of that style.
+        cache: folder of the cache, which keeps what was found.
+        own: on what the style's own teacher has painted, not on what all have.
+    """
+    data: CaptionedLatents = held_out.by_teacher[style] if own else Everywhere(held_out, style)
+    everything = torch.arange(data.num_rows)
+    pipelines = {name: model.open(torch.float32) for name, model in (("student", student), (style, teacher))}
+    base_pipeline = base.open(torch.float32)
+    with temporary_style(pipelines["student"], style):
+        made_by = [_digests(pipeline) for pipeline in (*pipelines.values(), base_pipeline)]
+
+    def measure(_rows: range) -> dict[str, Tensor]:
+        found = score_error(
+            pipelines["student"],
+            {style: pipelines[style]},
+            base_pipeline,
+            data,
+            {style: everything},
+            # as many samples of a style, whosever latents they are
+            draws_per_row=DRAWS // len(everything) or 1,
+            num_bands=NUM_BANDS,
+            seed=held_out.settings["seed"],
+        )
+        edges = [[band.start, band.stop] for band in found.bands]
+        by_band = torch.tensor(found.by_band[style], dtype=torch.float64)
+        return {
+            "error": torch.tensor([found.by_style[style]], dtype=torch.float64),
+            "by_band": by_band[None],
+            "edges": torch.tensor([edges]),
+        }
+
+    latents = digest_tensors({"latents": data.latents(everything)})
+    key = key_of(
+        models=made_by, latents=latents, teacher_skip=teacher.clip_skip, num_bands=NUM_BANDS, **held_out.settings
+    )
+    found = cached_rows(cache / "errors", 1, lambda _: key, measure, lambda _: None).read(torch.tensor([0]))
+    bands = [range(int(start), int(stop)) for start, stop in found["edges"][0].tolist()]
+    return ScoreError({style: found["error"].item()}, {style: found["by_band"][0].tolist()}, bands)
+
+
+def join(errors: Sequence[ScoreError]) -> ScoreError:
+    """Score errors of different styles as one."""
+    by_style = {style: error for one in errors for style, error in one.by_style.items()}
+    by_band = {style: error for one in errors for style, error in one.by_band.items()}
+    return ScoreError(by_style, by_band, errors[0].bands)
+
+
+def _digests(pipeline: Any) -> list[Any]:
+    unet, text_encoder, vae = pipeline.unet, pipeline.text_encoder, pipeline.vae
+    return [digest_unet(unet), digest_text_encoder(text_encoder), digest_vae(vae), public_config(pipeline.scheduler)]

@@ -1,0 +1,244 @@
+"""Styles are added to a merged model, and taken out, without a change to those that stay."""
+
+import copy
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import tiny_pipeline, tiny_unet
+from safetensors.torch import load_file
+from test_distill import NAMES, new_batch, new_teachers
+from toy import ALPHAS_CUMPROD, ToyData
+
+import dmm
+from dmm.batches import STUDENT, Batches, Role
+from dmm.cli import main
+from dmm.distill import EarlierStudent, Part, distill
+from dmm.errors import UserError
+from dmm.sharing import share_batch
+from dmm.student import StyledStudent, grow, shrink
+from dmm.styles import StylePrompts
+from dmm.teachers import freeze
+from dmm.yaml import write_yaml
+
+STYLES_FILE = "styles/diffusion_pytorch_model.safetensors"
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def models(sd1_folder, tmp_path_factory):
+    """A merged model of two styles, and a third teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    for seed in (1, 2, 3):
+        tiny_pipeline(seed).save_pretrained(folder / f"teacher-{seed}")
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+    recipe = recipe_of({"base": str(sd1_folder), "teachers": teachers(ink=1, photo=2)})
+    (folder / "merge.yaml").write_text(write_yaml(recipe))
+    assert main(["merge", str(folder / "merge.yaml"), "--output", str(folder / "merged")]) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield folder
+    patch.undo()
+
+
+def teachers(**seeds):
+    return [{"name": name, "model": f"teacher-{seed}"} for name, seed in seeds.items()]
+
+
+def recipe_of(changes):
+    return {
+        "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 1, "guidance": 1}},
+        "size": 16,
+        "training": {"steps": 2, "batch_size": 6, "learning_rate": 1e-3, "precision": "fp32"},
+        "logging": {"every": 1, "sample_every": None},
+        **changes,
+    }
+
+
+def add(models, output, *options, **changes):
+    recipe = models / f"{output.name}.yaml"
+    recipe.write_text(write_yaml(recipe_of({"teachers": teachers(line=3), **changes})))
+    return main(["add", str(models / "merged"), str(recipe), "--output", str(output), *options])
+
+
+def test_a_style_is_added_beside_those_that_are_there(models, tmp_path, capsys):
+    before = {path: path.read_bytes() for path in (models / "merged").rglob("*.safetensors")}
+    assert add(models, tmp_path / "more") == 0, capsys.readouterr().err
+    pipe = dmm.load_pipeline(tmp_path / "more")
+    assert dmm.style_names(pipe) == ["ink", "photo", "line"]
+    told = json.loads((tmp_path / "more" / "styles" / "styles.json").read_text())["styles"]
+    assert [one["source"].split("/")[-1] for one in told] == ["teacher-1", "teacher-2", "teacher-3"]
+    log = [json.loads(line) for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines()]
+    assert {"score/line", "score/ink", "score/photo"} <= log[-1].keys()
+    assert {path: path.read_bytes() for path in before} == before
+    assert not torch.equal(load_file(tmp_path / "more" / UNET)["conv_in.weight"], pipe.unet.conv_in.weight * 0)
+
+
+def test_it_can_go_on_and_on_and_resumes_to_the_bit(models, tmp_path, capsys):
+    assert add(models, tmp_path / "whole") == 0
+    assert add(models, tmp_path / "cut", training={**recipe_of({})["training"], "steps": 1}) == 0
+    assert add(models, tmp_path / "cut", "--resume") == 0, capsys.readouterr().err
+    for name in (STYLES_FILE, UNET):
+        whole, cut = (load_file(tmp_path / run / name) for run in ("whole", "cut"))
+        assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    again = models / "again.yaml"
+    again.write_text(write_yaml(recipe_of({"teachers": teachers(more=1)})))
+    assert main(["add", str(tmp_path / "whole"), str(again), "--output", str(tmp_path / "again")]) == 0
+    assert dmm.style_names(dmm.load_pipeline(tmp_path / "again")) == ["ink", "photo", "line", "more"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teachers": teachers(ink=3)}, "teacher 'ink': {merged} has a style of that name; choose another name."),
+        ({"start": "average"}, "start is 'average', but a merge that goes further starts from the earlier one."),
+        ({"teachers": [{"name": "x", "lora": "lora.safetensors"}]}, "teacher 'x' is a LoRA, and a merged model is not"),
+        (
+            {"earlier": {"regularization": 1}},
+            "earlier.regularization: found 1, expected a number at least 0 and below 1",
+        ),
+        (
+            {"training": {"batch_size": 1}},
+            "training.batch_size is 1, expected at least 2: every teacher needs a sample in each step.",
+        ),
+    ],
+)
+def test_what_cannot_be_added_is_told_in_one_sentence(models, tmp_path, capsys, changes, message):
+    (models / "lora.safetensors").touch()
+    assert add(models, tmp_path / "more", **changes) == 2
+    assert message.format(merged=models / "merged") in capsys.readouterr().err
+    assert not (tmp_path / "more").exists()
+
+
+def test_only_merged_models_are_added_to(models, sd1_folder, tmp_path, capsys):
+    recipe = models / "stock.yaml"
+    recipe.write_text(write_yaml(recipe_of({"teachers": teachers(line=3)})))
+    assert main(["add", str(sd1_folder), str(recipe), "--output", str(tmp_path / "more")]) == 2
+    assert "is no merged model: it has no styles/ folder" in capsys.readouterr().err
+
+
+def test_a_grown_codebook_keeps_its_rows_and_a_shrunk_one_the_others():
+    torch.manual_seed(0)
+    prompts = StylePrompts(["a", "b"], dim=8)
+    grown = grow(prompts, ["c"])
+    assert grown.names == ["a", "b", "c"]
+    assert torch.equal(grown(torch.eye(3)[:2]), prompts(torch.eye(2)))
+    assert grown.embeddings[2].norm() > 0.1
+    shrunk = shrink(grown, "b")
+    assert shrunk.names == ["a", "c"]
+    assert torch.equal(shrunk(torch.eye(2)), grown(torch.eye(3)[[0, 2]]))
+    with pytest.raises(UserError, match="'a' is the only style"):
+        shrink(shrink(shrunk, "c"), "a")
+
+
+def new_student(names=NAMES):
+    torch.manual_seed(0)
+    unet = tiny_unet()
+    return StyledStudent(unet, StylePrompts(names, dim=unet.time_embedding.linear_2.out_features))
+
+
+def test_a_student_that_has_not_moved_says_what_it_said():
+    earlier = new_student()
+    student = StyledStudent(copy.deepcopy(earlier.unet), grow(earlier.style_prompts, ["line"]))
+    batch = new_batch(earlier)
+    weights = torch.cat([batch.style_weights, torch.zeros(len(batch.style_weights), 1)], 1)
+    parts = [Part(0, slice(None), batch.conditioning)]
+    batch = type(batch)(**{**vars(batch), "style_weights": weights, "parts": parts})
+    teacher = EarlierStudent(freeze(earlier))
+    result = distill(student, [teacher], batch, feature_weight=0.1)
+    assert all(values.abs().max() < 1e-10 for values in result.terms.values())
+    assert not any(parameter.requires_grad for parameter in teacher.unet.parameters())
+    moved = distill(student, [new_teachers()[0]], batch, feature_weight=0.1)
+    assert moved.terms["score"].min() > 1e-6
+
+
+def test_earlier_styles_are_drawn_at_random_on_their_own_rows():
+    class Data(ToyData):
+        def rows_of(self, teacher):
+            return {"ink": torch.arange(0, 10), "photo": torch.arange(10, 20), "line": torch.arange(20, 32)}[teacher]
+
+        def conditioning(self, encoder, rows, dropped):
+            asked.append((encoder, rows.tolist()))
+            return super().conditioning(STUDENT, rows, dropped)
+
+    asked = []
+    roles = [Role([2], "line", 0.5), Role([0, 1], STUDENT, 0.5)]
+    groups = share_batch(64, [0.5, 0.5], 1, 0)
+    settings = {
+        "alphas_cumprod": ALPHAS_CUMPROD,
+        "caption_dropout": 0.1,
+        "micro_batch_size": 64,
+        "seed": 0,
+        "device": torch.device("cpu"),
+    }
+    batches = Batches(Data(), ["ink", "photo", "line"], roles, groups=groups, own=True, **settings)
+    (batch,) = batches.of_step(0)
+    styles = batch.style_weights.argmax(1)
+    assert (styles[:32] == 2).all()
+    assert 8 <= (styles[32:] == 0).sum() <= 24
+    assert (styles[32:] < 2).all()
+    (line, line_rows), (student, earlier_rows), _ = asked
+    assert (line, student) == ("line", STUDENT)
+    assert min(line_rows) >= 20
+    for row, style in zip(earlier_rows, styles[32:].tolist(), strict=True):
+        assert row // 10 == style
+
+
+def test_a_style_is_removed_and_the_others_stay_to_the_bit(models, tmp_path, capsys):
+    merged, left = models / "merged", tmp_path / "left"
+    assert main(["remove", str(merged), "ink", "--output", str(left)]) == 0
+    assert "'ink' cannot be asked for any more" in capsys.readouterr().out
+    assert (left / UNET).read_bytes() == (merged / UNET).read_bytes()
+    whole, rest = load_file(merged / STYLES_FILE), load_file(left / STYLES_FILE)
+    assert torch.equal(rest["embeddings"], whole["embeddings"][1:])
+    pipe = dmm.load_pipeline(left)
+    assert dmm.style_names(pipe) == ["photo"]
+    for name, message in (("ink", "There is no style 'ink'"), ("photo", "'photo' is the only style")):
+        assert main(["remove", str(left), name, "--output", str(tmp_path / "none")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_second_stage_goes_on_from_the_first_on_each_teachers_own_pictures(models, sd1_folder, tmp_path, capsys):
+    recipe = recipe_of({"base": str(sd1_folder), "teachers": teachers(ink=1, photo=2)})
+    paint = {**recipe["data"]["synthesize"], "seed": 1}
+    recipe["finetune"] = {"synthesize": paint, "training": {**recipe["training"], "steps": 1}}
+    path, output = models / "finetune.yaml", tmp_path / "merged"
+    path.write_text(write_yaml(recipe))
+    assert main(["merge", str(path), "--output", str(output)]) == 0, capsys.readouterr().err
+    first, second = (load_file(folder / STYLES_FILE) for folder in (output / "first-stage", output))
+    alone = load_file(models / "merged" / STYLES_FILE)  # the same recipe without a second stage
+    assert all(torch.equal(first[key], alone[key]) for key in alone)
+    assert not torch.equal(first["embeddings"], second["embeddings"])
+    assert (first["embeddings"] - second["embeddings"]).abs().max() < 0.01  # one step, not a new beginning
+    capsys.readouterr()
+    assert main(["merge", str(path), "--output", str(output), "--resume"]) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert main(["merge", str(path), "--output", str(output)]) == 2
+    assert main(["merge", str(path), "--output", str(output), "--overwrite"]) == 0, capsys.readouterr().err
+
+
+def test_an_empty_second_stage_is_told_before_the_first(models, sd1_folder, tmp_path, capsys):
+    (models / "nothing.txt").write_text("\n")
+    recipe = recipe_of({"base": str(sd1_folder), "teachers": teachers(ink=1, photo=2)})
+    recipe["finetune"] = {"synthesize": {"prompts": "nothing.txt"}}
+    (models / "empty.yaml").write_text(write_yaml(recipe))
+    assert main(["merge", str(models / "empty.yaml"), "--output", str(tmp_path / "out")]) == 2
+    assert "nothing.txt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_is_no_start_for_other_styles(models, sd1_folder, tmp_path, capsys):
+    merged = str(models / "merged")
+    recipe = recipe_of({"base": str(sd1_folder), "start": merged, "teachers": teachers(ink=1, line=2)})
+    (models / "start.yaml").write_text(write_yaml(recipe))
+    assert main(["merge", str(models / "start.yaml"), "--output", str(tmp_path / "out")]) == 2
+    assert "is a merged model of ink, photo, the teachers are ink, line" in capsys.readouterr().err
