@@ -1,0 +1,411 @@
+"""An evaluation from its models to its figures: paint, look, compare.
+
+Every style is painted three times: by its teacher twice, from two independent batches of noise, and by the student
+from the noise of the second batch. The student's and the teachers' second pictures are compared with the first:
+``M(i, j) = FID(student i, teacher j)``, and the reference, ``FID(teacher i, teacher j)`` (DMM §4.1). Student and
+teacher of one style begin from the same noise, so that they can be compared picture by picture too.
+"""
+
+import gc
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+import dmm
+from dmm.data.rows import Place, Rows
+from dmm.errors import UserError
+from dmm.evaluation import judged
+from dmm.evaluation.distances import Estimate, check_count, fid, fid_bias, kid
+from dmm.evaluation.extractors import FEATURES, Extractor, JudgeExtractor, extract
+from dmm.evaluation.held_out import HeldOut, Model, held_out_error, join, synthesize_held_out
+from dmm.evaluation.mixing import Mix, mixing_scores
+from dmm.evaluation.painting import Painting, paint, share_of
+from dmm.evaluation.pairwise import estimate, feature_distances, psnr
+from dmm.evaluation.preference import Scorer
+from dmm.evaluation.score_error import ScoreError
+from dmm.names import nearest
+from dmm.pipeline import style_names, temporary_style
+from dmm.sampling import picture_size
+from dmm.styles import style_weights, styled_embedding
+from dmm.teachers import naming
+
+STUDENT, REFERENCE, SECOND = "student", "reference", "second"
+GRID_PROMPTS = 4
+
+_BAR = "{desc:<9} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+_PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "numpy")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured, and how."""
+
+    prompts: Sequence[str]
+    """What of; they go round until there are enough pictures."""
+    num_images: int = 5000
+    """Of each style and batch; the paper's number."""
+    painting: Painting = field(default_factory=Painting)
+    """How they are painted."""
+    seed: int = 0
+    """Of all noise."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation has found.
+
+    Attributes:
+        figures: what ``report.json`` holds.
+        prompts: of the pictures that a reader is shown.
+        teachers, students: by style, their pictures of these prompts, (3, H, W), 8 bits.
+    """
+
+    figures: dict[str, Any]
+    prompts: list[str]
+    teachers: dict[str, list[Tensor]]
+    students: dict[str, list[Tensor]]
+
+
+def evaluate(
+    student: Model,
+    teachers: Mapping[str, Model],
+    extractor: Extractor,
+    protocol: Protocol,
+    cache: Path,
+    *,
+    base: Model | None = None,
+    mixes: Sequence[Mix] = (),
+    scorers: Sequence[Scorer] = (),
+    show_progress: bool = True,
+) -> Evaluation:
+    """Measure how well a student paints as its teachers do.
+
+    Called in every process of a run; they share the work. An evaluation that was interrupted goes on where it was, by
+    what the cache holds.
+
+    Args:
+        student: a merged model; a stock one paints the same in every style.
+        teachers: by style.
+        cache: folder of the cache: pictures, features and latents, by what they were made from.
+        base: what the score error is measured beside; without, or with a stock student, there is none.
+        mixes: of styles, painted by the student and by weighted merging.
+        scorers: of the mixes' pictures.
+        show_progress: bars on stderr.
+    Raises: UserError: no such style, too few pictures for the extractor, or something is wrong with a model.
+    """
+    start = time.monotonic()
+    state = PartialState()
+    place = Place(state.process_index, state.num_processes)
+    styles = list(teachers)
+    painting = protocol.painting
+    dtype = painting.dtype(state.device)
+    pipeline = student.open(dtype)
+    has_styles = styled_embedding(pipeline.unet) is not None
+    if has_styles:
+        _check_styles(styles, style_names(pipeline))
+    for mix in mixes:
+        if not has_styles:
+            raise UserError("Only a merged model paints mixes of styles; this student is a stock one.")
+        style_weights(styles, mix)  # each style of a mix needs its teacher
+    width, height = picture_size(pipeline, painting.width, painting.height)
+    seen = extractor(torch.zeros(1, 3, height, width, dtype=torch.uint8))
+    check_count(protocol.num_images, seen[FEATURES].shape[1], extractor.name)
+
+    @contextmanager
+    def bar(title: str, total: int) -> Iterator[Callable[[float], object]]:
+        shown = show_progress and state.is_main_process
+        with tqdm(total=total, desc=title, unit="", bar_format=_BAR, disable=not shown) as progress:
+            yield progress.update
+
+    mine = place.rows(protocol.num_images)
+    shares = {
+        batch: {style: share_of(protocol.prompts, protocol.num_images, style, batch, protocol.seed) for style in styles}
+        for batch in (REFERENCE, SECOND)
+    }
+    pictures: dict[tuple[str, str], Rows] = {}  # by who painted which batch, and style
+    with bar("pictures", 3 * len(styles) * mine) as progress:
+
+        def paint_share(pipeline: Any, model: Model, who: str, batch: str, style: str) -> None:
+            share = shares[batch][style]
+            pictures[who, style] = paint(pipeline, share, painting, cache, progress, place, clip_skip=model.clip_skip)
+
+        for style in styles:
+            with temporary_style(pipeline, style) if has_styles else nullcontext(), naming("student"):
+                paint_share(pipeline, student, STUDENT, SECOND, style)
+        for style, teacher in teachers.items():
+            del pipeline  # before the next one is opened
+            _free()
+            pipeline = teacher.open(dtype)
+            with naming(f"teacher '{style}'"):
+                paint_share(pipeline, teacher, REFERENCE, REFERENCE, style)
+                paint_share(pipeline, teacher, SECOND, SECOND, style)
+    del pipeline
+    _free()
+    with bar("features", len(pictures) * mine) as progress:
+        seen_by = {who: extract(extractor, rows, cache, progress, place) for who, rows in pictures.items()}
+    state.wait_for_everyone()
+    everything = torch.arange(protocol.num_images)
+    found = {who: rows.read(everything) for who, rows in seen_by.items()}
+    features = {who: one[FEATURES] for who, one in found.items()}
+
+    distances = _share_out(_distances(styles, features), place, bar)
+    errors = None
+    if base is not None and has_styles:
+        errors = _score_error(student, teachers, base, protocol, width, cache, place, bar)
+
+    mixed = None
+    if mixes:
+        mixed = mixing_scores(
+            student,
+            teachers,
+            mixes,
+            scorers,
+            protocol.prompts,
+            protocol.num_images,
+            painting,
+            protocol.seed,
+            state.device,
+            cache,
+            place,
+            bar,
+            state.wait_for_everyone,
+        )
+
+    figures = {
+        "styles": styles,
+        "num_images": protocol.num_images,
+        "extractor": extractor.name,
+        **_fid_figures(styles, distances),
+        "kid": _kid_figures(styles, distances),
+        "score_error": errors and {**_error_figures(errors[0]), "own": _error_figures(errors[1])},
+        "pairwise": _pairwise_figures(styles, features, pictures),
+        "judged": _judged(styles, extractor, found, protocol.prompts, protocol.num_images),
+        "mixing": mixed,
+        "settings": {
+            **asdict(painting),
+            "width": width,
+            "height": height,
+            "seed": protocol.seed,
+            "num_prompts": len(protocol.prompts),
+            "device": _device_name(state.device),
+            "num_processes": place.count,
+        },
+        "sources": {
+            "student": _source(student),
+            "base": base and _source(base),
+            "teachers": {style: _source(teacher) for style, teacher in teachers.items()},
+            "extractor": extractor.identity,
+        },
+        "versions": {"dmm": dmm.__version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    shown = torch.arange(min(GRID_PROMPTS, protocol.num_images, len(protocol.prompts)))
+
+    def show(who: str) -> dict[str, list[Tensor]]:
+        return {style: list(pictures[who, style].read(shown)["images"].to(torch.uint8)) for style in styles}
+
+    return Evaluation(figures, list(protocol.prompts[: len(shown)]), show(SECOND), show(STUDENT))
+
+
+def _check_styles(asked: Sequence[str], known: Sequence[str]) -> None:
+    for style in asked:
+        if style not in known:
+            raise UserError(
+                f"The student has no style '{style}'{nearest(style, known)}; its styles are {', '.join(known)}. "
+                "A teacher is named after the style that it is the measure of."
+            )
+
+
+Job = tuple[Any, ...]
+
+
+def _distances(
+    styles: Sequence[str], features: Mapping[tuple[str, str], Tensor]
+) -> dict[Job, Callable[[], float | Estimate]]:
+    """All distances that there are to compute."""
+    jobs: dict[Job, Callable[[], float | Estimate]] = {}
+    for who in (STUDENT, SECOND):
+        for row in styles:
+            for column in styles:
+                sets = features[who, row], features[REFERENCE, column]
+                jobs["fid", who, row, column] = partial(fid, *sets)
+                if row == column:
+                    jobs["bias", who, row] = partial(fid_bias, *sets)
+                    jobs["kid", who, row] = partial(kid, *sets)
+    return jobs
+
+
+def _share_out(jobs: Mapping[Job, Callable[[], Any]], place: Place, bar: Callable[..., Any]) -> dict[Job, Any]:
+    names = list(jobs)[place.index :: place.count]
+    with bar("distances", len(names)) as progress:
+        made = []
+        for name in names:
+            made.append((name, jobs[name]()))
+            progress(1)
+    return dict(gather_object(made))
+
+
+def _score_error(
+    student: Model,
+    teachers: Mapping[str, Model],
+    base: Model,
+    protocol: Protocol,
+    size: int,
+    cache: Path,
+    place: Place,
+    bar: Callable[..., Any],
+) -> tuple[ScoreError, ScoreError]:
+    """On all teachers' latents, and on each style's own teacher's."""
+    mine = list(teachers)[place.index :: place.count]
+
+    def synthesize(styles: Sequence[str], progress: Callable[[float], object]) -> HeldOut:
+        painters = {style: teachers[style] for style in styles}
+        arguments = (student, base, protocol.prompts, protocol.painting, size, cache, protocol.seed, progress)
+        return synthesize_held_out(painters, *arguments)
+
+    made = []
+    with bar("errors", 3 * len(mine)) as progress:
+        synthesize(mine, progress)
+        PartialState().wait_for_everyone()
+        held_out = synthesize(list(teachers), lambda _: None)  # the others' share, too
+        for style in mine:
+            for own in (False, True):
+                with naming(f"teacher '{style}'"):
+                    error = held_out_error(student, style, teachers[style], base, held_out, cache, own=own)
+                made.append((own, error))
+                progress(1)
+    found = {(own, style): error for own, error in gather_object(made) for style in error.by_style}
+    everywhere, on_own = (join([found[own, style] for style in teachers]) for own in (False, True))
+    return everywhere, on_own
+
+
+def _fid_figures(styles: Sequence[str], distances: Mapping[Job, Any]) -> dict[str, Any]:
+    matrices = {
+        who: [[distances["fid", who, row, column] for column in styles] for row in styles] for who in (STUDENT, SECOND)
+    }
+    traces = {who: sum(matrix[i][i] for i in range(len(styles))) for who, matrix in matrices.items()}
+    biases = {who: sum(distances["bias", who, style] for style in styles) for who in matrices}
+    return {
+        "fid_matrix": matrices[STUDENT],
+        "fid_reference": matrices[SECOND],
+        "fidt": traces[STUDENT],
+        "fidt_reference": traces[SECOND],
+        "fidt_gap_percent": 100 * (traces[STUDENT] / traces[SECOND] - 1),
+        "fid_bias": {"fidt": biases[STUDENT], "fidt_reference": biases[SECOND]},
+    }
+
+
+def _kid_figures(styles: Sequence[str], distances: Mapping[Job, Any]) -> dict[str, Any]:
+    names = {"student": STUDENT, SECOND: "reference"}
+    return {
+        name: {
+            "mean": asdict(_mean([distances["kid", who, style] for style in styles])),
+            "by_style": {style: asdict(distances["kid", who, style]) for style in styles},
+        }
+        for who, name in names.items()
+    }
+
+
+def _error_figures(errors: ScoreError) -> dict[str, Any]:
+    return {
+        "mean": errors.mean,
+        "by_style": errors.by_style,
+        "bands": [[band.start, band.stop] for band in errors.bands],
+        "curve": errors.curve,
+        "by_band": errors.by_band,
+    }
+
+
+def _pairwise_figures(
+    styles: Sequence[str], features: Mapping[tuple[str, str], Tensor], pictures: Mapping[tuple[str, str], Rows]
+) -> dict[str, Any]:
+    measured: dict[str, dict[str, Estimate]] = {
+        "feature_distance": {
+            style: estimate(feature_distances(features[STUDENT, style], features[SECOND, style])) for style in styles
+        },
+        # the yardstick: the same teacher and the same prompt, but other noise
+        "feature_distance_of_other_noise": {
+            style: estimate(feature_distances(features[REFERENCE, style], features[SECOND, style])) for style in styles
+        },
+        "psnr": {style: estimate(_psnr(pictures[STUDENT, style], pictures[SECOND, style])) for style in styles},
+        "psnr_of_other_noise": {
+            style: estimate(_psnr(pictures[REFERENCE, style], pictures[SECOND, style])) for style in styles
+        },
+    }
+    return {
+        name: {
+            "mean": asdict(_mean(list(by_style.values()))),
+            "by_style": {style: asdict(one) for style, one in by_style.items()},
+        }
+        for name, by_style in measured.items()
+    }
+
+
+def _psnr(one: Rows, other: Rows) -> Tensor:
+    batches = torch.arange(len(one)).split(64)
+    return torch.cat([psnr(one.read(batch)["images"], other.read(batch)["images"]) for batch in batches])
+
+
+def _judged(
+    styles: Sequence[str],
+    extractor: Extractor,
+    found: Mapping[tuple[str, str], Mapping[str, Tensor]],
+    prompts: Sequence[str],
+    num_images: int,
+) -> dict[str, Any] | None:
+    """What the judge says of the pictures, if it is asked for styles and things that it knows."""
+    if not isinstance(extractor, JudgeExtractor):
+        return None
+    if not set(styles) <= set(extractor.styles) or not set(prompts) <= set(extractor.concepts):
+        return None
+    painted = [prompts[i % len(prompts)] for i in range(num_images)]
+    verdicts = {
+        who: {
+            style: judged.judge_pictures(found[who, style], style, painted, extractor.styles, extractor.concepts)
+            for style in styles
+        }
+        for who in (STUDENT, SECOND)
+    }
+    rights: dict[str, Callable[[judged.Verdicts], Tensor]] = {
+        "style": lambda one: one.right_style,
+        "concept": lambda one: one.right_concept,
+        "both": lambda one: one.right_style & one.right_concept,
+    }
+    compared = {}
+    for what, right in rights.items():
+        student, teacher = ({style: right(one) for style, one in verdicts[who].items()} for who in (STUDENT, SECOND))
+        compared[what] = asdict(judged.compare(student, teacher))
+    return compared
+
+
+def _mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Of independent estimates."""
+    count = len(estimates)
+    return Estimate(
+        sum(one.value for one in estimates) / count, sum(one.standard_error**2 for one in estimates) ** 0.5 / count
+    )
+
+
+def _source(model: Model) -> dict[str, str]:
+    return {"source": model.source, "sha256": model.sha256}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

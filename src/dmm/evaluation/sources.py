@@ -1,0 +1,128 @@
+"""The models of an evaluation: the student, and its teachers as they are named or as the merge's recipe tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmm.errors import UserError
+from dmm.evaluation.held_out import Model
+from dmm.files import sha256
+from dmm.formats.detect import LORA_FILE, is_lora
+from dmm.formats.side_car import STYLES_FOLDER, read_side_car
+from dmm.formats.tensors import read_header
+from dmm.merge import RECIPE
+from dmm.pipeline import load_pipeline
+from dmm.preflight import teacher_source
+from dmm.recipe import Recipe, load_recipe
+from dmm.teachers import ModelSource, check_model, locate, open_pipeline
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who takes part."""
+
+    student: Model
+    teachers: dict[str, Model]
+    """By style."""
+    base: Model | None
+    """Where it is known."""
+    recipe: Recipe | None
+    """Of the merge, where it is there."""
+
+
+def find_models(
+    student: str, teachers: Mapping[str, str], base: str | None, device: torch.device, *, allow_pickle: bool = False
+) -> Models:
+    """Find and check the models of an evaluation, before anything is painted.
+
+    Args:
+        student: a merged model, or a stock one: a folder, a single file or a hub id.
+        teachers: by style, a folder, a single file, a hub id, or a LoRA of the base; by default those that the merge's
+            recipe names.
+        base: by default the one of the recipe.
+        device: where they shall run.
+        allow_pickle: open pickles too.
+    Raises: UserError: there are no teachers, one is not where it was, or is another than the one that was merged.
+    """
+    folder = locate(ModelSource(student, allow_pickle=allow_pickle))
+    recipe = _recipe(folder, needed=not teachers)
+    base = base or (recipe.base if recipe else None)
+    base_path = None if base is None else locate(ModelSource(base))
+    sources: dict[str, ModelSource] = {}
+    skips: dict[str, int | None] = {}
+    if teachers:
+        sources = {name: _read_source(name, path, base_path, allow_pickle) for name, path in teachers.items()}
+    elif recipe is not None and base_path is not None:
+        sources = {one.name: teacher_source(one, recipe.base, base_path) for one in recipe.teachers}
+        skips = {one.name: one.clip_skip or None for one in recipe.teachers}
+    if not sources:
+        raise UserError(
+            f"{student} has no {RECIPE} that names its teachers; name them with --teacher NAME=PATH, one a style."
+        )
+    found = {name: _model(name, source, device, skips.get(name)) for name, source in sources.items()}
+    if not teachers:
+        _check_unchanged(folder, found)
+    base_model = None if base_path is None else _model("base", ModelSource(base_path), device, None)
+    return Models(_student(student, folder, base_path, device, allow_pickle), found, base_model, recipe)
+
+
+def _recipe(folder: Path, *, needed: bool) -> Recipe | None:
+    if not (folder / RECIPE).is_file():
+        return None
+    try:
+        return load_recipe(folder / RECIPE)
+    except UserError:  # its files may have moved since
+        if needed:
+            raise
+        return None
+
+
+def _read_source(name: str, path: str, base: Path | None, allow_pickle: bool) -> ModelSource:
+    place = Path(path).expanduser()
+    weights = place / LORA_FILE if place.is_dir() else place
+    if not weights.is_file():
+        return ModelSource(path, allow_pickle=allow_pickle)
+    if not is_lora(read_header(weights, allow_pickle=allow_pickle).tensors):
+        return ModelSource(path, config=base, allow_pickle=allow_pickle)
+    if base is None:
+        raise UserError(f"teacher '{name}': {path} is a LoRA; name the model that it was trained on with --base.")
+    return ModelSource(base, lora=place, allow_pickle=allow_pickle)
+
+
+def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int | None) -> Model:
+    checked = check_model(source, name="base" if name == "base" else f"teacher '{name}'")
+
+    def open_model(dtype: torch.dtype) -> Any:
+        return open_pipeline(source, torch_dtype=dtype).to(device)
+
+    told = str(source.model) if source.lora is None else f"{source.lora} at {source.lora_scale:g} on {source.model}"
+    return Model(open_model, told, sha256(*checked.unet_files), clip_skip)
+
+
+def _student(told: str, path: Path, base: Path | None, device: torch.device, allow_pickle: bool) -> Model:
+    source = ModelSource(path, config=base if path.is_file() else None, allow_pickle=allow_pickle)
+    files = list(check_model(source, name="student").unet_files)
+    has_styles = path.is_dir() and read_side_car(path) is not None
+    if has_styles:
+        files += sorted((path / STYLES_FOLDER).glob("*.safetensors"))
+
+    def open_model(dtype: torch.dtype) -> Any:
+        if has_styles:
+            return load_pipeline(path, torch_dtype=dtype, device=device)
+        return open_pipeline(source, torch_dtype=dtype).to(device)
+
+    return Model(open_model, told, sha256(*files))
+
+
+def _check_unchanged(folder: Path, teachers: Mapping[str, Model]) -> None:
+    prompts = read_side_car(folder)
+    for one in prompts.provenance if prompts else ():
+        teacher = teachers.get(one.name)
+        if teacher is not None and teacher.sha256 != one.sha256:
+            raise UserError(
+                f"teacher '{one.name}': {teacher.source} is not the model that was merged: its sha256 begins with "
+                f"{teacher.sha256[:10]}, that one's with {one.sha256[:10]}. Name the one that was, with --teacher."
+            )

@@ -1,0 +1,1 @@
+"""What an evaluation has found, as figures, pictures and a page."""
