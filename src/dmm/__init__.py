@@ -4,13 +4,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmm.pipeline import load_pipeline, save_pipeline, set_style, share, style_names
+    from dmm.pipeline import load_pipeline, save_pipeline, set_style, share, style_names, style_over_time
+    from dmm.style_schedule import StyleSchedule
 
 __version__ = "0.1.0"
-__all__ = ["load_pipeline", "save_pipeline", "set_style", "share", "style_names"]
+__all__ = [
+    "StyleSchedule",
+    "load_pipeline",
+    "save_pipeline",
+    "set_style",
+    "share",
+    "style_names",
+    "style_over_time",
+]
 
 # torch and diffusers take seconds to import, which whoever only asks for the version should not wait for
-_HOMES = dict.fromkeys(__all__, "dmm.pipeline")
+_HOMES = dict.fromkeys(__all__, "dmm.pipeline") | {"StyleSchedule": "dmm.style_schedule"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,9 @@ current style is state of that UNet, as adapters are.
 
 import copy
 import functools
+import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -21,15 +22,19 @@ from torch.func import functional_call
 
 from dmm.errors import UserError
 from dmm.families import SD1
+from dmm.formats.authors import is_authors, open_authors, read_authors_styles
+from dmm.formats.lora import fuse_lora, read_lora
 from dmm.formats.side_car import STYLES_FOLDER, read_side_car, write_side_car
 from dmm.formats.tensors import read_tensors, write_tensors
 from dmm.outputs import new_folder
+from dmm.style_schedule import StyleSchedule
 from dmm.styles import (
     Mix,
     Provenance,
     StyledTimestepEmbedding,
     StylePrompts,
     attach_styles,
+    bake,
     detach_styles,
     style_weights,
     styled_embedding,
@@ -40,27 +45,59 @@ from dmm.teachers import ModelSource, locate, open_pipeline
 def load_pipeline(
     path_or_hub_id: str | Path,
     *,
+    config: str | Path | None = None,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
 ) -> StableDiffusionPipeline:
     """Load a merged model; no style is set.
 
     Args:
-        path_or_hub_id: what :func:`save_pipeline` wrote.
+        path_or_hub_id: what :func:`save_pipeline` wrote; or a merge in the layout that DMM's authors released, a folder
+            or a single file, whose styles are named "0", "1" and so on where it names none.
+        config: the pipeline folder whose configs and tokenizer a single file follows.
         torch_dtype: of the weights in memory, whatever their dtype on disk.
         device: where to put them; by default they stay on the CPU.
     Raises: UserError: a stock model, which has no styles; or whatever is wrong with the files.
     """
-    folder = locate(ModelSource(path_or_hub_id))
-    style_prompts = read_side_car(folder)
+    path = locate(ModelSource(path_or_hub_id))
+    style_prompts = read_styles(path)
     if style_prompts is None:
         raise UserError(
             f"{path_or_hub_id} has no {STYLES_FOLDER}/ folder, so it is a stock model without styles. Open it with "
             "diffusers, or paint with `dmm generate` without --style."
         )
-    pipe = open_pipeline(ModelSource(folder), torch_dtype=torch_dtype)
-    add_styles(pipe, style_prompts)
+    source = ModelSource(path, config=None if config is None else Path(config))
+    pipe = open_styled(source, style_prompts, torch_dtype=torch_dtype)
     return pipe if device is None else pipe.to(device)
+
+
+def read_styles(path: Path, *, allow_pickle: bool = False) -> StylePrompts | None:
+    """Read the style prompts of a model on disk, of our layout or the authors'; None of a stock model.
+
+    Raises: UserError: a file is missing, damaged or does not fit the others.
+    """
+    if is_authors(path, allow_pickle=allow_pickle):
+        return read_authors_styles(path, allow_pickle=allow_pickle)
+    return read_side_car(path)
+
+
+def open_styled(
+    source: ModelSource, style_prompts: StylePrompts, *, torch_dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """Open a merged model on disk with the styles that :func:`read_styles` found there; none is set.
+
+    Raises: UserError: something is wrong with the files.
+    """
+    path = locate(source)
+    if is_authors(path, allow_pickle=source.allow_pickle):
+        pipe = open_authors(path, config=source.config, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
+        if source.lora is not None:
+            models = {name: getattr(pipe, name) for name in ("unet", "text_encoder")}
+            fuse_lora(pipe, read_lora(source.lora, models, allow_pickle=source.allow_pickle), source.lora_scale)
+    else:
+        pipe = open_pipeline(source, torch_dtype=torch_dtype)
+    add_styles(pipe, style_prompts)
+    return pipe
 
 
 def add_styles(pipe: Any, style_prompts: StylePrompts) -> None:
@@ -77,7 +114,7 @@ def style_names(pipe: Any) -> list[str]:
 
     Raises: UserError: it has none.
     """
-    return _embedding(pipe).style_prompts.names
+    return style_prompts_of(pipe).names
 
 
 @torch.no_grad()
@@ -103,7 +140,7 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     else:
         raise UserError("A list of styles needs one style for each image; this one is empty.")
     # on the device of the style prompts, not of the UNet: weights that are offloaded may be on none
-    embedding.term = term.to(pipe.unet.dtype)
+    embedding.term = term.to(embedding.linear_2.bias.dtype)
 
 
 @contextmanager
@@ -116,6 +153,61 @@ def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iter
         yield
     finally:
         embedding.term = before
+
+
+@contextmanager
+def style_over_time(
+    pipe: Any, schedule: StyleSchedule | Sequence[StyleSchedule | Mix | None]
+) -> Iterator[Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]]:
+    """A ``callback_on_step_end`` that changes the style while a run goes on.
+
+    ::
+
+        schedule = dmm.StyleSchedule([(0, 0.4, "ink"), (0.4, 1, "photo")])
+        with dmm.style_over_time(pipe, schedule) as callback:
+            pipe("a red cat", callback_on_step_end=callback)
+
+    The style that was set before is set again after the block. Within it the pipeline, or one made of it by
+    ``from_pipe``, may run several times.
+
+    Args:
+        schedule: of all images, or one for each image, as a list for :func:`set_style`; a mix in it does not change.
+    Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
+    """
+    names = style_names(pipe)
+    one_for_all = isinstance(schedule, StyleSchedule)
+    each: Sequence[StyleSchedule | Mix | None] = [schedule] if isinstance(schedule, StyleSchedule) else schedule
+    for one in each:
+        check_style(names, one)
+
+    def style_at(fraction: float) -> Mix | Sequence[Mix | None] | None:
+        styles = [one.at(fraction) if isinstance(one, StyleSchedule) else one for one in each]
+        return styles[0] if one_for_all else styles
+
+    current = style_at(0)
+
+    def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal current
+        num_steps = running.num_timesteps
+        # what is set now is painted next; after the last step that is the first step of another run
+        coming = style_at((step + 1) % num_steps / num_steps)
+        if coming != current:
+            set_style(pipe, coming)
+            current = coming
+        return tensors
+
+    with temporary_style(pipe, current):
+        yield on_step_end
+
+
+def check_style(names: Sequence[str], style: StyleSchedule | Mix | None) -> None:
+    """Check a style, a mix or a style over time against the styles that there are.
+
+    Raises: UserError: there is no style of that name, or weights do not sum to 1.
+    """
+    for mix in [part for _, _, part in style.parts] if isinstance(style, StyleSchedule) else [style]:
+        if mix is not None:
+            style_weights(names, mix)
 
 
 def share(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
@@ -154,23 +246,70 @@ def save_pipeline(
         overwrite: replace files of the same name in a folder that is not empty.
     Raises: UserError: the pipeline has no styles; the folder is not empty, or cannot be written.
     """
-    prompts = _embedding(pipe).style_prompts
+    prompts = style_prompts_of(pipe)
     if provenance is not None:
         if [one.name for one in provenance] != prompts.names:
             raise ValueError(
                 f"The styles are {prompts.names}, the provenance is of {[one.name for one in provenance]}."
             )
         prompts.provenance = provenance
-    plain = copy.copy(pipe)
-    plain.unet = _twin(pipe.unet)
-    detach_styles(plain.unet, SD1.time_embedding)
-    with new_folder(Path(folder), overwrite=overwrite) as temporary:
-        try:
-            plain.save_pretrained(temporary)
-            _name_as_tools_do(temporary / "text_encoder" / "model.safetensors")
-            write_side_car(prompts, temporary)
-        except SafetensorError as error:  # how a full disk is told by what writes weights
-            raise UserError(f"'{folder}' could not be written: {error}.") from error
+    with new_folder(Path(folder), overwrite=overwrite) as temporary, told_of_full_disk(folder):
+        write_stock_folder(stock_twin(pipe), temporary)
+        write_side_car(prompts, temporary)
+
+
+def stock_twin(pipe: StableDiffusionPipeline, style: Mix | None = None) -> StableDiffusionPipeline:
+    """A stock pipeline that shares the weights of a merged one and paints one style of it, with no code of ours.
+
+    Args:
+        style: or mix, which is baked into the one bias that the two do not share; None for the style-less average.
+    Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
+    """
+    term = None if style is None else style_term(pipe, style)
+    twin = copy.copy(pipe)
+    twin.unet = _twin(pipe.unet)
+    detach_styles(twin.unet, SD1.time_embedding)
+    if term is not None:
+        own = copy.deepcopy(twin.unet.get_submodule(SD1.time_embedding))
+        twin.unet.set_submodule(SD1.time_embedding, own)
+        bake(twin.unet, term, SD1.time_embedding)
+    return twin
+
+
+def write_stock_folder(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Fill a folder with a stock pipeline, such that other tools and plain diffusers open it, in half precision too."""
+    pipe.save_pretrained(folder)
+    _name_as_tools_do(folder / "text_encoder" / "model.safetensors")
+    # transformers loads what the config names, diffusers float32 unless told: of two dtypes no pipeline paints
+    config = folder / "text_encoder" / "config.json"
+    told = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def told_of_full_disk(output: str | Path) -> Iterator[None]:
+    """Within the block, that weights could not be written is a :class:`UserError`."""
+    try:
+        yield
+    except SafetensorError as error:  # how a full disk is told by what writes weights
+        raise UserError(f"'{output}' could not be written: {error}.") from error
+
+
+def style_prompts_of(pipe: Any) -> StylePrompts:
+    """The side-car of a merged pipeline.
+
+    Raises: UserError: it has none.
+    """
+    return _embedding(pipe).style_prompts
+
+
+@torch.no_grad()
+def style_term(pipe: Any, style: Mix) -> Tensor:
+    """What a style or mix adds to the embedding of the timestep, whatever style is set; (D,), float32.
+
+    Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
+    """
+    return _term(style_prompts_of(pipe), style)
 
 
 def _embedding(pipe: Any) -> StyledTimestepEmbedding:

@@ -1,0 +1,217 @@
+"""What guides a pipeline beside its prompt: ControlNets, an image to begin with, a mask, an IP-Adapter.
+
+All of it is diffusers' own; here it is opened, held against the model, and put on a pipeline. Styles stay on: a
+merged model's UNet is the same object before and after.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
+from PIL import Image
+from torch import nn
+from transformers import CLIPVisionModelWithProjection
+
+from dmm.errors import UserError
+from dmm.formats.tensors import read_header, read_json
+
+IMAGE_ENCODER_FOLDER = "image_encoder"
+"""Where an IP-Adapter's image encoder is, beside its file, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet and what it follows."""
+
+    model: Path
+    """Its diffusers folder."""
+    image: Path
+    """An edge map, a pose, a depth map: whatever it was trained on."""
+    scale: float = 1.0
+    """How strongly."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """An image to begin with, in place of noise."""
+
+    image: Path
+    strength: float
+    """How much of the noise is put on it, in (0, 1]; 1 leaves nothing of it."""
+    mask: Path | None = None
+    """White where the image is to be painted anew."""
+
+
+@dataclass(frozen=True)
+class IPAdapter:
+    """A picture as a prompt."""
+
+    file: Path
+    """The adapter's weights, .safetensors."""
+    image: Path
+    scale: float = 1.0
+    """How strongly."""
+    image_encoder: Path | None = None
+    """The folder of the CLIP model that reads the picture; by default ``image_encoder`` beside the file."""
+
+
+def add_plugins(
+    pipe: Any, *, controls: Sequence[Control] = (), start: Start | None = None, ip_adapter: IPAdapter | None = None
+) -> tuple[Any, Callable[[int, tuple[int, int]], dict[str, Any]]]:
+    """Put plugins on a Stable Diffusion pipeline.
+
+    Args:
+        pipe: on its device and in its dtype; an IP-Adapter changes its UNet.
+    Returns: the pipeline that takes them, on the same weights; and the arguments that its call takes for them, as a
+        function of the batch size and of the width and height in pixels.
+    Raises: UserError: a file is missing, or made for a model of another family.
+    """
+    pictures = {file: open_picture(file) for file in _pictures(controls, start, ip_adapter)}
+    nets = [_open_controlnet(control.model, pipe) for control in controls]
+    parts = dict(pipe.components)
+    if ip_adapter is not None:
+        _check_ip_adapter(ip_adapter.file, pipe.unet)
+        parts["image_encoder"] = _open_image_encoder(ip_adapter, pipe)
+    kinds = {
+        (False, False, False): StableDiffusionPipeline,
+        (False, True, False): StableDiffusionImg2ImgPipeline,
+        (False, True, True): StableDiffusionInpaintPipeline,
+        (True, False, False): StableDiffusionControlNetPipeline,
+        (True, True, False): StableDiffusionControlNetImg2ImgPipeline,
+        (True, True, True): StableDiffusionControlNetInpaintPipeline,
+    }
+    kind: Any = kinds[bool(nets), start is not None, start is not None and start.mask is not None]
+    if nets:
+        parts["controlnet"] = nets if len(nets) > 1 else nets[0]
+    guided = kind(**parts, requires_safety_checker=False)
+    if ip_adapter is not None:
+        guided.load_ip_adapter(
+            str(ip_adapter.file.parent),
+            subfolder="",
+            weight_name=ip_adapter.file.name,
+            image_encoder_folder=None,
+            local_files_only=True,
+        )
+        guided.set_ip_adapter_scale(ip_adapter.scale)
+
+    def inputs(batch_size: int, size: tuple[int, int]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if controls:
+            images = [pictures[control.image].resize(size, Image.Resampling.LANCZOS) for control in controls]
+            scales = [control.scale for control in controls]
+            arguments["image" if start is None else "control_image"] = images if len(images) > 1 else images[0]
+            arguments["controlnet_conditioning_scale"] = scales if len(scales) > 1 else scales[0]
+        if start is not None:
+            # one for each picture of the batch: each is encoded with the noise of its own seed
+            first = pictures[start.image].resize(size, Image.Resampling.LANCZOS)
+            arguments |= {"image": [first] * batch_size, "strength": start.strength}
+            if start.mask is not None:
+                arguments["mask_image"] = [pictures[start.mask].convert("L").resize(size)] * batch_size
+        if ip_adapter is not None:
+            arguments["ip_adapter_image"] = pictures[ip_adapter.image]
+        return arguments
+
+    return guided, inputs
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file as RGB, see-through parts on white.
+
+    Raises: UserError: missing, or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            seen = image.convert("RGBA")
+    except OSError as error:
+        raise UserError(f"'{path}' could not be read as a picture: {error}") from error
+    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+
+
+def check_controlnet(config: Mapping[str, Any], unet: Any, name: str) -> None:
+    """Hold a ControlNet's config against the UNet that it is for.
+
+    Raises: UserError: they differ where they must agree.
+    """
+    for key, what in (
+        ("cross_attention_dim", "text of width"),
+        ("in_channels", "latent channels:"),
+        ("block_out_channels", "widths"),
+        ("addition_embed_type", "additional embeddings"),
+    ):
+        found, expected = (_plain(one.get(key, unet.config.get(key))) for one in (config, unet.config))
+        if found != expected:
+            raise UserError(
+                f"{name}: the ControlNet has {what} {found}, the model {expected}. It was made for a model of another "
+                "family; choose one for this."
+            )
+
+
+def _pictures(controls: Sequence[Control], start: Start | None, ip_adapter: IPAdapter | None) -> list[Path]:
+    files = [control.image for control in controls]
+    if start is not None:
+        files += [start.image, *([start.mask] if start.mask else [])]
+    return files + ([ip_adapter.image] if ip_adapter else [])
+
+
+def _open_controlnet(folder: Path, pipe: Any) -> ControlNetModel:
+    config = read_json(folder / "config.json")
+    if config.get("_class_name") != ControlNetModel.__name__:
+        raise UserError(
+            f"{folder} holds a {config.get('_class_name')}, not a {ControlNetModel.__name__}. Name a ControlNet's "
+            "diffusers folder."
+        )
+    check_controlnet(config, pipe.unet, str(folder))
+    try:
+        net = ControlNetModel.from_pretrained(folder, torch_dtype=pipe.unet.dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: the ControlNet could not be opened: {str(error).splitlines()[0]}") from error
+    return net.to(pipe.unet.device)
+
+
+def _check_ip_adapter(file: Path, unet: Any) -> None:
+    found = {
+        int(name.split(".")[1]): tuple(tensor.shape)
+        for name, tensor in read_header(file).tensors.items()
+        if name.startswith("ip_adapter.") and name.endswith(".to_k_ip.weight")
+    }
+    if not found:
+        raise UserError(
+            f"{file} is no IP-Adapter: it has no tensor named 'ip_adapter....to_k_ip.weight'. Pass its .safetensors "
+            "file, such as ip-adapter_sd15.safetensors."
+        )
+    expected = [
+        tuple(unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape)
+        for name in unet.attn_processors
+        if name.endswith("attn2.processor")
+    ]
+    if [found[number] for number in sorted(found)] != expected:
+        raise UserError(
+            f"{file}: the IP-Adapter is for {len(found)} attention layers, the first of shape {found[min(found)]}, the "
+            f"model has {len(expected)}, the first of shape {expected[0]}. It was made for a model of another family; "
+            "choose one for this."
+        )
+
+
+def _open_image_encoder(adapter: IPAdapter, pipe: Any) -> nn.Module:
+    folder = adapter.image_encoder or adapter.file.parent / IMAGE_ENCODER_FOLDER
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: no CLIP image encoder there, which the IP-Adapter {adapter.file} needs. Name its folder with "
+            "--image-encoder."
+        )
+    encoder = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=pipe.unet.dtype, local_files_only=True)
+    return encoder.to(pipe.unet.device)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value
