@@ -1,30 +1,55 @@
-"""The demo tells its story once, and leaves a finished one alone."""
+"""The demo merges, shows, goes on where it was, and leaves a finished one alone."""
 
 import pytest
 from PIL import Image
 
+import dmm
 from dmm.cli import main
 from dmm.demo import story
+from dmm.recipe import load_recipe
 
 
 @pytest.fixture
 def short_story(monkeypatch):
+    """Two prompts and two steps; all else is as users see it."""
     monkeypatch.setattr(story, "PROMPTS", ("fox", "red apple"))
+    monkeypatch.setattr(story, "DATA", {"count": 1, "steps": 1, "guidance": 2.0})
+    monkeypatch.setattr(story, "TRAINING", {**story.TRAINING, "steps": 2, "batch_size": 8, "warmup_steps": 1})
 
 
-def test_it_paints_base_and_experts_and_leaves_a_finished_demo_alone(short_story, tmp_path, capsys):
+def test_it_merges_the_experts_and_leaves_a_finished_demo_alone(short_story, tmp_path, capsys):
     folder = tmp_path / "demo"
     assert main(["demo", "--output", str(folder)]) == 0
-    assert f"Wrote {folder / 'experts.png'}" in capsys.readouterr().out
-    assert [path.name for path in folder.iterdir()] == ["experts.png"]
-    with Image.open(folder / "experts.png") as picture:
+    assert f"Wrote {folder / 'demo.png'}" in capsys.readouterr().out
+    with Image.open(folder / "demo.png") as picture:
         width, height = picture.size
-    assert width > 9 * 128  # base and eight experts across
-    assert height > 2 * 128
-    before = (folder / "experts.png").stat().st_mtime_ns
+    assert width > 8 * 128  # a column for every expert
+    assert height > 4 * 128  # two rows for every prompt
+    names = dmm.style_names(dmm.load_pipeline(folder / "merged"))
+    assert names == story.styles() == [teacher.name for teacher in load_recipe(folder / "recipe.yaml").teachers]
+    assert len(names) == 8
+    before = (folder / "demo.png").stat().st_mtime_ns
     assert main(["demo", "--output", str(folder)]) == 0
     assert "there already" in capsys.readouterr().out
-    assert (folder / "experts.png").stat().st_mtime_ns == before
+    assert (folder / "demo.png").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_demo_goes_on(short_story, tmp_path, capsys, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "demo"
+    with monkeypatch.context() as patch:
+        patch.setattr(story, "merge_experts", interrupted)
+        assert main(["demo", "--output", str(folder)]) == 130
+    assert "run dmm demo again to go on" in capsys.readouterr().err
+    merged = []
+    monkeypatch.setattr(story, "merge_experts", lambda folder: merged.append(folder))
+    monkeypatch.setattr(
+        story, "show", lambda folder, progress: story.Show(folder, 1, story.Verdict(1, 1), story.Verdict(1, 1))
+    )
+    assert main(["demo", "--output", str(folder)]) == 0
+    assert merged == [folder]
 
 
 def test_another_folder_is_not_written_into(tmp_path, capsys):
@@ -34,11 +59,7 @@ def test_another_folder_is_not_written_into(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_an_interrupted_demo_leaves_nothing(short_story, tmp_path, capsys, monkeypatch):
-    def interrupted(*_args, **_kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(story, "sample", interrupted)
-    assert main(["demo", "--output", str(tmp_path / "demo")]) == 130
-    assert "nothing was written" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def test_the_demos_merge_is_short_enough_for_two_cores():
+    recipe = story.TRAINING
+    assert recipe["steps"] * recipe["batch_size"] <= 40_000
+    assert story.DATA["count"] * 8 * story.DATA["steps"] <= 10_000

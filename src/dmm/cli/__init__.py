@@ -14,9 +14,15 @@ from dmm.errors import UserError
 from dmm.names import nearest
 
 COMMANDS = {
+    "add": "merge further styles into a merged model, and keep those that it has",
+    "compare": "put several evaluations side by side",
     "demo": "see the embedded experts paint, on any computer",
+    "evaluate": "measure how faithful a merged model is to its teachers",
     "generate": "make pictures with a model",
+    "export": "write a style of a merged model as a stock checkpoint",
+    "soup": "merge models without training, and take them out again",
     "merge": "distil many models into one with all their styles",
+    "remove": "take a style out of a merged model",
 }
 
 USAGE = f"""\

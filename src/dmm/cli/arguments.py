@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from dmm.errors import UserError
@@ -76,6 +77,12 @@ def read_seeds(text: str) -> list[int]:
                 raise argparse.ArgumentTypeError(f"seed {seed} is named twice in '{text}'")
             seeds[seed] = None
     return list(seeds)
+
+
+def read_scaled_path(text: str) -> tuple[Path, float]:
+    """A path and how strongly what is there shall act, as in ``ink.safetensors:0.8``; 1 where not told."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
+    return (Path(match[1]).expanduser(), float(match[2])) if match else (Path(text).expanduser(), 1.0)
 
 
 def write_seeds(seeds: Sequence[int]) -> str:

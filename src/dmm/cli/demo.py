@@ -1,12 +1,16 @@
-"""See what dmm has to merge: the embedded experts paint the same things, each in its own hand.
+"""See eight models become one, on any computer.
 
-The package carries a base model and eight small real Stable Diffusion experts, fine-tuned from it on
-drawings of eight hands. No GPU, no download and no account are needed. DIR gets one picture,
-experts.png: prompts down, the base and the experts across.
+The package carries a base model and eight small real Stable Diffusion experts, fine-tuned from it on drawings of
+eight hands. They paint some pictures for each other, and from these one model learns to paint in all eight hands:
+what dmm merge does with yours. No GPU, no download and no account are needed; two cores take about five minutes.
+
+DIR gets recipe.yaml, by which the experts are merged; merged/, the model; and demo.png: for every prompt a row
+by the experts, and under it one by the merged model, from the same noise. Interrupted, it goes on where it was.
 
 Examples:
   dmm demo
   dmm demo --output /tmp/look
+  dmm generate dmm-demo/merged fox --style noto=0.5,fluent=0.5 --guidance 2 --output fox.png
 """
 
 import argparse
@@ -26,25 +30,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Paint and show; a finished demo is reported and left alone."""
+    """Merge and show; a finished demo is reported and left alone, an unfinished one goes on."""
     from dmm.cli.libraries import quiet_libraries
     from dmm.outputs import check_folder
 
-    if (args.output / "experts.png").exists():
-        print(f"{args.output / 'experts.png'} is there already: open it, or name another folder with --output.")
+    folder = args.output
+    if (folder / "demo.png").exists():
+        print(f"{folder / 'demo.png'} is there already: open it, or name another folder with --output.")
         return
-    check_folder(args.output)
+    is_begun = (folder / "recipe.yaml").exists() and (folder / "prompts.txt").exists()
+    if not is_begun:
+        check_folder(folder)
     quiet_libraries()
-    from dmm.demo.story import num_pictures, show_experts
+    from dmm.demo import story
 
     start = time.monotonic()
     try:
-        with tqdm(total=num_pictures(), unit=" pictures", bar_format=BAR) as bar:
-            show = show_experts(args.output, bar.update)
+        if not is_begun:
+            story.write_recipe(folder)
+        print("Merging eight experts: they paint what is learned from, then one model learns.")
+        story.merge_experts(folder)
+        with tqdm(total=story.num_pictures(), unit=" pictures", bar_format=BAR) as bar:
+            shown = story.show(folder, bar.update)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written; run dmm demo again") from None
+        raise KeyboardInterrupt("run dmm demo again to go on") from None
     print(
-        f"Wrote {show.grid} in {time.monotonic() - start:.0f} s: prompts down, the base and eight experts across.\n"
-        f"Of the experts' {show.num_images} pictures the judge finds {show.right_styles} in the expert's own hand, "
-        f"{show.right_concepts} of the thing asked for."
+        f"Wrote {shown.picture} in {time.monotonic() - start:.0f} s: for every prompt a row by the eight experts, and "
+        "one by the model that they were merged into.\n"
+        f"Of {shown.num_images} pictures each, the judge finds in the right hand: {shown.of_experts.right_styles} of "
+        f"the experts', {shown.of_merged.right_styles} of the merged model's; of the right thing: "
+        f"{shown.of_experts.right_concepts} and {shown.of_merged.right_concepts}.\n"
+        f"  mix: dmm generate {folder / story.MERGED} fox --style noto=0.5,fluent=0.5 --guidance 2 --output fox.png"
     )

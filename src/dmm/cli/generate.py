@@ -14,6 +14,10 @@ Examples:
   dmm generate merged "a red cat" "a castle" --styles all --output styles.png
   dmm generate merged "a red cat" --strip ink,photo --count 11
   dmm generate merged "a red cat" --pairs
+  dmm generate merged "a red cat" --style "0-0.4:ink;0.4-1:photo"
+  dmm generate merged "a red cat" --style ink --controlnet canny/ --control-image edges.png
+  dmm generate merged "a red cat" --style ink --image sketch.png --strength 0.6 --mask mask.png
+  dmm generate merged "a red cat" --style ink --ip-adapter ip-adapter_sd15.safetensors:0.6 --ip-image cat.jpg
 
 The paper's setting is 25 steps, guidance 7 and
   --negative "worst quality, low quality, normal quality, lowres, watermark, nsfw"
@@ -39,6 +43,7 @@ from dmm.cli.arguments import (
 from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_pictures
 from dmm.cli.opening import add_opening_options, check_opening, open_model, read_source
 from dmm.cli.output_names import name_output
+from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
 from dmm.cli.style_options import add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError
 from dmm.names import nearest
@@ -74,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overwrite(parser)
     add_style_options(parser)
+    add_plugin_options(parser)
 
     painting = parser.add_argument_group("how to paint")
     painting.add_argument("--steps", metavar="N", type=int, default=25, help="denoising steps (default: 25)")
@@ -118,12 +124,12 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
     quiet_libraries()
     import torch
 
-    from dmm.formats.side_car import read_side_car
+    from dmm.pipeline import read_styles
     from dmm.teachers import locate
 
     source = read_source(args)
     path = locate(source)
-    style_prompts = read_side_car(path)
+    style_prompts = read_styles(path, allow_pickle=args.allow_pickle)
     names = style_prompts.names if style_prompts else []
     if asks_for_styles(args) and not names:
         raise UserError(f"{args.model} is a stock model without styles. Name a merged model, or leave out the styles.")
@@ -149,11 +155,22 @@ def _write(
 ) -> None:
     """Paint, and write the grid that ``layout`` tells of, or each picture on its own where there is none."""
     from dmm.pictures import grid, save_png
-    from dmm.sampling import picture_size, sample
+    from dmm.plugins import add_plugins, open_picture
+    from dmm.sampling import picture_size, sample, usual_batch_size
 
     start = time.monotonic()
     _tell_of_cut_prompts(pipeline, [*dict.fromkeys(picture.prompt for picture in pictures), args.negative])
-    width, height = picture_size(pipeline, args.width, args.height)
+    controls, beginning, ip_adapter = read_plugins(args)
+    pipeline, inputs = add_plugins(pipeline, controls=controls, start=beginning, ip_adapter=ip_adapter)
+    width, height = args.width, args.height
+    if beginning is not None and width is height is None:
+        width, height = (max(8, side // 8 * 8) for side in open_picture(beginning.image).size)
+    width, height = picture_size(pipeline, width, height)
+    batch_size = args.batch_size
+    if batch_size is None and (args.style or args.styles):
+        # a prompt in all its styles is one pass, whatever its size
+        num_styles = len({write_style(picture.style) for picture in pictures if picture.style})
+        batch_size = max(usual_batch_size(width, height), num_styles)
     if layout:
         _check_grid(layout, width, height)
     whole = _parameters(args, pictures, width, height)
@@ -163,14 +180,15 @@ def _write(
             [picture.prompt for picture in pictures],
             [picture.seed for picture in pictures],
             styles=[picture.style for picture in pictures] if pictures[0].style else None,
+            inputs=lambda count: inputs(count, (width, height)),
             steps=args.steps,
             guidance_scale=args.guidance,
             negative_prompt=args.negative,
             width=width,
             height=height,
             sampler=args.sampler,
-            batch_size=args.batch_size,
-            progress=bar.update,
+            batch_size=batch_size,
+            progress=lambda share: bar.update(min(share, len(pictures) - bar.n)),  # tqdm minds what rounds up
         )
         if layout is None:
             with new_folder(output, overwrite=args.overwrite) as folder:
@@ -204,6 +222,7 @@ def _check(args: argparse.Namespace, prompts: list[str], seeds: list[int]) -> No
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}.")
     check_opening(args)
+    check_plugins(args)
 
 
 def _check_count(num_prompts: int, num_seeds: int, num_styles: int = 1) -> None:
@@ -264,6 +283,7 @@ def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, h
         lora=lora.stem if lora else None,
         lora_scale=lora_scale,
         lora_hash=sha256(lora)[:10] if lora else None,
+        plugins=describe_plugins(args),
     )
 
 

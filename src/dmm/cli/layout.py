@@ -58,8 +58,9 @@ def lay_out(prompts: list[str], seeds: list[int], styles: list[Style] | list[Non
             for prompt in prompts
             for seed in seeds
         ]
-        # a space after each comma, where the label may be wrapped
-        return Layout(len(styles), cells, rows, [write_style(style or {}).replace(",", ", ") for style in styles])
+        # a space after each comma and semicolon, where the label may be wrapped
+        labels = [re.sub("([,;])", r"\1 ", write_style(style or {})) for style in styles]
+        return Layout(len(styles), cells, rows, labels)
     if len(prompts) == 1 and len(seeds) > WIDEST_ROW:
         starts = range(0, len(seeds), WIDEST_ROW)
         rows = [f"seeds {write_seeds(seeds[start : start + WIDEST_ROW])}" for start in starts]

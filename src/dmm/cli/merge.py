@@ -9,6 +9,7 @@ A recipe says what is merged, on what data and how. The smallest one, whose teac
   data:
     synthesize: {prompts: prompts.txt, count: 1500}   # or {images: folder}, captioned; or {dataset: id}
   training: {steps: 10000, batch_size: 32, micro_batch_size: 8}
+  finetune: {synthesize: {prompts: prompts.txt}}      # then, if you like, each style on its teacher's own pictures
 
 Everything else has the paper's value; docs/merge.md tells of every key. All of it is checked before anything
 large is loaded.
@@ -26,6 +27,7 @@ Examples:
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +36,16 @@ from dmm.recipe import load_recipe
 
 if TYPE_CHECKING:
     from dmm.merge import Merged
-    from dmm.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("recipe", metavar="RECIPE.yaml", type=Path, help="what is merged, on what data and how")
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what every command that trains takes beside its recipe."""
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="of the run and its result")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in DIR, or begin one where there is none"
@@ -58,6 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Merge, and say what was written.
 
+    Raises: see :func:`train`.
+    """
+    train(args, args.overrides)
+
+
+def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Merge by a recipe, and say what was written.
+
+    Args:
+        overrides: of the recipe's keys.
     Raises: UserError: see :func:`dmm.merge.merge`; KeyboardInterrupt: with a word on how to go on.
     """
     if args.resume and args.overwrite:
@@ -67,12 +83,12 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     import torch
 
-    from dmm.merge import merge
+    from dmm.merge import FIRST_STAGE, merge
     from dmm.processes import is_main_process, leave
     from dmm.trainer import CHECKPOINTS, Stopped
 
     try:
-        recipe = load_recipe(args.recipe, args.overrides)
+        recipe = load_recipe(args.recipe, overrides)
     except UserError:
         if not is_main_process():  # all read the same recipe
             leave()
@@ -89,26 +105,26 @@ def run(args: argparse.Namespace) -> None:
             sys.exit(130)
         raise
     except KeyboardInterrupt:
-        started = (args.output / CHECKPOINTS).is_dir()
+        started = any((folder / CHECKPOINTS).is_dir() for folder in (args.output, args.output / FIRST_STAGE))
         raise KeyboardInterrupt(
             "--resume goes on from the last checkpoint"
             if started
             else "nothing was written; what was encoded is found again by the next run"
         ) from None
     if is_main_process():
-        print(_told(merged, recipe))
+        print(_told(merged))
 
 
-def _told(merged: "Merged", recipe: "Recipe") -> str:
+def _told(merged: "Merged") -> str:
     from dmm.trainer import CHECKPOINTS
 
-    folder, styles = merged.folder, ", ".join(teacher.name for teacher in recipe.teachers)
+    folder, styles = merged.folder, ", ".join(merged.styles)
     if merged.was_finished:
         return f"{folder} is finished already: a pipeline with the styles {styles}."
     kept = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
     return (
         f"Wrote {folder} in {merged.seconds:.0f} s: a stock Stable Diffusion pipeline, with the styles {styles}.\n"
-        f"  paint:       dmm generate {folder} --style '{recipe.teachers[0].name}' PROMPT\n"
+        f"  paint:       dmm generate {folder} --style '{merged.styles[-1]}' PROMPT\n"
         f"  curves:      {folder}/log.jsonl; samples, if any, in {folder}/samples\n"
         f"  checkpoints: {folder}/{CHECKPOINTS}, {kept / 1e9:.2g} GB; remove them once no --resume will need them"
     )

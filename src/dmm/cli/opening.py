@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmm.cli.arguments import read_scaled_path
 from dmm.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     opening = parser.add_argument_group("how to open the model")
     opening.add_argument("--config", metavar="FOLDER", type=Path, help="the pipeline folder that a single file follows")
-    opening.add_argument("--lora", metavar="FILE[:SCALE]", type=_lora, help="put a LoRA on the model (scale: 1)")
+    opening.add_argument(
+        "--lora", metavar="FILE[:SCALE]", type=read_scaled_path, help="put a LoRA on the model (scale: 1)"
+    )
     opening.add_argument(
         "--prediction-type",
         choices=("epsilon", "v_prediction"),
@@ -70,7 +73,7 @@ def open_model(args: argparse.Namespace, source: "ModelSource", style_prompts: "
     """
     import torch
 
-    from dmm.pipeline import add_styles
+    from dmm.pipeline import open_styled
     from dmm.teachers import open_pipeline
 
     device = args.device or (
@@ -82,9 +85,10 @@ def open_model(args: argparse.Namespace, source: "ModelSource", style_prompts: "
         raise UserError(f"--device {device}: torch finds {available} of '{kind}' here; choose another, or cpu.")
     precision = args.precision or ("fp32" if kind == "cpu" else "fp16")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    pipeline = open_pipeline(source, torch_dtype=dtype)
-    if style_prompts is not None:
-        add_styles(pipeline, style_prompts)
+    if style_prompts is None:
+        pipeline = open_pipeline(source, torch_dtype=dtype)
+    else:
+        pipeline = open_styled(source, style_prompts, torch_dtype=dtype)
     return pipeline.to(device)
 
 
@@ -92,8 +96,3 @@ def _device(text: str) -> str:
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", text):
         raise argparse.ArgumentTypeError(f"there is no device '{text}'; choose cuda, cuda:1, mps or cpu")
     return text
-
-
-def _lora(text: str) -> tuple[Path, float]:
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", text)
-    return (Path(match[1]).expanduser(), float(match[2])) if match else (Path(text).expanduser(), 1.0)

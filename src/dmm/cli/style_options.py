@@ -1,11 +1,16 @@
 """The options that choose styles, and the styles that they ask for."""
 
 import argparse
+import re
+from collections.abc import Mapping
 
 from dmm.errors import UserError
+from dmm.style_schedule import StyleSchedule
 
-Style = dict[str, float]
+Mix = dict[str, float]
 """Names with weights that sum to 1; a style by itself is a mix of one."""
+Style = Mix | StyleSchedule
+"""A mix, or one for each part of the denoising steps."""
 
 STRIP_STEPS = 11
 
@@ -19,7 +24,7 @@ def add_style_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[=W],...",
         type=read_style,
         action="append",
-        help="a style, or a mix as in a=0.7,b=0.3; repeated, a picture in each",
+        help="a style, a mix as in a=0.7,b=0.3, or one over time as in 0-0.4:a;0.4-1:b; repeated, a picture in each",
     )
     one_of.add_argument("--styles", metavar="NAMES", type=_names, help="a picture in each: all, or names as in a,b,c")
     one_of.add_argument(
@@ -42,8 +47,9 @@ def choose_styles(args: argparse.Namespace, names: list[str]) -> list[Style]:
         names: of the model's styles, in its order.
     Raises: UserError: the model has no such style, weights do not sum to 1, or a style is asked for twice.
     """
-    from dmm.styles import style_weights  # here, so that a mistake in other options is told without waiting for torch
+    from dmm.pipeline import check_style  # here, so that a mistake in other options is told without waiting for torch
 
+    styles: list[Style]
     if args.strip:
         first, last = args.strip
         styles = _strip(first, last, args.count or STRIP_STEPS)
@@ -53,13 +59,10 @@ def choose_styles(args: argparse.Namespace, names: list[str]) -> list[Style]:
         styles = [{name: 1.0} for name in (names if args.styles == ["all"] else args.styles)]
     else:
         styles = args.style
-    seen = set()
-    for style in styles:
-        style_weights(names, style)
-        key = frozenset(style.items())
-        if key in seen:
+    for i, style in enumerate(styles):
+        check_style(names, style)
+        if style in styles[:i]:
             raise UserError(f"The style '{write_style(style)}' is asked for twice.")
-        seen.add(key)
     return styles
 
 
@@ -69,11 +72,30 @@ def pairs(names: list[str]) -> list[tuple[str, str]]:
 
 
 def read_style(text: str) -> Style:
+    """A style as people write it: a mix, or one over time as in ``0-0.4:ink;0.4-1:ink=0.5,photo=0.5``.
+
+    Raises: argparse.ArgumentTypeError: it reads otherwise, or its parts do not follow each other from 0 to 1.
+    """
+    if ":" not in text:
+        return read_mix(text)
+    parts = []
+    for part in text.split(";"):
+        match = re.fullmatch(r"\s*(\d*\.?\d+)\s*-\s*(\d*\.?\d+)\s*:(.*)", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"'{part}' is no part of a style over time; write 0-0.4:a;0.4-1:b")
+        parts.append((float(match[1]), float(match[2]), read_mix(match[3])))
+    try:
+        return StyleSchedule(parts)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def read_mix(text: str) -> Mix:
     """A style or a mix as people write it: ``ink`` or ``ink=0.7,photo=0.3``.
 
     Raises: argparse.ArgumentTypeError: it reads otherwise, or names a style twice.
     """
-    style: Style = {}
+    style: Mix = {}
     for part in text.split(","):
         name, equals, weight = (word.strip() for word in part.partition("="))
         try:
@@ -89,14 +111,22 @@ def read_style(text: str) -> Style:
 
 
 def write_style(style: Style) -> str:
-    """The text that :func:`read_style` reads as ``style``, its weights to six digits."""
-    if list(style.values()) == [1.0]:
-        return next(iter(style))
-    return ",".join(f"{name}={weight:g}" for name, weight in style.items())
+    """The text that :func:`read_style` reads as ``style``, its numbers to six digits."""
+    if isinstance(style, StyleSchedule):
+        return ";".join(f"{start:g}-{end:g}:{_write_mix(mix)}" for start, end, mix in style.parts)
+    return _write_mix(style)
+
+
+def _write_mix(mix: str | Mapping[str, float] | None) -> str:
+    if not isinstance(mix, Mapping):
+        return mix or ""
+    if list(mix.values()) == [1.0]:
+        return next(iter(mix))
+    return ",".join(f"{name}={weight:g}" for name, weight in mix.items())
 
 
 def _strip(first: str, last: str, steps: int) -> list[Style]:
-    middle = [{first: 1 - i / (steps - 1), last: i / (steps - 1)} for i in range(1, steps - 1)]
+    middle: list[Style] = [{first: 1 - i / (steps - 1), last: i / (steps - 1)} for i in range(1, steps - 1)]
     return [{first: 1.0}, *middle, {last: 1.0}]
 
 

@@ -62,7 +62,13 @@ def expert_sources(cache: Path | None = None) -> dict[str, "ModelSource"]:
         "single_file": lambda path: ModelSource(path, config=base),
         "lora": lambda path: ModelSource(base, lora=path),
     }
-    return {name: sources[_plan()["experts"][name]["form"]](path) for name, path in paths.items()}
+    forms = expert_forms()
+    return {name: sources[forms[name]](path) for name, path in paths.items()}
+
+
+def expert_forms() -> dict[str, str]:
+    """In what form each of :func:`experts` comes: ``folder``, ``single_file`` or ``lora``."""
+    return {name: expert["form"] for name, expert in _plan()["experts"].items()}
 
 
 def _plan() -> dict[str, Any]:

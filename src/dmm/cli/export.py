@@ -1,0 +1,87 @@
+"""Write a style of a merged model, or all of them, as checkpoints that other tools open.
+
+A .safetensors output is one file of the original Stable Diffusion layout, as A1111, Forge, ComfyUI and
+`from_single_file` open it; any other output is a diffusers folder. Same seed, same picture as with --style.
+
+Examples:
+  dmm export merged --style ink --output ink.safetensors
+  dmm export merged --style ink=0.7,photo=0.3 --output ink-photo/ --precision fp16
+  dmm export merged --all --output all/
+  dmm export merged --all --single-file --output all/
+  dmm export merged --authors --output dmm/
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from dmm.cli.arguments import add_overwrite
+from dmm.cli.style_options import read_mix, write_style
+from dmm.errors import UserError
+from dmm.outputs import check_file, check_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("model", metavar="MERGED", help="a merged model: a folder, a hub id, or a file of the authors")
+    what = parser.add_argument_group("what (one of these options)").add_mutually_exclusive_group(required=True)
+    what.add_argument("--style", metavar="NAME[=W],...", type=read_mix, help="one style, or a mix as in a=0.7,b=0.3")
+    what.add_argument("--all", action="store_true", help="one checkpoint, and a patch of some kilobytes for each style")
+    what.add_argument("--authors", action="store_true", help="all styles, in the layout that DMM's authors released")
+    parser.add_argument("--output", metavar="PATH", type=Path, required=True, help="a .safetensors file, or a folder")
+    parser.add_argument("--single-file", action="store_true", help="with --all: the checkpoint as a single file")
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the written weights (default: fp32)"
+    )
+    parser.add_argument("--config", metavar="FOLDER", type=Path, help="the pipeline folder that a single file follows")
+    add_overwrite(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything, open the model, write, and say what was written.
+
+    Raises: UserError: see the options; KeyboardInterrupt: with a word on what was left behind.
+    """
+    output = args.output.expanduser()
+    is_file = output.suffix == ".safetensors"
+    if args.single_file and not args.all:
+        raise UserError("--single-file goes with --all; of --style and --authors the output's suffix tells the kind.")
+    if args.all and is_file:
+        raise UserError(
+            f"--output {args.output}: --all writes a folder, with the styles' patches in it; name a folder."
+        )
+    (check_file if is_file else check_folder)(output, overwrite=args.overwrite)
+    try:
+        _export(args, output)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("nothing was written") from None
+
+
+def _export(args: argparse.Namespace, output: Path) -> None:
+    from dmm.cli.libraries import quiet_libraries
+
+    quiet_libraries()
+    import torch
+
+    from dmm.export import export_all, export_authors, export_style
+    from dmm.pipeline import load_pipeline, read_styles, style_names
+    from dmm.styles import style_weights
+    from dmm.teachers import ModelSource, locate
+
+    start = time.monotonic()
+    path = locate(ModelSource(args.model))
+    prompts = read_styles(path)
+    if prompts is not None and args.style:
+        style_weights(prompts.names, args.style)  # before the weights are loaded
+    pipe = load_pipeline(path, config=args.config)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
+    if args.style:
+        export_style(pipe, args.style, output, dtype=dtype, overwrite=args.overwrite)
+        what = f"the style {write_style(args.style)} as a stock checkpoint"
+    elif args.all:
+        export_all(pipe, output, single_file=args.single_file, dtype=dtype, overwrite=args.overwrite)
+        what = f"one checkpoint, and in {output / 'styles'} a patch for each of {len(style_names(pipe))} styles"
+    else:
+        export_authors(pipe, output, dtype=dtype, overwrite=args.overwrite)
+        what = f"{len(style_names(pipe))} styles in the layout of DMM's authors"
+    print(f"Wrote {output}: {what}, {args.precision}, in {time.monotonic() - start:.1f} s.")

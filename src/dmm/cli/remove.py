@@ -1,0 +1,37 @@
+"""Take a style out of a merged model.
+
+Its style prompt goes, so that nobody can ask for the style by name; the other styles paint exactly what they painted.
+What the UNet has learnt of it stays in the weights that all styles share: it can still show through in mixes, and who
+knew the prompt could put it back. To have it gone, merge again without its teacher.
+
+Examples:
+  dmm remove merged ink --output merged-without-ink
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("merged", metavar="MERGED", help="a merged model: a folder or a hub id")
+    parser.add_argument("name", metavar="NAME", help="of the style")
+    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="of the model without it")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of the same name in DIR")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the model without the style.
+
+    Raises: UserError: see :func:`dmm.removal.remove_style`.
+    """
+    from dmm.cli.libraries import quiet_libraries
+
+    quiet_libraries()
+    from dmm.removal import remove_style
+
+    left = remove_style(args.merged, args.name, args.output, overwrite=args.overwrite)
+    print(
+        f"Wrote {args.output}: the styles {', '.join(left)}. '{args.name}' cannot be asked for any more; what the "
+        "shared weights have learnt of it stays in them."
+    )
