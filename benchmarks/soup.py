@@ -1,0 +1,239 @@
+"""Speed and memory of `dmm soup` on 2.13 GB files shaped as SD 1.5, beside `cp`, sd-mecha and mergekit in the same run.
+
+The peers are installed from their packages in environments of their own:
+
+  python3 -m venv mecha && mecha/bin/pip install sd-mecha
+  python3 -m venv kit && kit/bin/pip install mergekit
+  python benchmarks/soup.py --folder /tmp/soup --sd-mecha mecha/bin/python --mergekit kit/bin/python --runs 5
+
+Every merge is a process of its own, timed from after its imports to the end of the merge; private memory is
+sampled every 5 ms (Linux: RssAnon), above what is there after the imports. The runs alternate; medians are printed.
+Four files of 2.13 GB are written to the folder on the first run and stay; each output is removed at once.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NAMES = ("base", "a", "b", "c")
+
+# in every child: what is imported counts for nothing, then the clock and the memory are watched
+WATCH = """
+import json, os, sys, threading, time
+def private():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+def watch(work):
+    start, peak, ended = private(), [0.0], threading.Event()
+    def sample():
+        while not ended.wait(0.005):
+            peak[0] = max(peak[0], private())
+    thread = threading.Thread(target=sample)
+    thread.start()
+    wall, before = time.monotonic(), os.times()
+    work()
+    after, wall = os.times(), time.monotonic() - wall
+    ended.set()
+    thread.join()
+    cpu = sum(after[:4]) - sum(before[:4])
+    print("RESULT" + json.dumps({"wall": wall, "cpu": cpu, "MiB": peak[0] - start}))
+"""
+DMM = """
+from pathlib import Path
+import dmm.soup.cook, dmm.soup.reading
+from dmm.soup.make import make_soup
+from dmm.soup.recipe import SoupRecipe
+folder, method, names, cache = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(","), sys.argv[4]
+teachers = [{"name": name, "model": str(folder / f"{name}.safetensors")} for name in names]
+base = {"base": str(folder / "base.safetensors")} if method != "weighted_sum" else {}
+recipe = SoupRecipe(method=method, teachers=teachers, **base)
+digests = dmm.soup.reading.Digests(Path(cache))
+watch(lambda: make_soup(recipe, folder / "out.safetensors", digests=digests))
+"""
+MECHA = """
+import torch, sd_mecha
+from pathlib import Path
+folder, method, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
+models = [sd_mecha.model(folder / f"{name}.safetensors") for name in names]
+base = sd_mecha.model(folder / "base.safetensors")
+if method == "weighted_sum":
+    recipe = sd_mecha.weighted_sum(*models, alpha=0.5)
+elif method == "ties":
+    recipe = sd_mecha.add_difference_ties(base, *models, k=0.2)
+else:
+    recipe = sd_mecha.add_ties_with_dare(base, *models, probability=0.9, k=0.2)
+watch(lambda: sd_mecha.merge(
+    recipe, merge_device="cpu", merge_dtype=torch.float32, output_dtype=torch.float16, strict_mandatory_keys=False,
+    check_extra_keys=False, output=folder / "out.safetensors"))
+"""
+MERGEKIT = """
+import yaml
+from mergekit.scripts import merge_raw_pytorch as raw
+from pathlib import Path
+folder, method, names = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
+one = {"weighted_sum": {"weight": 0.5}, "ties": {"weight": 1.0, "density": 0.2}}[method]
+config = {
+    "merge_method": {"weighted_sum": "linear"}.get(method, method), "out_dtype": "float16", "dtype": "float32",
+    "models": [{"model": str(folder / f"{name}.safetensors"), "parameters": one} for name in names],
+}
+if method == "ties":
+    config["base_model"] = str(folder / "base.safetensors")
+(folder / "kit.yaml").write_text(yaml.safe_dump(config))
+def work():
+    try:
+        raw.main.main([str(folder / "kit.yaml"), str(folder / "out.kit")], standalone_mode=False)
+    finally:
+        (folder / "kit.yaml").unlink()
+watch(work)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="on the disk to measure; takes 11 GB")
+    parser.add_argument("--sd-mecha", metavar="PYTHON", type=Path)
+    parser.add_argument("--mergekit", metavar="PYTHON", type=Path)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--only", nargs="*", default=["weighted_sum", "ties", "dare_ties", "memory"])
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_models(args.folder)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for run in range(args.runs):
+        for name, work in plan(args).items():
+            warm(args.folder)
+            result = work()
+            rows.setdefault(name, []).append(result)
+            print(f"run {run + 1}: {name}: " + ", ".join(f"{k} {v:.2f}" for k, v in result.items()), flush=True)
+    print(f"\nmedian of {args.runs}, {os.cpu_count()} CPU cores; load {os.getloadavg()[0]:.1f}")
+    print(f"{'':<34}{'wall s':>10}{'CPU s':>10}{'MiB':>10}")
+    for name, results in rows.items():
+        values = [statistics.median(one[key] for one in results) for key in ("wall", "cpu", "MiB")]
+        print(f"{name:<34}" + "".join(f"{value:>10.2f}" for value in values))
+
+
+def plan(args: argparse.Namespace) -> dict:
+    """Name -> what is run, in the order of one round."""
+    mine = lambda method, names, cold: lambda: run_dmm(args.folder, method, names, cold=cold)  # noqa: E731
+    peer = lambda python, code, *rest: lambda: child(python, code, args.folder, *rest)  # noqa: E731
+    work: dict = {}
+    if "weighted_sum" in args.only:
+        work["cp and sync"] = lambda: copy(args.folder)
+        work["sha256 of both inputs"] = lambda: hash_both(args.folder)
+        work["dmm, weighted sum of 2"] = mine("weighted_sum", "a,b", True)
+        work["dmm, the same, hashes known"] = mine("weighted_sum", "a,b", False)
+    if "ties" in args.only:
+        work["dmm, TIES of base + 3"] = mine("ties", "a,b,c", True)
+    if "dare_ties" in args.only:
+        work["dmm, DARE-TIES of base + 3"] = mine("dare_ties", "a,b,c", True)
+    if "memory" in args.only:
+        work["dmm, weighted sum of 1"] = mine("weighted_sum", "a", False)
+        work["dmm, weighted sum of 4"] = mine("weighted_sum", "base,a,b,c", False)
+    for title, python, code in (("sd-mecha", args.sd_mecha, MECHA), ("mergekit", args.mergekit, MERGEKIT)):
+        if python is not None and "weighted_sum" in args.only:
+            work[f"{title}, weighted sum of 2"] = peer(python, code, "weighted_sum", "a,b")
+        if python is not None and "ties" in args.only:
+            work[f"{title}, TIES of base + 3"] = peer(python, code, "ties", "a,b,c")
+    if args.sd_mecha is not None and "dare_ties" in args.only:
+        work["sd-mecha, DARE-TIES of base + 3"] = peer(args.sd_mecha, MECHA, "dare_ties", "a,b,c")
+    return work
+
+
+def run_dmm(folder: Path, method: str, names: str, *, cold: bool) -> dict[str, float]:
+    cache = folder / "digests.json"
+    if cold:
+        cache.unlink(missing_ok=True)
+    return child(Path(sys.executable), DMM, folder, method, names, str(cache))
+
+
+def child(python: Path, code: str, folder: Path, *rest: str) -> dict[str, float]:
+    try:
+        done = subprocess.run([python, "-c", WATCH + code, folder, *rest], capture_output=True, text=True, check=False)
+        found = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+        if not found:
+            sys.exit(f"{python}: {done.stderr[-3000:]}")
+        return json.loads(found[0].removeprefix("RESULT"))
+    finally:
+        remove_outputs(folder)
+
+
+def remove_outputs(folder: Path) -> None:
+    (folder / "out.safetensors").unlink(missing_ok=True)
+    if (folder / "out.kit").is_dir():
+        for path in (folder / "out.kit").iterdir():
+            path.unlink()
+        (folder / "out.kit").rmdir()
+
+
+def copy(folder: Path) -> dict[str, float]:
+    wall, before = time.monotonic(), os.times()
+    subprocess.run(["cp", folder / "a.safetensors", folder / "out.safetensors"], check=True)
+    subprocess.run(["sync", folder / "out.safetensors"], check=True)
+    after, wall = os.times(), time.monotonic() - wall
+    remove_outputs(folder)
+    return {"wall": wall, "cpu": sum(after[:4]) - sum(before[:4]), "MiB": 0.0}
+
+
+def hash_both(folder: Path) -> dict[str, float]:
+    wall, before = time.monotonic(), os.times()
+    for name in "ab":
+        subprocess.run(["sha256sum", folder / f"{name}.safetensors"], check=True, capture_output=True)
+    after, wall = os.times(), time.monotonic() - wall
+    return {"wall": wall, "cpu": sum(after[:4]) - sum(before[:4]), "MiB": 0.0}
+
+
+def warm(folder: Path) -> None:
+    """Have all models in the page cache."""
+    for name in NAMES:
+        subprocess.run(["cat", folder / f"{name}.safetensors"], check=True, stdout=subprocess.DEVNULL)
+
+
+def write_models(folder: Path) -> None:
+    """A base and three models near it, with SD 1.5's names and shapes."""
+    if all((folder / f"{name}.safetensors").is_file() for name in NAMES):
+        return
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from dmm.families import SD1
+    from dmm.formats.single_file import is_vae_attention, original_names
+    from dmm.soup.writing import Declared, NewWeightFile
+
+    vae = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+    }
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
+            "vae": AutoencoderKL(**vae),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **text)),
+        }
+    tensors = {}
+    for component, names in original_names(models, SD1).items():
+        for name, tensor in models[component].state_dict().items():
+            shape = tuple(tensor.shape) + ((1, 1) if is_vae_attention(names[name]) else ())
+            tensors[names[name]] = Declared(torch.float16, shape)
+    for i, name in enumerate(NAMES):
+        file = NewWeightFile(folder / f"{name}.safetensors", tensors, {"modelspec.prediction_type": "epsilon"})
+        common, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(100 + i)
+        for tensor, what in tensors.items():
+            values = torch.randn(what.num_elements, generator=common) * 0.03
+            if i:
+                values += torch.randn(what.num_elements, generator=own) * 0.002
+            file.write(tensor, 0, values.half())
+        file.close()
+
+
+if __name__ == "__main__":
+    main()

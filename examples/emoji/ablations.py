@@ -1,0 +1,237 @@
+"""What each part of the method is worth, on the embedded experts: the paper's Tables 1 and 2 at small size.
+
+    python ablations.py losses WORK --seeds 3       score; + features; + adversary; + synthesised fine-tuning
+    python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, and with
+    python ablations.py adding WORK                 8 styles; 7, and then one more in a quarter of the steps
+    python ablations.py adversary WORK --seeds 10   whether the adversary's game goes well, seed by seed
+
+Every arm is one `dmm merge` or `dmm add`, as long as the demo's merge, and one `dmm evaluate`; its folder in WORK keeps
+both. Stopped in any way, the same command goes on; arms that are finished are not run again. At the end the table is
+printed, as docs/results.md has it.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from dmm.demo import story
+from dmm.demo.assembly import expert_forms, experts
+from dmm.yaml import write_yaml
+
+STEPS = story.TRAINING["steps"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run: its name, what is merged, what is otherwise than in the demo, and which arm it goes on from."""
+
+    name: str
+    styles: Sequence[str]
+    losses: dict[str, float] = field(default_factory=dict)
+    steps: float = 1.0
+    after: str | None = None
+    how: str = "merge"
+    regularization: float = 0.5
+
+
+def losses_arms() -> list[Arm]:
+    names = story.styles()
+    full = {"feature": 0.1, "adversarial": 0.01}
+    return [
+        Arm("score", names, {"feature": 0.0, "adversarial": 0.0}),
+        Arm("+ features", names, {"feature": 0.1, "adversarial": 0.0}),
+        Arm("+ adversary", names, full),
+        Arm("+ fine-tuning", names, full, steps=0.25, after="+ adversary", how="finetune"),
+    ]
+
+
+def incremental_arms() -> list[Arm]:
+    names = story.styles()
+    return [
+        Arm("4", names[:4]),
+        Arm("8", names),
+        Arm("4 + 4, not regularised", names[4:], after="4", how="add", regularization=0.0),
+        Arm("4 + 4, regularised", names[4:], after="4", how="add"),
+    ]
+
+
+def adding_arms() -> list[Arm]:
+    names = story.styles()
+    return [
+        Arm("8", names),
+        Arm("7", names[:7]),
+        Arm("7 + 1", names[7:], steps=0.25, after="7", how="add"),
+    ]
+
+
+def adversary_arms() -> list[Arm]:
+    return [Arm("+ adversary", story.styles(), {"feature": 0.1, "adversarial": 0.01})]
+
+
+TABLES: dict[str, Callable[[], list[Arm]]] = {
+    "losses": losses_arms,
+    "incremental": incremental_arms,
+    "adding": adding_arms,
+    "adversary": adversary_arms,
+}
+
+
+def folder_of(work: Path, name: str, seed: int) -> Path:
+    words = "".join(letter if letter.isalnum() else "-" for letter in name)
+    return work / f"{words.strip('-')}-seed{seed}"
+
+
+def run_arm(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> Path:
+    """Train and evaluate one arm, as far as that has not been done; returns its folder."""
+    folder = folder_of(work, arm.name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    story.write_prompts(folder)
+    recipe = folder / story.RECIPE
+    recipe.write_text(write_yaml(recipe_of(arm, work, seed, options)), encoding="utf-8")
+    merged = folder / "merged"
+    before = [str(folder_of(work, arm.after, seed) / "merged")] if arm.how == "add" and arm.after else []
+    command = "add" if arm.how == "add" else "merge"
+    run_dmm(options, [command, *before, str(recipe), "--output", str(merged), "--resume"])
+    if options.num_images and not (folder / "report" / "report.json").exists():
+        settings = ["--num-images", str(options.num_images), "--extractor", "judge", "--guidance", "2"]
+        teachers = [f"--teacher={name}={experts()[name]}" for name in all_styles(arm)]
+        base = ["--base", str(experts()["base"])]
+        run_dmm(options, ["evaluate", str(merged), *teachers, *base, *settings, "--output", str(folder / "report")])
+    return folder
+
+
+def all_styles(arm: Arm) -> list[str]:
+    """The styles that the arm's model has."""
+    names = story.styles()
+    return names[: names.index(arm.styles[-1]) + 1] if arm.how == "add" else list(arm.styles)
+
+
+def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    forms, paths = expert_forms(), experts()
+    steps = round(options.steps * arm.steps)
+    recipe: dict[str, Any] = {
+        "base": str(paths["base"]),
+        "teachers": [
+            {"name": name, ("lora" if forms[name] == "lora" else "model"): str(paths[name])} for name in arm.styles
+        ],
+        "data": {"synthesize": {"prompts": story.PROMPTS_FILE, **story.DATA}},
+        "size": 32,
+        "training": {**story.TRAINING, "steps": steps, "warmup_steps": steps // 20},
+        "losses": {"feature": 0.1, "adversarial": 0.0, **arm.losses},
+        "checkpoint": {"every": 200, "keep": 1},
+        "logging": {"every": 25, "sample_every": None, "score_error_every": 250},
+        "seed": seed,
+    }
+    if arm.how == "merge":
+        recipe["start"] = "average"
+    elif arm.how == "finetune" and arm.after:
+        recipe["start"] = str(folder_of(work, arm.after, seed) / "merged")
+        recipe["data"]["synthesize"] |= {"own": True, "seed": 1}
+        recipe["training"] |= {"learning_rate": 3.0e-4}
+    elif arm.how == "add":
+        recipe["earlier"] = {"regularization": arm.regularization}
+    return recipe
+
+
+def run_dmm(options: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """One dmm command, in as many processes as were asked for."""
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.processes}", "-m"]
+    module = [*(launch if options.processes > 1 else []), "dmm"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *module, *arguments], check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    return report
+
+
+def told(values: Sequence[float], form: str = "{:.3f}") -> str:
+    """Mean over seeds, and their standard deviation where there are several."""
+    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
+    return form.format(mean(values)) + spread
+
+
+def print_table(arms: Sequence[Arm], work: Path, seeds: Sequence[int]) -> None:
+    """For every arm, over seeds: FIDt, the teachers' own, score error, right hands and things."""
+    print("| | FIDt | its reference | score error | right hand, % | right thing, % |\n|---|---|---|---|---|---|")
+    for arm in arms:
+        reports = [read_report(folder_of(work, arm.name, seed)) for seed in seeds]
+        print(
+            f"| {arm.name} "
+            f"| {told([one['fidt'] for one in reports], '{:.2f}')} "
+            f"| {told([one['fidt_reference'] for one in reports], '{:.2f}')} "
+            f"| {told([one['score_error']['mean'] for one in reports])} "
+            f"| {told([mean(one['judged']['style']['student'].values()) for one in reports], '{:.1f}')} "
+            f"| {told([mean(one['judged']['concept']['student'].values()) for one in reports], '{:.1f}')} |"
+        )
+
+
+def print_by_style(arms: Sequence[Arm], work: Path, seeds: Sequence[int], figure: str) -> None:
+    """One figure of every style, over seeds."""
+    names = story.styles()
+    print(f"| {figure} | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
+    for arm in arms:
+        reports = [read_report(folder_of(work, arm.name, seed)) for seed in seeds]
+        cells = []
+        for name in names:
+            values = [by_style(one, figure)[name] for one in reports if name in one["styles"]]
+            cells.append(told(values, "{:.2f}") if values else "-")
+        print(f"| {arm.name} | " + " | ".join(cells) + " |")
+
+
+def by_style(report: dict[str, Any], figure: str) -> dict[str, float]:
+    if figure == "score error":
+        errors: dict[str, float] = report["score_error"]["by_style"]
+        return errors
+    return {name: report["fid_matrix"][i][i] for i, name in enumerate(report["styles"])}
+
+
+def print_game(work: Path, arm: Arm, seeds: Sequence[int]) -> None:
+    """How the adversary's game ended, for every seed."""
+    print("| seed | score | score error | adversarial | discriminator | right on student | right on teacher |")
+    print("|---|---|---|---|---|---|---|")
+    for seed in seeds:
+        log = (folder_of(work, arm.name, seed) / "merged" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        last = json.loads(log[-1])
+        names = ("score", "score_error", "adversarial", "discriminator")
+        accuracies = ("discriminator_student_accuracy", "discriminator_teacher_accuracy")
+        print(f"| {seed} | " + " | ".join(f"{last[name]:.4f}" for name in (*names, *accuracies)) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a whole training, of 40 samples each")
+    parser.add_argument("--num-images", type=int, default=400, help="of each style; 0: do not evaluate")
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    arms, seeds = TABLES[options.table](), range(options.seeds)
+    for seed in seeds:
+        for arm in arms:
+            print(f"{arm.name}, seed {seed}", file=sys.stderr, flush=True)
+            run_arm(arm, options.work, seed, options)
+    samples = options.steps * story.TRAINING["batch_size"]
+    print(f"{samples:,} samples a merge, {options.num_images} pictures of a style, {len(seeds)} seeds.\n")
+    if options.num_images:
+        print_table(arms, options.work, seeds)
+    if options.table in ("incremental", "adding") and options.num_images:
+        for figure in ("FID", "score error"):
+            print()
+            print_by_style(arms, options.work, seeds, figure)
+    if options.table == "adversary":
+        print()
+        print_game(options.work, arms[0], seeds)
+
+
+if __name__ == "__main__":
+    main()
