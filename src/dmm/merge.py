@@ -125,7 +125,6 @@ def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
                 AcceleratorState._reset_state()  # so that a second merge in this process may have another precision
     style_prompts = on_main(lambda: read_side_car(folder))
     assert style_prompts is not None
-    state.destroy_process_group()
     return Merged(folder, style_prompts.names, was_finished=all(was_finished), seconds=time.monotonic() - start)
 
 

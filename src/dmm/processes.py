@@ -1,5 +1,6 @@
 """Several processes of one run: what one does for all, and that none is left waiting for one that is gone."""
 
+import atexit
 import os
 import signal
 import socket
@@ -40,7 +41,15 @@ def join_processes() -> PartialState:
             f"The launcher started {started} processes, but this one found {state.num_processes}, so that they would "
             "overwrite each other's work. Launch with torchrun, or with accelerate launch."
         )
+    if started > 1:
+        atexit.register(_part)
     return state
+
+
+def _part() -> None:
+    """Leave the other processes: one that ends with its connections open aborts, now and then, in their threads."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:
