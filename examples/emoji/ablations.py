@@ -30,9 +30,15 @@ STEPS = story.TRAINING["steps"]
 
 @dataclass(frozen=True)
 class Arm:
-    """One run: its name, what is merged, what is otherwise than in the demo, and which arm it goes on from."""
+    """One run: its name, what is merged, what is otherwise than in the demo, and which arm it goes on from.
+
+    Attributes:
+        key: of its folder: arms of several tables that are the same run have one.
+        after: the key of another arm.
+    """
 
     name: str
+    key: str
     styles: Sequence[str]
     losses: dict[str, float] = field(default_factory=dict)
     steps: float = 1.0
@@ -45,34 +51,34 @@ def losses_arms() -> list[Arm]:
     names = story.styles()
     full = {"feature": 0.1, "adversarial": 0.01}
     return [
-        Arm("score", names, {"feature": 0.0, "adversarial": 0.0}),
-        Arm("+ features", names, {"feature": 0.1, "adversarial": 0.0}),
-        Arm("+ adversary", names, full),
-        Arm("+ fine-tuning", names, full, steps=0.25, after="+ adversary", how="finetune"),
+        Arm("score", "score", names, {"feature": 0.0, "adversarial": 0.0}),
+        Arm("+ features", "8", names),
+        Arm("+ adversary", "adversary", names, full),
+        Arm("+ fine-tuning", "finetuned", names, full, steps=0.25, after="adversary", how="finetune"),
     ]
 
 
 def incremental_arms() -> list[Arm]:
     names = story.styles()
     return [
-        Arm("4", names[:4]),
-        Arm("8", names),
-        Arm("4 + 4, not regularised", names[4:], after="4", how="add", regularization=0.0),
-        Arm("4 + 4, regularised", names[4:], after="4", how="add"),
+        Arm("4", "4", names[:4]),
+        Arm("8", "8", names),
+        Arm("4 + 4, not regularised", "4-and-4-free", names[4:], after="4", how="add", regularization=0.0),
+        Arm("4 + 4, regularised", "4-and-4", names[4:], after="4", how="add"),
     ]
 
 
 def adding_arms() -> list[Arm]:
     names = story.styles()
     return [
-        Arm("8", names),
-        Arm("7", names[:7]),
-        Arm("7 + 1", names[7:], steps=0.25, after="7", how="add"),
+        Arm("8", "8", names),
+        Arm("7", "7", names[:7]),
+        Arm("7 + 1", "7-and-1", names[7:], steps=0.25, after="7", how="add"),
     ]
 
 
 def adversary_arms() -> list[Arm]:
-    return [Arm("+ adversary", story.styles(), {"feature": 0.1, "adversarial": 0.01})]
+    return [Arm("+ adversary", "adversary", story.styles(), {"feature": 0.1, "adversarial": 0.01})]
 
 
 TABLES: dict[str, Callable[[], list[Arm]]] = {
@@ -83,14 +89,13 @@ TABLES: dict[str, Callable[[], list[Arm]]] = {
 }
 
 
-def folder_of(work: Path, name: str, seed: int) -> Path:
-    words = "".join(letter if letter.isalnum() else "-" for letter in name)
-    return work / f"{words.strip('-')}-seed{seed}"
+def folder_of(work: Path, key: str, seed: int) -> Path:
+    return work / f"{key}-seed{seed}"
 
 
 def run_arm(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> Path:
     """Train and evaluate one arm, as far as that has not been done; returns its folder."""
-    folder = folder_of(work, arm.name, seed)
+    folder = folder_of(work, arm.key, seed)
     folder.mkdir(parents=True, exist_ok=True)
     story.write_prompts(folder)
     recipe = folder / story.RECIPE
@@ -100,7 +105,7 @@ def run_arm(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> Pat
     command = "add" if arm.how == "add" else "merge"
     run_dmm(options, [command, *before, str(recipe), "--output", str(merged), "--resume"])
     if options.num_images and not (folder / "report" / "report.json").exists():
-        settings = ["--num-images", str(options.num_images), "--extractor", "judge", "--guidance", "2"]
+        settings = ["--num-images", str(options.num_images), "--extractor", "judge", "--guidance", "2", "--steps", "15"]
         teachers = [f"--teacher={name}={experts()[name]}" for name in all_styles(arm)]
         base = ["--base", str(experts()["base"])]
         run_dmm(options, ["evaluate", str(merged), *teachers, *base, *settings, "--output", str(folder / "report")])
@@ -163,7 +168,7 @@ def print_table(arms: Sequence[Arm], work: Path, seeds: Sequence[int]) -> None:
     """For every arm, over seeds: FIDt, the teachers' own, score error, right hands and things."""
     print("| | FIDt | its reference | score error | right hand, % | right thing, % |\n|---|---|---|---|---|---|")
     for arm in arms:
-        reports = [read_report(folder_of(work, arm.name, seed)) for seed in seeds]
+        reports = [read_report(folder_of(work, arm.key, seed)) for seed in seeds]
         print(
             f"| {arm.name} "
             f"| {told([one['fidt'] for one in reports], '{:.2f}')} "
@@ -179,7 +184,7 @@ def print_by_style(arms: Sequence[Arm], work: Path, seeds: Sequence[int], figure
     names = story.styles()
     print(f"| {figure} | " + " | ".join(names) + " |\n|---" + "|---" * len(names) + "|")
     for arm in arms:
-        reports = [read_report(folder_of(work, arm.name, seed)) for seed in seeds]
+        reports = [read_report(folder_of(work, arm.key, seed)) for seed in seeds]
         cells = []
         for name in names:
             values = [by_style(one, figure)[name] for one in reports if name in one["styles"]]
@@ -199,7 +204,7 @@ def print_game(work: Path, arm: Arm, seeds: Sequence[int]) -> None:
     print("| seed | score | score error | adversarial | discriminator | right on student | right on teacher |")
     print("|---|---|---|---|---|---|---|")
     for seed in seeds:
-        log = (folder_of(work, arm.name, seed) / "merged" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = (folder_of(work, arm.key, seed) / "merged" / "log.jsonl").read_text(encoding="utf-8").splitlines()
         last = json.loads(log[-1])
         names = ("score", "score_error", "adversarial", "discriminator")
         accuracies = ("discriminator_student_accuracy", "discriminator_teacher_accuracy")
@@ -212,7 +217,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a whole training, of 40 samples each")
-    parser.add_argument("--num-images", type=int, default=400, help="of each style; 0: do not evaluate")
+    parser.add_argument("--num-images", type=int, default=250, help="of each style; 0: do not evaluate")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     arms, seeds = TABLES[options.table](), range(options.seeds)
