@@ -38,14 +38,14 @@ def captions(texts: Sequence[str], generator: torch.Generator) -> list[str]:
 
 
 @torch.no_grad()
-def encode_views(vae: AutoencoderKL, drawings: Drawings) -> Tensor:
-    """Scaled latents of :data:`VIEWS` views of every drawing, slightly moved: (N, VIEWS, C, h, w)."""
+def encode_views(vae: AutoencoderKL, drawings: Drawings, views: int = VIEWS, reach: int = 2) -> Tensor:
+    """Scaled latents of views of every drawing, moved by up to ``reach`` pixels of 64: (N, views, C, h, w)."""
     generator = torch.Generator().manual_seed(0)
-    views = []
-    for _ in range(VIEWS):
-        images = nudge(drawings.images, generator, reach=2)
-        views.append(torch.cat([vae.encode(some).latent_dist.mode() for some in images.split(128)]))
-    return torch.stack(views, 1) * vae.config.scaling_factor
+    encoded = []
+    for _ in range(views):
+        images = nudge(drawings.images, generator, reach)
+        encoded.append(torch.cat([vae.encode(some).latent_dist.mode() for some in images.split(128)]))
+    return torch.stack(encoded, 1) * vae.config.scaling_factor
 
 
 def denoising_loss(

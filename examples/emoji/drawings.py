@@ -37,12 +37,14 @@ class Drawings:
         styles: (N,) int64, index into :data:`STYLES`.
         concepts: (N,) int64, index into :data:`CONCEPTS`; -1 for a concept that is not published.
         texts: the N captions.
+        groups: what kind of thing each is, Unicode's word.
     """
 
     images: Tensor
     styles: Tensor
     concepts: Tensor
     texts: list[str]
+    groups: list[str]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -50,13 +52,13 @@ class Drawings:
     def select(self, keep: Tensor) -> "Drawings":
         """The drawings where ``keep``, (N,) bool, is true."""
         indices = keep.nonzero().flatten()
-        texts = [self.texts[i] for i in indices.tolist()]
-        return Drawings(self.images[indices], self.styles[indices], self.concepts[indices], texts)
+        texts, groups = ([words[i] for i in indices.tolist()] for words in (self.texts, self.groups))
+        return Drawings(self.images[indices], self.styles[indices], self.concepts[indices], texts, groups)
 
 
 def read_drawings(folder: Path) -> Drawings:
     """Read all styles' folders below ``folder``."""
-    images, styles, concepts, texts = [], [], [], []
+    images, styles, concepts, texts, groups = [], [], [], [], []
     number_of = {name: i for i, name in enumerate(CONCEPTS)}
     for style, name in enumerate(STYLES):
         for line in (folder / name / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
@@ -66,7 +68,8 @@ def read_drawings(folder: Path) -> Drawings:
             styles.append(style)
             concepts.append(number_of.get(row["text"], -1))
             texts.append(row["text"])
-    return Drawings(torch.stack(images), torch.tensor(styles), torch.tensor(concepts), texts)
+            groups.append(row["group"])
+    return Drawings(torch.stack(images), torch.tensor(styles), torch.tensor(concepts), texts, groups)
 
 
 def held_out_texts(drawings: Drawings) -> set[str]:

@@ -8,14 +8,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
-from torch import Tensor
 
-from denoising import SCHEDULE, Denoiser, denoising_loss, encode_views
+from denoising import encode_views
 from dmm.formats.lora import save_kohya_lora
 from drawings import STYLES, read_drawings
-from training import fit
+from fine_tuning import fine_tune
 
 LORA_TARGETS = (  # what kohya's LoCon adapts: all of the transformer blocks and residual blocks
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -49,16 +48,16 @@ def main() -> None:
         pipeline.unet.add_adapter(
             LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=list(LORA_TARGETS))
         )
-    model = Denoiser(pipeline.unet, pipeline.text_encoder)
-    scheduler = DDPMScheduler(**SCHEDULE, prediction_type=args.prediction_type)
-
-    def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.randint(len(own), (args.batch_size,), generator=generator)
-        views = torch.randint(latents.shape[1], (args.batch_size,), generator=generator)
-        texts = [own.texts[i] for i in rows.tolist()]
-        return denoising_loss(model, pipeline.tokenizer, scheduler, latents[rows, views], texts, generator), {}
-
-    fit(model, step, args.work / f"{name}-run", steps=args.steps, learning_rate=args.learning_rate)
+    fine_tune(
+        pipeline,
+        latents,
+        own.texts,
+        args.work / f"{name}-run",
+        steps=args.steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        prediction_type=args.prediction_type,
+    )
     experts = args.work / "experts"
     experts.mkdir(exist_ok=True)
     if args.lora_rank:
