@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_STRETCH = 2**26  # bytes that are written before they are put on the disk itself
 
 _NAMES = {
     torch.float64: "F64",
@@ -65,6 +68,7 @@ class NewWeightFile:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
         self._data = 8 + len(text)
+        self._lock, self._unsynced = threading.Lock(), 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             if hasattr(os, "posix_fallocate"):
@@ -80,7 +84,14 @@ class NewWeightFile:
         Raises: OSError: the disk does not take them.
         """
         at = self._data + self._starts[name] + start * values.dtype.itemsize
-        self._write(at, as_bytes(values))
+        data = as_bytes(values)
+        self._write(at, data)
+        with self._lock:
+            self._unsynced += len(data)
+            if self._unsynced < _STRETCH:
+                return
+            self._unsynced = 0
+        self._settle()
 
     def sync(self) -> None:
         """Put all that was written on the disk itself.
@@ -92,6 +103,15 @@ class NewWeightFile:
     def close(self) -> None:
         """Close it."""
         os.close(self._descriptor)
+
+    def _settle(self) -> None:
+        """Put what was written so far on the disk, and give its memory back at once.
+
+        The system need not find gigabytes for a file that nobody reads yet, nor drop others from its cache for them.
+        """
+        self.sync()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def _write(self, at: int, data: memoryview) -> None:
         done = 0
