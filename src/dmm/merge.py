@@ -17,7 +17,6 @@ Without ``model_index.json`` nothing takes the folder for a pipeline. It comes l
 result appears whole or not at all.
 """
 
-import copy
 import gc
 import logging
 import shutil
@@ -33,26 +32,23 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
 
-from dmm.batches import STUDENT, Batches, Role
+from dmm.batches import Batches
+from dmm.building import DTYPES, build_adversary, build_student, open_teachers, roles_of
 from dmm.data import Synthesis, TrainingData, prepare_data
-from dmm.discriminator import Discriminator
-from dmm.distill import Adversary, EarlierStudent, Teacher, Teachers
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.formats.side_car import STYLES_FOLDER, read_side_car
 from dmm.outputs import check_folder
 from dmm.pictures import grid, save_png
 from dmm.pipeline import save_pipeline
-from dmm.preflight import Plan, check_merge, check_space, open_source, paints_earlier, shares_of
+from dmm.preflight import Plan, check_merge, check_space, open_source, paints_earlier
 from dmm.processes import join_processes, on_main
 from dmm.prompts import read_prompts
 from dmm.recipe import Data, Recipe, Training, load_recipe, save_recipe
-from dmm.residency import place_teachers
 from dmm.sampling import sample
-from dmm.sharing import Group, is_uneven, share_batch
-from dmm.student import StyledStudent, grow
-from dmm.styles import StylePrompts, bake
-from dmm.teachers import ModelSource, freeze, noise_schedule, open_pipeline
+from dmm.sharing import is_uneven, share_batch
+from dmm.styles import bake
+from dmm.teachers import ModelSource, noise_schedule, open_pipeline
 from dmm.trainer import CHECKPOINTS, LOG, Trainer
 from dmm.watch import SAMPLES_PER_STYLE, Watch
 
@@ -72,7 +68,6 @@ _WRITTEN = (
 _BINDING = ("kind", "base", "start", "earlier", "teachers", "data", "size", "seed")
 _NUM_SAMPLE_PROMPTS = 4
 _WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 _logger = logging.getLogger(__name__)
 
@@ -150,7 +145,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     styles = list(plan.styles)
-    roles = _roles(recipe, styles)
+    roles = roles_of(recipe, styles)
     if is_uneven(len(roles), accelerator.num_processes) and accelerator.is_main_process:
         _logger.warning(
             "%d teachers on %d processes: some processes have more to do than others, which wait for them.",
@@ -177,9 +172,9 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         fixed = new_batches(groups=watched, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
         watch = Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, styles)
     set_seed(recipe.seed)
-    adversary = _build_adversary(recipe, plan, base, accelerator.device)
-    student = _build_student(recipe, plan, base, average=accelerator.is_main_process)
-    teachers = _open_teachers(recipe, plan, groups, accelerator.device, student)
+    adversary = build_adversary(recipe, plan, base, accelerator.device)
+    student = build_student(recipe, plan, base, average=accelerator.is_main_process)
+    teachers = open_teachers(recipe, plan, groups, accelerator.device, student)
     if watch is not None:
         watch.ask(teachers)
     batches = new_batches(
@@ -245,7 +240,7 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -
     """The training data, and what the samples show."""
     source = open_source(recipe, plan)
     # painting takes the whole model; reading captions is little work, and worth doing exactly
-    dtype = _DTYPES[recipe.training.precision] if isinstance(source, Synthesis) else torch.float32
+    dtype = DTYPES[recipe.training.precision] if isinstance(source, Synthesis) else torch.float32
 
     def open_teacher(name: str, model: ModelSource) -> Any:
         pipeline = open_pipeline(model, torch_dtype=dtype, name=f"teacher '{name}'")
@@ -286,85 +281,6 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -
     captions = source.prompts if isinstance(source, Synthesis) else source.captions
     prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
     return data, list(prompts)
-
-
-def _build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> StyledStudent:
-    """The student at its start, float32, on the CPU.
-
-    Args:
-        average: whether this process averages the teachers, where that is the start; the others' weights are made
-            equal to its when training begins.
-    """
-    unet = base.unet
-    if plan.start is not None:
-        unet = open_pipeline(plan.start, name="start").unet
-    elif recipe.start == "average" and average:
-        mean = {name: torch.zeros_like(tensor) for name, tensor in unet.state_dict().items()}
-        for source in plan.teachers:
-            for name, tensor in open_pipeline(source).unet.state_dict().items():
-                mean[name] += tensor
-        unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
-    unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
-    names = [teacher.name for teacher in recipe.teachers]
-    if plan.style_prompts is None:
-        prompts = StylePrompts(names, unet.get_submodule(SD1.time_embedding).linear_2.out_features)
-    else:
-        prompts = grow(plan.style_prompts, names) if recipe.earlier else plan.style_prompts
-    return StyledStudent(unet, prompts)
-
-
-def _roles(recipe: Recipe, styles: list[str]) -> list[Role]:
-    """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept."""
-    num_earlier = len(styles) - len(recipe.teachers)
-    shares = shares_of(recipe)
-    roles = [
-        Role([num_earlier + i], teacher.name, share)
-        for i, (teacher, share) in enumerate(zip(recipe.teachers, shares, strict=False))
-    ]
-    kept = [Role(range(num_earlier), STUDENT, share) for share in shares[len(roles) :]]
-    return roles + kept
-
-
-def _build_adversary(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -> Adversary | None:
-    """The discriminator on the base's UNet, before that becomes the student; on the device before the teachers are."""
-    weight = recipe.losses.adversarial
-    if weight == 0:
-        return None
-    dtype = _DTYPES[recipe.training.precision]
-    discriminator = Discriminator(base.unet, len(plan.styles), dtype=dtype, seed=recipe.seed)
-    if recipe.training.gradient_checkpointing:
-        discriminator.backbone.enable_gradient_checkpointing()
-    return Adversary(discriminator.to(device), weight, plan.prediction_type)
-
-
-def _open_teachers(
-    recipe: Recipe, plan: Plan, groups: list[Group], device: torch.device, student: StyledStudent
-) -> Teachers:
-    """The teachers that this process serves: frozen, in the recipe's precision, where they can be used."""
-    teachers: dict[int, Teacher] = {}
-    for index in (group.teacher for group in groups):
-        if index == len(recipe.teachers):
-            teachers[index] = _open_earlier_student(plan, _DTYPES[recipe.training.precision])
-            continue
-        name = f"teacher '{recipe.teachers[index].name}'"
-        pipeline = open_pipeline(plan.teachers[index], torch_dtype=_DTYPES[recipe.training.precision], name=name)
-        unet = freeze(pipeline.unet).to(memory_format=torch.channels_last)
-        if recipe.training.compile:
-            unet.compile()
-        teachers[index] = Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
-    # float32 weights, gradients, AdamW's two moments, and their average
-    copies = 4 + (recipe.training.ema_decay is not None)
-    num_student_bytes = 4 * copies * sum(parameter.numel() for parameter in student.parameters())
-    return place_teachers(teachers, device, num_student_bytes=num_student_bytes)
-
-
-def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:
-    assert plan.style_prompts is not None
-    unet = open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge").unet
-    unet.to(memory_format=torch.channels_last)
-    student = StyledStudent(unet, copy.deepcopy(plan.style_prompts).to(dtype))
-    freeze(student)
-    return EarlierStudent(student)
 
 
 def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
