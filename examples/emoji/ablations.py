@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a whole training, of 40 samples each")
-    parser.add_argument("--num-images", type=int, default=250, help="of each style; 0: do not evaluate")
+    parser.add_argument("--num-images", type=int, default=400, help="of each style; 0: do not evaluate")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     arms, seeds = TABLES[options.table](), range(options.seeds)
