@@ -180,7 +180,7 @@ def print_memory(experiment: Experiment, pictures: Mapping[str, list[Image.Image
         f"Through the VAE alone drawings come back {floor.mean():.1f} levels of 255 away, at most {floor.max():.1f}.\n"
     )
     copied = 2 * floor.max()
-    print("| | nearest drawing, levels of 255 | copies, % | of what its shard has, % | of what it has not, % |")
+    print("| | nearest drawing, levels of 255 | copies, % | asked for what its shard has | asked for what it has not |")
     print("|---|---|---|---|---|")
     for name, images in pictures.items():
         count = len(images) // len(own)
