@@ -58,7 +58,7 @@ class Source:
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Some elements, flattened; a slice of a LoRA's product is computed from the rows that it takes."""
-        values = self.file.read(self.name, start, stop).to(dtype)
+        values = self.file.read(self.name, start, stop, dtype)
         for layer, scale in self.added:
             columns = layer.down.flatten(1).shape[1]
             first, last = start // columns, -(-stop // columns)

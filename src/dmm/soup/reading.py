@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _EXPONENTS = {
     torch.float64: (np.uint64, 0x7FF0000000000000),
 }
 
+_threads = threading.local()
+
 
 class WeightFile:
     """A safetensors file, its header checked, open for reading.
@@ -49,14 +52,19 @@ class WeightFile:
         """Close it."""
         os.close(self._descriptor)
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Read some of a tensor's elements, flattened, in the file's dtype.
+    def read(self, name: str, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Read some of a tensor's elements, flattened.
 
+        Args:
+            dtype: of what is returned, by default the file's.
         Raises: UserError: the file ends before them: it was changed.
         """
-        tensor = self.tensors[name]
-        size = tensor.dtype.itemsize
-        return self._read(self._offsets[name][0] + start * size, (stop - start) * size).view(tensor.dtype)
+        kept = self.tensors[name].dtype
+        at, count = self._offsets[name][0] + start * kept.itemsize, (stop - start) * kept.itemsize
+        if dtype in (None, kept):
+            return self._read(at, torch.empty(count, dtype=torch.uint8)).view(kept)
+        # what is converted is another tensor: this thread's reads of this kind share a place
+        return self._read(at, _scratch(count)).view(kept).to(dtype)
 
     def in_order(self) -> list[str]:
         """The tensors' names, as they lie in the file."""
@@ -90,12 +98,12 @@ class WeightFile:
         digest = hashlib.sha256()
         names = self.in_order()
         beginning = self._offsets[names[0]][0] if names else os.fstat(self._descriptor).st_size
-        digest.update(as_bytes(self._read(0, beginning)))
+        digest.update(as_bytes(self._read(0, _scratch(beginning))))
         progress(beginning)
         for name in names:
             first, last = self._offsets[name]
             for at in range(first, last, CHUNK):
-                chunk = self._read(at, min(CHUNK, last - at))
+                chunk = self._read(at, _scratch(min(CHUNK, last - at)))
                 digest.update(as_bytes(chunk))
                 progress(len(chunk))
                 # a chunk's length is a multiple of every dtype's, so that none cuts a number
@@ -108,11 +116,11 @@ class WeightFile:
         cache.add(self.path, self._identity, digest.hexdigest())
         return digest.hexdigest()
 
-    def _read(self, at: int, count: int) -> Tensor:
-        buffer = torch.empty(count, dtype=torch.uint8)
+    def _read(self, at: int, buffer: Tensor) -> Tensor:
+        """Fill a buffer from a place in the file on, and return it."""
         view = as_bytes(buffer)
         done = 0
-        while done < count:
+        while done < len(view):
             got = os.preadv(self._descriptor, [view[done:]], at + done)
             if not got:
                 raise UserError(f"{self.path} became shorter while it was read. Let whatever writes it end first.")
@@ -122,6 +130,14 @@ class WeightFile:
     def _identify(self) -> tuple[int, int]:
         stat = os.fstat(self._descriptor)
         return stat.st_size, stat.st_mtime_ns
+
+
+def _scratch(count: int) -> Tensor:
+    """Bytes that are this thread's until it asks again: to get fresh ones from the system takes longer than a read."""
+    buffer: Tensor | None = getattr(_threads, "buffer", None)
+    if buffer is None or len(buffer) < count:
+        buffer = _threads.buffer = torch.empty(max(count, CHUNK), dtype=torch.uint8)
+    return buffer[:count]
 
 
 def num_not_finite(tensor: Tensor) -> int:

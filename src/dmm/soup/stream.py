@@ -25,7 +25,7 @@ from dmm.soup.writing import NewWeightFile
 MAX_THREADS = 8
 """More make a merge no faster, and each has slices of its own in memory."""
 
-_SLICE = 2**17  # elements: what is summed stays in a core's own cache
+_SLICE = 2**18  # elements: fewer cost more calls, more no longer stay in a core's own cache
 _SLICE_BYTES = 2**24  # of all models together
 _SMALL = 2**14  # elements of a tensor that is sorted rather than counted
 _ALIGNMENT = 1024  # elements; the random masks are made in eights
