@@ -64,10 +64,8 @@ models = [sd_mecha.model(folder / f"{name}.safetensors") for name in names]
 base = sd_mecha.model(folder / "base.safetensors")
 if method == "weighted_sum":
     recipe = sd_mecha.weighted_sum(*models, alpha=0.5)
-elif method == "ties":
-    recipe = sd_mecha.add_difference_ties(base, *models, k=0.2)
-else:
-    recipe = sd_mecha.add_ties_with_dare(base, *models, probability=0.9, k=0.2)
+else:  # its TIES is that of DARE-TIES which drops nothing
+    recipe = sd_mecha.add_ties_with_dare(base, *models, probability=0.0 if method == "ties" else 0.9, k=0.2)
 watch(lambda: sd_mecha.merge(
     recipe, merge_device="cpu", merge_dtype=torch.float32, output_dtype=torch.float16, strict_mandatory_keys=False,
     check_extra_keys=False, output=folder / "out.safetensors"))
