@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from dmm.errors import UserError
 from dmm.files import sha256
+from dmm.formats.tensors import DTYPE_NAMES
 
 MANIFEST = "manifest.json"
 INFO = "info.json"
@@ -37,18 +38,6 @@ INFO = "info.json"
 _logger = logging.getLogger(__name__)
 
 _CHUNK = 2**24  # bytes that are hashed and written at a time
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -246,7 +235,7 @@ def _write_tensors(folder: Path, group: str, named: Mapping[str, Tensor]) -> dic
     for name in order:
         start, end = end, end + named[name].nbytes
         header[name] = {
-            "dtype": _DTYPES[named[name].dtype],
+            "dtype": DTYPE_NAMES[named[name].dtype],
             "shape": list(named[name].shape),
             "data_offsets": [start, end],
         }

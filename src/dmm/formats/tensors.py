@@ -17,7 +17,7 @@ from dmm.errors import UserError
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 _MAX_HEADER = 100_000_000  # bytes, as the format has it; what claims more is no header at all
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,6 +31,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By their names in safetensors files."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _read_safetensors_header(path: Path) -> Header:
             offsets[name] = (8 + length + begin, 8 + length + stop)
         end = max((stop for _, stop in offsets.values()), default=8 + length)
         tensors = {
-            name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+            name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
             for name, entry in declared.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -11,22 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_STRETCH = 2**26  # bytes that are written before they are put on the disk itself
+from dmm.formats.tensors import DTYPE_NAMES
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_STRETCH = 2**26  # bytes that are written before they are put on the disk itself
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class NewWeightFile:
             self._starts[name] = end
             end += tensor.num_bytes
             span = [self._starts[name], end]
-            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+            header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text = text.ljust(-(-len(text) // 8) * 8)
         self._data = 8 + len(text)
