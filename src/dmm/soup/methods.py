@@ -109,8 +109,10 @@ def ties(
     """
     if thresholds is None:
         thresholds = [kept_above((model - base).abs(), density) for model in models]
-    kept = [(model - base).abs().float() >= threshold for model, threshold in zip(models, thresholds, strict=True)]
-    return _elect(base, models, weights, kept, scale)
+    differences = [model - base for model in models]
+    for difference, threshold in zip(differences, thresholds, strict=True):
+        difference.mul_(difference.abs().float() >= threshold)  # torch.where takes five times as long
+    return _elect(base, models, weights, differences, scale)
 
 
 def dare(
@@ -149,26 +151,28 @@ def dare_ties(
     Args: see :func:`dare` and :func:`ties`.
     Source: DARE, https://arxiv.org/abs/2311.03099, in place of the trimming of TIES.
     """
-    return _elect(base, models, weights, kept, scale / density)
+    differences = [(model - base).mul_(mask) for model, mask in zip(models, kept, strict=True)]
+    return _elect(base, models, weights, differences, scale / density)
 
 
 def _elect(
-    base: Tensor, models: Sequence[Tensor], weights: Sequence[float], kept: Sequence[Tensor], scale: float
+    base: Tensor, models: Sequence[Tensor], weights: Sequence[float], differences: Sequence[Tensor], scale: float
 ) -> Tensor:
-    """The last two steps of TIES, over the differences that are kept; without a majority the base stays."""
+    """The last two steps of TIES; without a majority the base stays.
+
+    Args:
+        differences: 0 where they are dropped; only their signs are left of them.
+    """
     mass = torch.zeros_like(base)
-    signs = []
-    for model, weight, mask in zip(models, weights, kept, strict=True):
-        difference = (model - base).mul_(mask)  # torch.where takes five times as long
+    for difference, weight in zip(differences, weights, strict=True):
         mass.add_(difference, alpha=weight)
-        signs.append(difference.sign_())
     majority = mass.sign_()
     # where there is none, the base is the one that is averaged
     count = 1 - majority.abs()
     total = base * count
-    for model, weight, sign in zip(models, weights, signs, strict=True):
+    for model, weight, difference in zip(models, weights, differences, strict=True):
         # 1 where a difference has the elected sign, 0 elsewhere: by floats, which are much faster than masks
-        share = sign.mul_(majority).clamp_(min=0)
+        share = difference.sign_().mul_(majority).clamp_(min=0)
         total.addcmul_(model, share, value=weight)
         count.add_(share, alpha=weight)
     average = total.div_(count)

@@ -20,12 +20,12 @@ from dmm.soup.writing import as_bytes
 CHUNK = 2**21
 """Bytes that are read at a time where a whole file is read."""
 
-# where all bits of an exponent are set, a number is infinite or none; by size in bytes
+# a number is infinite or none where all bits of its exponent are set
 _EXPONENTS = {
-    torch.float16: (np.uint16, 0x7C00),
-    torch.bfloat16: (np.uint16, 0x7F80),
-    torch.float32: (np.uint32, 0x7F800000),
-    torch.float64: (np.uint64, 0x7FF0000000000000),
+    torch.float16: (np.int16, 0x7C00),
+    torch.bfloat16: (np.int16, 0x7F80),
+    torch.float32: (np.int32, 0x7F800000),
+    torch.float64: (np.int64, 0x7FF0000000000000),
 }
 
 _threads = threading.local()
@@ -147,9 +147,14 @@ def num_not_finite(tensor: Tensor) -> int:
     if tensor.dtype not in _EXPONENTS:  # the eight-bit ones
         return int((~tensor.float().isfinite()).sum())
     kind, exponent = _EXPONENTS[tensor.dtype]
-    # by the bits: far cheaper than converting gigabytes
-    bits = tensor.view(torch.uint8).numpy().view(kind) & kind(exponent)
-    return int(np.count_nonzero(bits == exponent)) if bits.max(initial=0) == exponent else 0
+    # by the bits, which is far cheaper than converting gigabytes: they have the order of the magnitudes, so that the
+    # largest, with a sign and without one, are those of the largest positive and the largest negative number
+    bits = tensor.view(torch.uint8).numpy().view(kind)
+    unsigned = bits.view(f"u{bits.itemsize}")
+    sign = 1 << 8 * bits.itemsize - 1
+    if bits.max(initial=0) < exponent and unsigned.max(initial=0) < sign + exponent:
+        return 0
+    return int(np.count_nonzero(bits & kind(exponent) == exponent))
 
 
 class Digests:

@@ -7,7 +7,7 @@ slices are cut alike whatever the number of threads, so that the results are the
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +25,8 @@ from dmm.soup.writing import NewWeightFile
 MAX_THREADS = 8
 """More make a merge no faster, and each has slices of its own in memory."""
 
-_SLICE = 2**18  # elements: fewer cost more calls, more no longer stay in a core's own cache
+_PIECE = 2**20  # elements that are written at a time: fewer cost more of the system's time
+_SLICE = 2**18  # elements that are computed at a time: fewer cost more calls, more leave a core's own cache
 _SLICE_BYTES = 2**24  # of all models together
 _SMALL = 2**14  # elements of a tensor that is sorted rather than counted
 _ALIGNMENT = 1024  # elements; the random masks are made in eights
@@ -87,22 +88,26 @@ def write(
 
     def task(tensor: Merged, start: int, stop: int) -> Callable[[], None]:
         def run() -> None:
-            values = _merge(plan, tensor, start, stop, measured.get(tensor.name))
             file, name = files[tensor.name]
-            file.write(name, start, values)
-            found = num_not_finite(values)
+            piece = file.room(name, start, stop)
+            found = 0
+            for first, last in _slices(tensor, start, stop):
+                values = piece[first - start : last - start]
+                values.copy_(_merge(plan, tensor, first, last, measured.get(tensor.name)))
+                found += num_not_finite(values)
+            file.write(name, start, piece)
             with lock:
                 broken[tensor.name] += found
                 progress(stop - start)
 
         return run
 
-    in_threads((task(tensor, *span) for tensor in plan.tensors for span in _spans(tensor)), threads)
+    in_threads((task(tensor, *piece) for tensor in plan.tensors for piece in _pieces(tensor)), threads)
     return {tensor.name: broken[tensor.name] for tensor in plan.tensors if broken[tensor.name]}
 
 
 def _merge(plan: Plan, tensor: Merged, start: int, stop: int, measured: Tensor | None) -> Tensor:
-    """One slice of one tensor, in the output's dtype."""
+    """One slice of one tensor, in the dtype that the sums are made in."""
     dtype = tensor.declared.dtype
     if tensor.constant is not None:
         return tensor.constant[start:stop]
@@ -123,13 +128,13 @@ def _merge(plan: Plan, tensor: Merged, start: int, stop: int, measured: Tensor |
         density=plan.density,
         scale=plan.recipe.scale,
     )
-    return plan.method.apply(one).to(dtype)
+    return plan.method.apply(one)
 
 
 def _gram(plan: Plan, tensor: Merged, progress: Progress) -> Tensor:
     """The scalar products of the models, or of their differences where the method has a base."""
     gram = torch.zeros(len(tensor.models), len(tensor.models), dtype=torch.float64)
-    for start, stop in _spans(tensor):
+    for start, stop in _slices(tensor):
         models = [source.read(start, stop, torch.float64) for source in tensor.models]
         if tensor.base is not None:
             base = tensor.base.read(start, stop, torch.float64)
@@ -148,23 +153,41 @@ def _thresholds(plan: Plan, tensor: Merged, progress: Progress) -> Tensor:
         return torch.tensor([kept_above(magnitudes, plan.density) for magnitudes in whole], dtype=torch.float32)
     ranks = [num_kept(plan.density, count)] * len(tensor.models)
     # the order of non-negative numbers is that of their bits: the upper half first, then the lower
-    upper = [torch.zeros(2**15, dtype=torch.int64) for _ in tensor.models]
-    for start, stop in _spans(tensor):
-        for i, bits in enumerate(_magnitudes(tensor, start, stop)):
-            upper[i] += torch.bincount(bits >> 16, minlength=2**15)
-        progress((stop - start) // 2)
+    upper = _histograms(tensor, lambda _, halves: halves[1::2], 2**15, lambda n: progress(n // 2))
     bins = []
     for i, histogram in enumerate(upper):
         place, above = _place(histogram, ranks[i])
         bins.append(place)
         ranks[i] -= above
-    lower = [torch.zeros(2**16, dtype=torch.int64) for _ in tensor.models]
-    for start, stop in _spans(tensor):
-        for i, bits in enumerate(_magnitudes(tensor, start, stop)):
-            lower[i] += torch.bincount(bits[bits >> 16 == bins[i]] & 0xFFFF, minlength=2**16)
-        progress((stop - start) - (stop - start) // 2)
+    in_bins = partial(_lower_halves, bins)
+    lower = _histograms(tensor, in_bins, 2**16, lambda n: progress(n - n // 2))
     exact = [(bins[i] << 16) + _place(histogram, ranks[i])[0] for i, histogram in enumerate(lower)]
     return torch.tensor(exact, dtype=torch.int32).view(torch.float32)
+
+
+def _histograms(
+    tensor: Merged, pick: Callable[[int, Tensor], Tensor], num_bins: int, progress: Progress
+) -> list[Tensor]:
+    """How often numbers occur among those that are picked of each model's magnitudes, (num_bins,) int64.
+
+    Args:
+        pick: given a model's index and its magnitudes' bits in halves, lower, upper, lower ...: int16, without a sign.
+    """
+    totals = [torch.zeros(num_bins, dtype=torch.int64) for _ in tensor.models]
+    for start, stop in _pieces(tensor):
+        picked: list[list[Tensor]] = [[] for _ in tensor.models]
+        for place in _slices(tensor, start, stop):
+            for i, bits in enumerate(_magnitudes(tensor, *place)):
+                picked[i].append(pick(i, bits.view(torch.int16)))
+        # a histogram takes as long as a slice does; a piece has many slices
+        for total, numbers in zip(totals, picked, strict=True):
+            total += torch.bincount(torch.cat(numbers).int() & 0xFFFF, minlength=num_bins)
+        progress(stop - start)
+    return totals
+
+
+def _lower_halves(bins: Sequence[int], i: int, halves: Tensor) -> Tensor:
+    return halves[::2][halves[1::2] == bins[i]]
 
 
 def _place(histogram: Tensor, rank: int) -> tuple[int, int]:
@@ -183,14 +206,21 @@ def _magnitudes(tensor: Merged, start: int, stop: int) -> Iterator[Tensor]:
         yield source.read(start, stop, sums).sub_(base).abs_().float().view(torch.int32)
 
 
-def _spans(tensor: Merged) -> Iterator[tuple[int, int]]:
-    """How a tensor is cut into slices: by the number of models alone."""
-    count = tensor.declared.num_elements
+def _pieces(tensor: Merged) -> Iterator[tuple[int, int]]:
+    """What of a tensor is written at a time."""
+    return _cut(0, tensor.declared.num_elements, _PIECE)
+
+
+def _slices(tensor: Merged, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """How a tensor, or a piece of it, is computed: in slices that its place and the number of models alone decide."""
     # as many as are held at once in float64; the methods hold some of their own beside
     by_models = _SLICE_BYTES // (8 * (len(tensor.models) + 6)) // _ALIGNMENT * _ALIGNMENT
-    length = max(_ALIGNMENT, min(_SLICE, by_models))
-    for start in range(0, count, length):
-        yield start, min(count, start + length)
+    return _cut(start, tensor.declared.num_elements if stop is None else stop, max(_ALIGNMENT, min(_SLICE, by_models)))
+
+
+def _cut(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
+    for first in range(start, stop, length):
+        yield first, min(stop, first + length)
 
 
 def _sums(tensor: Merged) -> torch.dtype:
