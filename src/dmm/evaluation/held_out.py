@@ -20,7 +20,7 @@ from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import cached_rows
 from dmm.evaluation.painting import Painting
-from dmm.evaluation.score_error import ScoreError, score_error
+from dmm.evaluation.score_error import References, ScoreError, score_error
 from dmm.pipeline import temporary_style
 from dmm.teachers import naming
 
@@ -147,7 +147,18 @@ def held_out_error(
     pipelines = {name: model.open(torch.float32) for name, model in (("student", student), (style, teacher))}
     base_pipeline = base.open(torch.float32)
     with temporary_style(pipelines["student"], style):
-        made_by = [_digests(pipeline) for pipeline in (*pipelines.values(), base_pipeline)]
+        made_by = {name: _digests(pipeline) for name, pipeline in pipelines.items()} | {"base": _digests(base_pipeline)}
+    latents = digest_tensors({"latents": data.latents(everything)})
+    made_on = {"latents": latents, "teacher_skip": teacher.clip_skip, **held_out.settings}
+
+    def keep(_: str, count: int, say: References) -> References:
+        # the base reads captions as the student's text encoder does
+        read_by, said_by = made_by["student"]["text_encoder"], [made_by[style], made_by["base"]]
+        references = partial(key_of, kind="references", models=said_by, student_reads=read_by, **made_on)
+        rows = cached_rows(
+            cache / "references", count, lambda span: references(span=[span.start, span.stop]), say, lambda _: None
+        )
+        return lambda span: rows.read(torch.tensor(span))
 
     def measure(_rows: range) -> dict[str, Tensor]:
         found = score_error(
@@ -160,6 +171,7 @@ def held_out_error(
             draws_per_row=DRAWS // len(everything) or 1,
             num_bands=NUM_BANDS,
             seed=held_out.settings["seed"],
+            keep=keep,
         )
         edges = [[band.start, band.stop] for band in found.bands]
         by_band = torch.tensor(found.by_band[style], dtype=torch.float64)
@@ -169,10 +181,7 @@ def held_out_error(
             "edges": torch.tensor([edges]),
         }
 
-    latents = digest_tensors({"latents": data.latents(everything)})
-    key = key_of(
-        models=made_by, latents=latents, teacher_skip=teacher.clip_skip, num_bands=NUM_BANDS, **held_out.settings
-    )
+    key = key_of(models=list(made_by.values()), num_bands=NUM_BANDS, **made_on)
     found = cached_rows(cache / "errors", 1, lambda _: key, measure, lambda _: None).read(torch.tensor([0]))
     bands = [range(int(start), int(stop)) for start, stop in found["edges"][0].tolist()]
     return ScoreError({style: found["error"].item()}, {style: found["by_band"][0].tolist()}, bands)
@@ -185,6 +194,10 @@ def join(errors: Sequence[ScoreError]) -> ScoreError:
     return ScoreError(by_style, by_band, errors[0].bands)
 
 
-def _digests(pipeline: Any) -> list[Any]:
-    unet, text_encoder, vae = pipeline.unet, pipeline.text_encoder, pipeline.vae
-    return [digest_unet(unet), digest_text_encoder(text_encoder), digest_vae(vae), public_config(pipeline.scheduler)]
+def _digests(pipeline: Any) -> dict[str, Any]:
+    return {
+        "unet": digest_unet(pipeline.unet),
+        "text_encoder": digest_text_encoder(pipeline.text_encoder),
+        "vae": digest_vae(pipeline.vae),
+        "scheduler": public_config(pipeline.scheduler),
+    }

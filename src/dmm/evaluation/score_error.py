@@ -9,8 +9,9 @@ that no sample on which base and teacher happen to agree weighs more than anothe
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ from dmm.diffusion import add_noise, convert_prediction
 from dmm.draws import draw
 from dmm.pipeline import temporary_style
 from dmm.teachers import noise_schedule
+
+References = Callable[[range], dict[str, Tensor]]
+"""What ``teacher`` and ``base`` say of a style's draws, (B, C, H, W) float32 each, as they predict."""
+
+
+def ask_again(_style: str, _num_draws: int, references: References) -> References:
+    """Keep nothing of what teachers and base say."""
+    return references
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ def score_error(
     num_bands: int = 10,
     seed: int = 0,
     batch_size: int = 64,
+    keep: Callable[[str, int, References], References] = ask_again,
 ) -> ScoreError:
     """Measure a merged model against its teachers.
 
@@ -74,6 +84,8 @@ def score_error(
         num_bands: into which the timesteps are cut.
         seed: of noise and timesteps, which depend on it and on a row's place alone: one for all styles.
         batch_size: samples that a model is given at a time.
+        keep: given a style, the number of its draws, and what tells of them, the same from wherever it is kept: of
+            teachers and base, which do not change with the student, it need not be asked twice.
     Raises: ValueError: a band has no samples, or base and teacher say the same in it.
     """
     alphas_cumprod = noise_schedule(base.scheduler.config)
@@ -83,23 +95,20 @@ def score_error(
     for style, teacher in teachers.items():
         # squared distances to the teacher, by band: the student's and the base's
         sums = torch.zeros(2, num_bands, dtype=torch.float64)
-        places = [(place, repeat) for repeat in range(draws_per_row) for place in range(len(rows[style]))]
-        for start in range(0, len(places), batch_size):
-            of_batch = places[start : start + batch_size]
-            timesteps, noise = _draw(of_batch, seed, data, num_timesteps)
-            chosen = rows[style][[place for place, _ in of_batch]]
-            alpha_bar_t = alphas_cumprod[timesteps]
-            x_t = add_noise(data.latents(chosen), noise, alpha_bar_t)
-            kept = torch.zeros(len(chosen), dtype=torch.bool)
-            read_by_base = data.conditioning(STUDENT, chosen, kept)
-            read_by_teacher = data.conditioning(style, chosen, kept)
-            target = _predict_noise(teacher, x_t, timesteps, alpha_bar_t, read_by_teacher)
+        drawn = _Draws(data, rows[style], draws_per_row, seed, alphas_cumprod)
+        references = keep(style, len(drawn), partial(_say, style, teacher, base, drawn))
+        for start in range(0, len(drawn), batch_size):
+            span = range(start, min(start + batch_size, len(drawn)))
+            said, noised = references(span), drawn.noised(span)
             with temporary_style(student, style):
-                said = _predict_noise(student, x_t, timesteps, alpha_bar_t, read_by_base)
-            beside = _predict_noise(base, x_t, timesteps, alpha_bar_t, read_by_base)
-            bands = torch.bucketize(timesteps, edges[1:], right=True)
-            for i, prediction in enumerate((said, beside)):
-                sums[i].index_add_(0, bands, (prediction - target).square().flatten(1).sum(1))
+                said["student"] = _predict(student, noised, drawn.conditioning(STUDENT, span))
+            epsilon = {
+                name: noised.epsilon(said[name], pipeline)
+                for name, pipeline in (("student", student), ("teacher", teacher), ("base", base))
+            }
+            bands = torch.bucketize(noised.timesteps, edges[1:], right=True)
+            for i, name in enumerate(("student", "base")):
+                sums[i].index_add_(0, bands, (epsilon[name] - epsilon["teacher"]).square().flatten(1).sum(1))
         if not (sums[1] > 0).all():
             raise ValueError(
                 f"'{style}': in a band of timesteps nothing was drawn, or base and teacher say the same; raise "
@@ -111,31 +120,74 @@ def score_error(
     return ScoreError(by_style, by_band, bands_of)
 
 
-def _draw(
-    places: list[tuple[int, int]], seed: int, data: CaptionedLatents, num_timesteps: int
-) -> tuple[Tensor, Tensor]:
-    """Timesteps, (B,), and noise, (B, C, H, W), of places of rows and how often they were drawn before."""
-    drawn = [
-        draw(
-            seed,
-            repeat,
-            [place],
-            num_rows=[[data.num_rows]],
-            latent_shape=data.latent_shape,
-            num_timesteps=num_timesteps,
-            caption_dropout=0.0,
-        )
-        for place, repeat in places
-    ]
-    return torch.cat([one.timesteps for one in drawn]), torch.cat([one.noise for one in drawn])
+@dataclass(frozen=True)
+class _Noised:
+    """Latents, noised: x_t (B, C, H, W) float32, its timesteps (B,) and their alpha_bar (B,)."""
+
+    x_t: Tensor
+    timesteps: Tensor
+    alpha_bar_t: Tensor
+
+    def epsilon(self, prediction: Tensor, pipeline: Any) -> Tensor:
+        """What a pipeline predicts of them as epsilon, float64."""
+        prediction_type = pipeline.scheduler.config.prediction_type
+        return convert_prediction(prediction.double(), self.x_t.double(), self.alpha_bar_t, prediction_type, "epsilon")
 
 
-def _predict_noise(
-    pipeline: Any, x_t: Tensor, timesteps: Tensor, alpha_bar_t: Tensor, conditioning: Mapping[str, Tensor]
-) -> Tensor:
-    """What a pipeline's UNet says of x_t, as epsilon: (B, C, H, W) float64, on the CPU."""
+@dataclass(frozen=True)
+class _Draws:
+    """Every row of a style noised several times: first all rows once, then all once again."""
+
+    data: CaptionedLatents
+    rows: Tensor
+    draws_per_row: int
+    seed: int
+    alphas_cumprod: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.draws_per_row
+
+    def noised(self, span: range) -> _Noised:
+        """Some of them, which depend on the seed and their places alone."""
+        drawn = [
+            draw(
+                self.seed,
+                place // len(self.rows),
+                [place % len(self.rows)],
+                num_rows=[[self.data.num_rows]],
+                latent_shape=self.data.latent_shape,
+                num_timesteps=len(self.alphas_cumprod),
+                caption_dropout=0.0,
+            )
+            for place in span
+        ]
+        timesteps = torch.cat([one.timesteps for one in drawn])
+        alpha_bar_t = self.alphas_cumprod[timesteps]
+        noise = torch.cat([one.noise for one in drawn])
+        return _Noised(add_noise(self.data.latents(self._rows_of(span)), noise, alpha_bar_t), timesteps, alpha_bar_t)
+
+    def conditioning(self, encoder: str, span: range) -> dict[str, Tensor]:
+        """What a UNet reads of their captions."""
+        rows = self._rows_of(span)
+        return self.data.conditioning(encoder, rows, torch.zeros(len(rows), dtype=torch.bool))
+
+    def _rows_of(self, span: range) -> Tensor:
+        return self.rows[torch.tensor(span) % len(self.rows)]
+
+
+def _say(style: str, teacher: Any, base: Any, drawn: _Draws, span: range) -> dict[str, Tensor]:
+    """What a teacher and the base say."""
+    noised = drawn.noised(span)
+    return {
+        "teacher": _predict(teacher, noised, drawn.conditioning(style, span)),
+        "base": _predict(base, noised, drawn.conditioning(STUDENT, span)),
+    }
+
+
+def _predict(pipeline: Any, noised: _Noised, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """What a pipeline's UNet says: (B, C, H, W) float32, on the CPU."""
     unet = pipeline.unet
     read = {name: tensor.to(unet.device, unet.dtype) for name, tensor in conditioning.items()}
-    output = unet(x_t.to(unet.device, unet.dtype), timesteps.to(unet.device), **read, return_dict=False)[0]
-    prediction_type = pipeline.scheduler.config.prediction_type
-    return convert_prediction(output.cpu().double(), x_t.double(), alpha_bar_t, prediction_type, "epsilon")
+    x_t, timesteps = noised.x_t.to(unet.device, unet.dtype), noised.timesteps.to(unet.device)
+    output: Tensor = unet(x_t, timesteps, **read, return_dict=False)[0]
+    return output.float().cpu()
