@@ -179,12 +179,14 @@ def test_earlier_styles_are_drawn_at_random_on_their_own_rows():
         "seed": 0,
         "device": torch.device("cpu"),
     }
-    batches = Batches(Data(), ["ink", "photo", "line"], roles, groups=groups, own=True, **settings)
+    batches = Batches(Data(), ["ink", "photo", "line"], roles, groups=groups, own=1.0, noise_weighting=0.5, **settings)
     (batch,) = batches.of_step(0)
     styles = batch.style_weights.argmax(1)
     assert (styles[:32] == 2).all()
     assert 8 <= (styles[32:] == 0).sum() <= 24
     assert (styles[32:] < 2).all()
+    weights = ALPHAS_CUMPROD[batch.timesteps] ** -0.5 / (ALPHAS_CUMPROD**-0.5).mean()
+    torch.testing.assert_close(batch.score_weights, weights)
     (line, line_rows), (student, earlier_rows), _ = asked
     assert (line, student) == ("line", STUDENT)
     assert min(line_rows) >= 20

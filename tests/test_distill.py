@@ -1,6 +1,7 @@
 """A student learns from frozen teachers, each in its own style."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def new_batch(student, seed=0, per_teacher=4):
         style_weights=torch.eye(2).repeat_interleave(per_teacher, 0),
         conditioning={"encoder_hidden_states": text},
         loss_weights=torch.full((size,), 1 / size),
+        score_weights=torch.ones(size),
         parts=parts,
     )
 
@@ -103,6 +105,17 @@ def test_teachers_get_no_gradient_and_stay_in_eval(student):
     assert (student.style_prompts.embeddings.grad.norm(dim=1) > 0).all()
 
 
+def test_scores_weigh_what_their_samples_say_and_other_terms_do_not(student):
+    batch = new_batch(student)
+    weights = torch.linspace(0.5, 3, len(batch.x_t))
+    plain = distill(student, new_teachers(), batch, feature_weight=0.1)
+    found = distill(student, new_teachers(), replace(batch, score_weights=weights), feature_weight=0.1)
+    for term, values in plain.terms.items():
+        torch.testing.assert_close(found.terms[term], values)  # what is logged is not weighted
+    expected = (weights * plain.terms["score"] + 0.1 * plain.terms["feature"]) @ batch.loss_weights
+    torch.testing.assert_close(found.loss.detach(), expected)
+
+
 def test_each_sample_is_compared_with_its_own_teacher(student):
     teachers = new_teachers()
     batch = new_batch(student)
@@ -115,6 +128,7 @@ def test_each_sample_is_compared_with_its_own_teacher(student):
             style_weights=batch.style_weights[part.samples],
             conditioning={name: value[part.samples] for name, value in batch.conditioning.items()},
             loss_weights=batch.loss_weights[part.samples],
+            score_weights=batch.score_weights[part.samples],
             parts=[Part(part.teacher, slice(0, 4), part.conditioning)],
         )
         single = distill(student, teachers, alone, feature_weight=0.1)

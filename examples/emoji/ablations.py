@@ -1,5 +1,6 @@
 """What each part of the method is worth, on the embedded experts: the paper's Tables 1 and 2 at small size.
 
+    python ablations.py samples WORK --seeds 3      all teachers' pictures; half of them its own; noisy ones weighing more
     python ablations.py losses WORK --seeds 3       score; + features; + adversary; + synthesised fine-tuning
     python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, and with
     python ablations.py adding WORK                 8 styles; 7, and then one more in a quarter of the steps
@@ -41,17 +42,29 @@ class Arm:
     key: str
     styles: Sequence[str]
     losses: dict[str, float] = field(default_factory=dict)
+    data: dict[str, float] = field(default_factory=dict)
     steps: float = 1.0
     after: str | None = None
     how: str = "merge"
     regularization: float = 0.5
 
 
+def samples_arms() -> list[Arm]:
+    names = story.styles()
+    even, everyones = {"noise_weighting": 0.0}, {"own": 0.0}
+    return [
+        Arm("all teachers' pictures", "plain", names, even, everyones),
+        Arm("half its own", "own", names, even),
+        Arm("noisy ones weigh more", "noisy", names, {}, everyones),
+        Arm("both", "8", names),
+    ]
+
+
 def losses_arms() -> list[Arm]:
     names = story.styles()
-    full = {"feature": 0.1, "adversarial": 0.01}
+    full = {"adversarial": 0.01}
     return [
-        Arm("score", "score", names, {"feature": 0.0, "adversarial": 0.0}),
+        Arm("score", "score", names, {"feature": 0.0}),
         Arm("+ features", "8", names),
         Arm("+ adversary", "adversary", names, full),
         Arm("+ fine-tuning", "finetuned", names, full, steps=0.25, after="adversary", how="finetune"),
@@ -61,9 +74,10 @@ def losses_arms() -> list[Arm]:
 def incremental_arms() -> list[Arm]:
     names = story.styles()
     return [
-        Arm("4", "4", names[:4]),
+        # as many samples of a style in each: in the paper, a teacher has a GPU of its own
+        Arm("4", "4", names[:4], steps=0.5),
         Arm("8", "8", names),
-        Arm("4 + 4, not regularised", "4-and-4-free", names[4:], after="4", how="add", regularization=0.0),
+        Arm("4 + 4, not regularised", "4-and-4-free", names[4:], steps=0.5, after="4", how="add", regularization=0.0),
         Arm("4 + 4, regularised", "4-and-4", names[4:], after="4", how="add"),
     ]
 
@@ -72,16 +86,17 @@ def adding_arms() -> list[Arm]:
     names = story.styles()
     return [
         Arm("8", "8", names),
-        Arm("7", "7", names[:7]),
+        Arm("7", "7", names[:7], steps=0.875),
         Arm("7 + 1", "7-and-1", names[7:], steps=0.25, after="7", how="add"),
     ]
 
 
 def adversary_arms() -> list[Arm]:
-    return [Arm("+ adversary", "adversary", story.styles(), {"feature": 0.1, "adversarial": 0.01})]
+    return [Arm("+ adversary", "adversary", story.styles(), {"adversarial": 0.01})]
 
 
 TABLES: dict[str, Callable[[], list[Arm]]] = {
+    "samples": samples_arms,
     "losses": losses_arms,
     "incremental": incremental_arms,
     "adding": adding_arms,
@@ -126,10 +141,10 @@ def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> d
         "teachers": [
             {"name": name, ("lora" if forms[name] == "lora" else "model"): str(paths[name])} for name in arm.styles
         ],
-        "data": {"synthesize": {"prompts": story.PROMPTS_FILE, **story.DATA}},
+        "data": {"synthesize": {"prompts": story.PROMPTS_FILE, **story.DATA, **arm.data}},
         "size": 32,
         "training": {**story.TRAINING, "steps": steps, "warmup_steps": steps // 20},
-        "losses": {"feature": 0.1, "adversarial": 0.0, **arm.losses},
+        "losses": {**story.LOSSES, **arm.losses},
         "checkpoint": {"every": 200, "keep": 1},
         "logging": {"every": 25, "sample_every": None, "score_error_every": 250},
         "seed": seed,
@@ -138,7 +153,7 @@ def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> d
         recipe["start"] = "average"
     elif arm.how == "finetune" and arm.after:
         recipe["start"] = str(folder_of(work, arm.after, seed) / "merged")
-        recipe["data"]["synthesize"] |= {"own": True, "seed": 1}
+        recipe["data"]["synthesize"] |= {"own": 1, "seed": 1}
         recipe["training"] |= {"learning_rate": 3.0e-4}
     elif arm.how == "add":
         recipe["earlier"] = {"regularization": arm.regularization}

@@ -63,7 +63,8 @@ class Batches:
         micro_batch_size: samples, at most, of one batch.
         seed: of everything random.
         device: where the batches are wanted.
-        own: each style learns on what its own teacher painted, not on everything.
+        own: the share of each style's samples that its own teacher painted; the others are of everything.
+        noise_weighting: p, by which the scores of a sample at timestep t weigh alpha_bar_t^-p over its mean.
         adversarial: draw, too, how a discriminator's images are diffused.
     """
 
@@ -79,15 +80,17 @@ class Batches:
         micro_batch_size: int,
         seed: int,
         device: torch.device,
-        own: bool = False,
+        own: float = 0.0,
+        noise_weighting: float = 0.0,
         adversarial: bool = False,
     ) -> None:
         self._data, self._roles, self._num_styles = data, roles, len(styles)
         self._alphas_cumprod = alphas_cumprod
         self._caption_dropout, self._seed, self._device = caption_dropout, seed, device
         self._adversarial = adversarial
-        everything = torch.arange(data.num_rows)
-        self._rows = [data.rows_of(style) if own else everything for style in styles]
+        self._own, self._own_rows = own, [data.rows_of(style) for style in styles]
+        score_weights = alphas_cumprod.double() ** -noise_weighting
+        self._score_weights = (score_weights / score_weights.mean()).float()
         samples = [(group.teacher, index, group.weight) for group in groups for index in group.indices]
         starts = range(0, len(samples), micro_batch_size)
         self._micro_batches = [samples[start : start + micro_batch_size] for start in starts]
@@ -106,7 +109,9 @@ class Batches:
             self._seed,
             step,
             indices,
-            num_rows=[[len(self._rows[style]) for style in self._roles[teacher].styles] for teacher in teachers],
+            num_rows=self._data.num_rows,
+            num_own=[[len(self._own_rows[style]) for style in self._roles[teacher].styles] for teacher in teachers],
+            own=self._own,
             latent_shape=self._data.latent_shape,
             num_timesteps=len(self._alphas_cumprod),
             caption_dropout=self._caption_dropout,
@@ -115,7 +120,9 @@ class Batches:
         styles = [
             self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
         ]
-        rows = torch.stack([self._rows[style][row] for style, row in zip(styles, draws.rows.tolist(), strict=True)])
+        own_rows = [self._own_rows[style][row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0]
+        rows = draws.rows
+        rows[draws.own_rows >= 0] = torch.tensor(own_rows, dtype=torch.int64)
         x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
         parts = []
         for teacher in dict.fromkeys(teachers):
@@ -132,6 +139,7 @@ class Batches:
             style_weights=one_hot.float().to(self._device),
             conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)),
             loss_weights=torch.tensor(weights, device=self._device),
+            score_weights=self._score_weights[draws.timesteps].to(self._device),
             parts=parts,
             again=self._again(step, indices, draws.timesteps) if self._adversarial else None,
         )

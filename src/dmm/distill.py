@@ -58,6 +58,7 @@ class Batch:
         style_weights: (B, N).
         conditioning: keyword arguments of the student's UNet.
         loss_weights: (B,), by which the samples' losses are summed.
+        score_weights: (B,), of their scores beside the other terms.
         parts: which cover the batch.
         again: for the discriminator, where there is one.
     """
@@ -68,6 +69,7 @@ class Batch:
     style_weights: Tensor
     conditioning: Mapping[str, Tensor]
     loss_weights: Tensor
+    score_weights: Tensor
     parts: Sequence[Part]
     again: Rediffusion | None = None
 
@@ -198,7 +200,7 @@ def distill(
     output = student(batch.x_t, batch.timesteps, batch.conditioning, batch.style_weights)
     target = torch.cat([prediction for prediction, _ in targets])
     terms = {"score": score_loss(output.prediction, target)}
-    factors = {"score": 1.0}
+    factors: dict[str, Tensor | float] = {"score": batch.score_weights}
     if feature_weight:
         factors["feature"] = feature_weight
         terms["feature"] = torch.cat(

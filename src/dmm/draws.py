@@ -18,7 +18,8 @@ class Draws:
 
     Attributes:
         styles: (B,) int64, which of the styles that it may be in each sample is.
-        rows: (B,) int64, which of the rows that it may be taken from each sample is.
+        rows: (B,) int64, which of all rows each sample is.
+        own_rows: (B,) int64, which of its style's own rows it is instead; -1 where it is not.
         timesteps: (B,) int64, uniform.
         noise: (B, C, H, W) float32, standard normal.
         dropped: (B,) bool, whose caption is replaced by the empty one.
@@ -26,6 +27,7 @@ class Draws:
 
     styles: Tensor
     rows: Tensor
+    own_rows: Tensor
     timesteps: Tensor
     noise: Tensor
     dropped: Tensor
@@ -36,7 +38,9 @@ def draw(
     step: int,
     indices: Sequence[int],
     *,
-    num_rows: Sequence[Sequence[int]],
+    num_rows: int,
+    num_own: Sequence[Sequence[int]],
+    own: float,
     latent_shape: Sequence[int],
     num_timesteps: int,
     caption_dropout: float,
@@ -44,24 +48,29 @@ def draw(
     """Draw what the samples at ``indices`` of the global batch of ``step`` are made of.
 
     Args:
-        num_rows: for each of the B samples and each of the styles that it may be in, the number of rows that it may
-            then be taken from.
+        num_rows: of all rows.
+        num_own: for each of the B samples and each of the styles that it may be in, the number of the style's own rows.
+        own: the share of samples that are taken from those, in [0, 1].
         latent_shape: (C, H, W).
         caption_dropout: in [0, 1].
     """
-    styles, rows, timesteps, noise, dropped = [], [], [], [], []
-    for index, counts in zip(indices, num_rows, strict=True):
+    styles, rows, own_rows, timesteps, noise, dropped = [], [], [], [], [], []
+    for index, counts in zip(indices, num_own, strict=True):
         # counter-based, so that each sample has 2**64 blocks of one stream that no other sample reads
         generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, index, step]))
         # where there is no choice of styles, nothing is drawn of the stream
         styles.append(int(generator.integers(len(counts))) if len(counts) > 1 else 0)
-        rows.append(generator.integers(counts[styles[-1]]))
+        rows.append(generator.integers(num_rows))
         timesteps.append(generator.integers(num_timesteps))
         dropped.append(generator.random() < caption_dropout)
         noise.append(generator.standard_normal(tuple(latent_shape), dtype=np.float32))
+        # last of the stream: without it, all else is the same
+        is_own = own > 0 and generator.random() < own
+        own_rows.append(int(generator.integers(counts[styles[-1]])) if is_own else -1)
     return Draws(
         torch.tensor(styles),
         torch.tensor(rows),
+        torch.tensor(own_rows),
         torch.tensor(timesteps),
         torch.from_numpy(np.stack(noise)),
         torch.tensor(dropped),

@@ -128,7 +128,7 @@ def _stages(recipe: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     if recipe.finetune is None:
         return [(recipe, folder)]
     first = recipe.model_copy(update={"finetune": None})
-    painted = recipe.finetune.synthesize.model_copy(update={"own": True})
+    painted = recipe.finetune.synthesize.model_copy(update={"own": 1.0})
     then = {"start": str((folder / FIRST_STAGE).resolve()), "data": Data(synthesize=painted)}
     training = Training(**recipe.finetune.training.model_dump())
     second = first.model_copy(update={**then, "training": training})
@@ -160,7 +160,8 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     settings = {
         "micro_batch_size": training.micro_batch_size,
         "device": accelerator.device,
-        "own": recipe.data.synthesize is not None and recipe.data.synthesize.own,
+        "own": recipe.data.synthesize.own if recipe.data.synthesize else 0.0,
+        "noise_weighting": recipe.losses.noise_weighting,
     }
     new_batches = partial(
         Batches, data, styles, roles, alphas_cumprod=noise_schedule(base.scheduler.config), **settings

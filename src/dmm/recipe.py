@@ -78,8 +78,9 @@ class Synthesize(Part):
     """Classifier-free guidance scale; 1 is none."""
     seed: Seed = 0
     """Of the starting noise."""
-    own: StrictBool = False
-    """Each style learns on what its own teacher painted, not on what all have (DMM §3.4, the fine-tuning)."""
+    own: Annotated[Number, in_range(least=0, most=1)] = 0.0
+    """The share of each style's samples that its own teacher painted; the others are any teacher's. 1 is DMM §3.4's
+    fine-tuning."""
 
 
 class Data(Part):
@@ -147,6 +148,9 @@ class Training(Part):
 class Losses(Part):
     """Weights of the terms that are added to score distillation."""
 
+    noise_weighting: Annotated[Number, in_range(least=0, most=1)] = 0.0
+    """p: a score weighs the signal's power at its timestep to the power of -p, so that noisy ones weigh more. 0 is the
+    paper's loss; 1 compares predictions of noise as velocities."""
     feature: Annotated[Number, in_range(least=0)] = 0.001
     """Feature imitation, over the sum of the blocks' means."""
     adversarial: Annotated[Number, in_range(least=0)] = 0.01
