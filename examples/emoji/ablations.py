@@ -1,6 +1,6 @@
 """What each part of the method is worth, on the embedded experts: the paper's Tables 1 and 2 at small size.
 
-    python ablations.py samples WORK --seeds 3      all teachers' pictures; half of them its own; noisy ones weighing more
+    python ablations.py samples WORK --seeds 3      half of the pictures a style's own; noisy ones weighing more
     python ablations.py losses WORK --seeds 3       score; + features; + adversary; + synthesised fine-tuning
     python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, and with
     python ablations.py adding WORK                 8 styles; 7, and then one more in a quarter of the steps
