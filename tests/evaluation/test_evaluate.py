@@ -80,6 +80,13 @@ def test_swapped_names_show_at_once(run, perfect):
     assert figures["pairwise"]["psnr"]["mean"]["value"] < perfect.figures["pairwise"]["psnr"]["mean"]["value"] - 10
 
 
+def test_what_teachers_and_base_said_is_kept_for_another_student(run, perfect, folder):
+    kept = {file: file.stat().st_mtime_ns for file in (folder / "references").iterdir()}
+    assert kept
+    run(BASE, base=BASE)
+    assert {file: file.stat().st_mtime_ns for file in (folder / "references").iterdir()} == kept
+
+
 def test_the_base_scores_worse_than_a_merge(run, perfect):
     figures = run(BASE).figures
     assert figures["fidt"] > 2 * perfect.figures["fidt"]

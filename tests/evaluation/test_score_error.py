@@ -78,3 +78,29 @@ def test_styles_are_told_apart_and_nothing_depends_on_the_batch_size():
 def test_a_band_without_samples_is_refused():
     with pytest.raises(ValueError, match="'ink': in a band"):
         score_error(as_student(tiny_pipeline()), {"ink": teacher()}, tiny_pipeline(), HeldOut(), ROWS, num_bands=500)
+
+
+def test_what_teachers_and_base_said_is_not_asked_again_for_another_student():
+    teachers = {"ink": teacher(1), "photo": teacher(2, "v_prediction")}
+    kept = {}
+
+    def keep(style, num_draws, references):
+        if style not in kept:
+            kept[style] = references(range(num_draws))
+        return lambda span: {name: said[span.start : span.stop] for name, said in kept[style].items()}
+
+    first = as_student(tiny_pipeline(), silent=False)
+    assert measure(first, teachers, keep=keep).by_style == pytest.approx(measure(first, teachers).by_style, rel=1e-5)
+    second = as_student(tiny_pipeline(3), silent=False)
+    expected = measure(second, teachers).by_style
+    for one in teachers.values():
+        one.unet = Silent(one.unet)
+    assert measure(second, teachers, keep=keep).by_style == pytest.approx(expected, rel=1e-5)
+
+
+class Silent(torch.nn.Module):
+    """A UNet that must not be asked."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
