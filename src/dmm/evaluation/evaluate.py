@@ -25,13 +25,23 @@ from tqdm import tqdm
 import dmm
 from dmm.data.rows import Place, Rows
 from dmm.errors import UserError
-from dmm.evaluation import judged
-from dmm.evaluation.distances import Estimate, check_count, fid, fid_bias, kid
-from dmm.evaluation.extractors import FEATURES, Extractor, JudgeExtractor, extract
+from dmm.evaluation.distances import check_count
+from dmm.evaluation.extractors import FEATURES, Extractor, extract
+from dmm.evaluation.figures import (
+    REFERENCE,
+    SECOND,
+    STUDENT,
+    Job,
+    distances_between,
+    error_figures,
+    fid_figures,
+    judged_figures,
+    kid_figures,
+    pairwise_figures,
+)
 from dmm.evaluation.held_out import HeldOut, Model, held_out_error, join, synthesize_held_out
 from dmm.evaluation.mixing import Mix, mixing_scores
 from dmm.evaluation.painting import Painting, paint, share_of
-from dmm.evaluation.pairwise import estimate, feature_distances, psnr
 from dmm.evaluation.preference import Scorer
 from dmm.evaluation.score_error import ScoreError
 from dmm.names import nearest
@@ -40,7 +50,6 @@ from dmm.sampling import picture_size
 from dmm.styles import style_weights, styled_embedding
 from dmm.teachers import naming
 
-STUDENT, REFERENCE, SECOND = "student", "reference", "second"
 GRID_PROMPTS = 4
 
 _BAR = "{desc:<9} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -129,27 +138,19 @@ def evaluate(
             yield progress.update
 
     mine = place.rows(protocol.num_images)
-    shares = {
-        batch: {style: share_of(protocol.prompts, protocol.num_images, style, batch, protocol.seed) for style in styles}
-        for batch in (REFERENCE, SECOND)
-    }
     pictures: dict[tuple[str, str], Rows] = {}  # by who painted which batch, and style
     with bar("pictures", 3 * len(styles) * mine) as progress:
-
-        def paint_share(pipeline: Any, model: Model, who: str, batch: str, style: str) -> None:
-            share = shares[batch][style]
-            pictures[who, style] = paint(pipeline, share, painting, cache, progress, place, clip_skip=model.clip_skip)
-
+        paint_batch = partial(_paint_batch, protocol, cache, place, progress)
         for style in styles:
             with temporary_style(pipeline, style) if has_styles else nullcontext(), naming("student"):
-                paint_share(pipeline, student, STUDENT, SECOND, style)
+                pictures[STUDENT, style] = paint_batch(pipeline, student, style, SECOND)
         for style, teacher in teachers.items():
             del pipeline  # before the next one is opened
             _free()
             pipeline = teacher.open(dtype)
             with naming(f"teacher '{style}'"):
-                paint_share(pipeline, teacher, REFERENCE, REFERENCE, style)
-                paint_share(pipeline, teacher, SECOND, SECOND, style)
+                for batch in (REFERENCE, SECOND):
+                    pictures[batch, style] = paint_batch(pipeline, teacher, style, batch)
     del pipeline
     _free()
     with bar("features", len(pictures) * mine) as progress:
@@ -159,7 +160,7 @@ def evaluate(
     found = {who: rows.read(everything) for who, rows in seen_by.items()}
     features = {who: one[FEATURES] for who, one in found.items()}
 
-    distances = _share_out(_distances(styles, features), place, bar)
+    distances = _share_out(distances_between(styles, features), place, bar)
     errors = None
     if base is not None and has_styles:
         errors = _score_error(student, teachers, base, protocol, width, cache, place, bar)
@@ -186,11 +187,11 @@ def evaluate(
         "styles": styles,
         "num_images": protocol.num_images,
         "extractor": extractor.name,
-        **_fid_figures(styles, distances),
-        "kid": _kid_figures(styles, distances),
-        "score_error": errors and {**_error_figures(errors[0]), "own": _error_figures(errors[1])},
-        "pairwise": _pairwise_figures(styles, features, pictures),
-        "judged": _judged(styles, extractor, found, protocol.prompts, protocol.num_images),
+        **fid_figures(styles, distances),
+        "kid": kid_figures(styles, distances),
+        "score_error": errors and {**error_figures(errors[0]), "own": error_figures(errors[1])},
+        "pairwise": pairwise_figures(styles, features, pictures),
+        "judged": judged_figures(styles, extractor, found, protocol.prompts, protocol.num_images),
         "mixing": mixed,
         "settings": {
             **asdict(painting),
@@ -227,23 +228,19 @@ def _check_styles(asked: Sequence[str], known: Sequence[str]) -> None:
             )
 
 
-Job = tuple[Any, ...]
-
-
-def _distances(
-    styles: Sequence[str], features: Mapping[tuple[str, str], Tensor]
-) -> dict[Job, Callable[[], float | Estimate]]:
-    """All distances that there are to compute."""
-    jobs: dict[Job, Callable[[], float | Estimate]] = {}
-    for who in (STUDENT, SECOND):
-        for row in styles:
-            for column in styles:
-                sets = features[who, row], features[REFERENCE, column]
-                jobs["fid", who, row, column] = partial(fid, *sets)
-                if row == column:
-                    jobs["bias", who, row] = partial(fid_bias, *sets)
-                    jobs["kid", who, row] = partial(kid, *sets)
-    return jobs
+def _paint_batch(
+    protocol: Protocol,
+    cache: Path,
+    place: Place,
+    progress: Callable[[float], object],
+    pipeline: Any,
+    model: Model,
+    style: str,
+    batch: str,
+) -> Rows:
+    """The pictures of one style that begin from one batch's noise."""
+    share = share_of(protocol.prompts, protocol.num_images, style, batch, protocol.seed)
+    return paint(pipeline, share, protocol.painting, cache, progress, place, clip_skip=model.clip_skip)
 
 
 def _share_out(jobs: Mapping[Job, Callable[[], Any]], place: Place, bar: Callable[..., Any]) -> dict[Job, Any]:
@@ -288,113 +285,6 @@ def _score_error(
     found = {(own, style): error for own, error in gather_object(made) for style in error.by_style}
     everywhere, on_own = (join([found[own, style] for style in teachers]) for own in (False, True))
     return everywhere, on_own
-
-
-def _fid_figures(styles: Sequence[str], distances: Mapping[Job, Any]) -> dict[str, Any]:
-    matrices = {
-        who: [[distances["fid", who, row, column] for column in styles] for row in styles] for who in (STUDENT, SECOND)
-    }
-    traces = {who: sum(matrix[i][i] for i in range(len(styles))) for who, matrix in matrices.items()}
-    biases = {who: sum(distances["bias", who, style] for style in styles) for who in matrices}
-    return {
-        "fid_matrix": matrices[STUDENT],
-        "fid_reference": matrices[SECOND],
-        "fidt": traces[STUDENT],
-        "fidt_reference": traces[SECOND],
-        "fidt_gap_percent": 100 * (traces[STUDENT] / traces[SECOND] - 1),
-        "fid_bias": {"fidt": biases[STUDENT], "fidt_reference": biases[SECOND]},
-    }
-
-
-def _kid_figures(styles: Sequence[str], distances: Mapping[Job, Any]) -> dict[str, Any]:
-    names = {"student": STUDENT, SECOND: "reference"}
-    return {
-        name: {
-            "mean": asdict(_mean([distances["kid", who, style] for style in styles])),
-            "by_style": {style: asdict(distances["kid", who, style]) for style in styles},
-        }
-        for who, name in names.items()
-    }
-
-
-def _error_figures(errors: ScoreError) -> dict[str, Any]:
-    return {
-        "mean": errors.mean,
-        "by_style": errors.by_style,
-        "bands": [[band.start, band.stop] for band in errors.bands],
-        "curve": errors.curve,
-        "by_band": errors.by_band,
-    }
-
-
-def _pairwise_figures(
-    styles: Sequence[str], features: Mapping[tuple[str, str], Tensor], pictures: Mapping[tuple[str, str], Rows]
-) -> dict[str, Any]:
-    measured: dict[str, dict[str, Estimate]] = {
-        "feature_distance": {
-            style: estimate(feature_distances(features[STUDENT, style], features[SECOND, style])) for style in styles
-        },
-        # the yardstick: the same teacher and the same prompt, but other noise
-        "feature_distance_of_other_noise": {
-            style: estimate(feature_distances(features[REFERENCE, style], features[SECOND, style])) for style in styles
-        },
-        "psnr": {style: estimate(_psnr(pictures[STUDENT, style], pictures[SECOND, style])) for style in styles},
-        "psnr_of_other_noise": {
-            style: estimate(_psnr(pictures[REFERENCE, style], pictures[SECOND, style])) for style in styles
-        },
-    }
-    return {
-        name: {
-            "mean": asdict(_mean(list(by_style.values()))),
-            "by_style": {style: asdict(one) for style, one in by_style.items()},
-        }
-        for name, by_style in measured.items()
-    }
-
-
-def _psnr(one: Rows, other: Rows) -> Tensor:
-    batches = torch.arange(len(one)).split(64)
-    return torch.cat([psnr(one.read(batch)["images"], other.read(batch)["images"]) for batch in batches])
-
-
-def _judged(
-    styles: Sequence[str],
-    extractor: Extractor,
-    found: Mapping[tuple[str, str], Mapping[str, Tensor]],
-    prompts: Sequence[str],
-    num_images: int,
-) -> dict[str, Any] | None:
-    """What the judge says of the pictures, if it is asked for styles and things that it knows."""
-    if not isinstance(extractor, JudgeExtractor):
-        return None
-    if not set(styles) <= set(extractor.styles) or not set(prompts) <= set(extractor.concepts):
-        return None
-    painted = [prompts[i % len(prompts)] for i in range(num_images)]
-    verdicts = {
-        who: {
-            style: judged.judge_pictures(found[who, style], style, painted, extractor.styles, extractor.concepts)
-            for style in styles
-        }
-        for who in (STUDENT, SECOND)
-    }
-    rights: dict[str, Callable[[judged.Verdicts], Tensor]] = {
-        "style": lambda one: one.right_style,
-        "concept": lambda one: one.right_concept,
-        "both": lambda one: one.right_style & one.right_concept,
-    }
-    compared = {}
-    for what, right in rights.items():
-        student, teacher = ({style: right(one) for style, one in verdicts[who].items()} for who in (STUDENT, SECOND))
-        compared[what] = asdict(judged.compare(student, teacher))
-    return compared
-
-
-def _mean(estimates: Sequence[Estimate]) -> Estimate:
-    """Of independent estimates."""
-    count = len(estimates)
-    return Estimate(
-        sum(one.value for one in estimates) / count, sum(one.standard_error**2 for one in estimates) ** 0.5 / count
-    )
 
 
 def _source(model: Model) -> dict[str, str]:
