@@ -324,6 +324,10 @@ def other_schedule(pipe):
     )
 
 
+def predicting_velocity(pipe):
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+
+
 def as_sd2(pipe):
     pipe.register_modules(unet=tiny_unet(use_linear_projection=True))
 
@@ -360,6 +364,10 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(merge, models, tmp
     )
     assert "teachers 0 and 1 are both named 'a'" in told(teachers=[{"name": "a", "model": "teacher"}] * 2)
     assert "start is average, but teacher 'velocity' predicts v_prediction" in told(start="average")
+    velocity = another(models, "predicts-velocity", predicting_velocity)
+    assert "losses.noise_weighting is 0.5, which is for a student that predicts epsilon; this base predicts" in told(
+        "--set", "losses.noise_weighting=0.5", base=velocity
+    )
     assert "training.precision is fp16, which a CPU does not train in" in told("--set", "training.precision=fp16")
     assert "logging.trackers names wandb, which is not installed" in told("--set", "logging.trackers=[wandb]")
     assert "base: " in told(base="velocity.safetensors")

@@ -66,6 +66,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     base = _check_base(base_source)
     # what LoRAs are put on, and whose configs single files follow
     beneath = _check_base(ModelSource(recipe.base)) if recipe.earlier else base
+    _check_noise_weighting(recipe.losses.noise_weighting, base)
     check_multiple("size", recipe.size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
     sources = tuple(teacher_source(teacher, recipe.base, beneath.path) for teacher in recipe.teachers)
     teachers = []
@@ -91,6 +92,15 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         provenance,
         _num_bytes(recipe, base.skeletons, style_prompts),
     )
+
+
+def _check_noise_weighting(weighting: float, base: CheckedModel) -> None:
+    # velocities weigh as a weighting of 1 would have them, and a schedule of theirs may end where there is no signal
+    if weighting and base.prediction_type != "epsilon":
+        raise UserError(
+            f"losses.noise_weighting is {weighting}, which is for a student that predicts epsilon; this base predicts "
+            f"{base.prediction_type}. Leave it out."
+        )
 
 
 def shares_of(recipe: Recipe) -> list[float]:

@@ -150,7 +150,7 @@ class Losses(Part):
 
     noise_weighting: Annotated[Number, in_range(least=0, most=1)] = 0.0
     """p: a score weighs the signal's power at its timestep to the power of -p, so that noisy ones weigh more. 0 is the
-    paper's loss; 1 compares predictions of noise as velocities."""
+    paper's loss; 1 compares predictions of noise as velocities. For students that predict noise."""
     feature: Annotated[Number, in_range(least=0)] = 0.001
     """Feature imitation, over the sum of the blocks' means."""
     adversarial: Annotated[Number, in_range(least=0)] = 0.01

@@ -24,7 +24,7 @@ PROMPTS = ("fox", "red apple", "octopus", "rocket", "palm tree", "robot")
 GUIDANCE_SCALE = 2.0
 RECIPE, PROMPTS_FILE, MERGED, PICTURE = "recipe.yaml", "prompts.txt", "merged", "demo.png"
 
-# What two cores of a laptop manage in about four minutes: 100 pictures by each expert, and 36,000 samples. The
+# What two cores manage in five minutes or so: 100 pictures by each expert, and 36,000 samples. The
 # learning rate is two hundred times the paper's, as suits a model a four-hundredth of the size.
 DATA = {"count": 100, "steps": 12, "guidance": GUIDANCE_SCALE, "own": 0.5}
 TRAINING = {
