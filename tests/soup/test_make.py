@@ -75,6 +75,18 @@ def test_the_result_is_the_same_for_any_thread_count_and_length_of_slices_that_e
         assert (tmp_path / "long" / "s.safetensors").read_bytes() == one
 
 
+@pytest.mark.parametrize(("cores", "heavy", "light"), [(1, 1, 1), (2, 2, 1), (6, 6, 3), (64, 8, 8)])
+def test_threads_are_as_many_as_cores_or_half_as_many_or_what_was_asked_for_with_a_limit(
+    cores, heavy, light, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert (stream.num_threads(), stream.num_threads(light=True)) == (heavy, light)
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS has none
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert (stream.num_threads(), stream.num_threads(light=True)) == (heavy, light)
+    assert (stream.num_threads(3), stream.num_threads(3, light=True), stream.num_threads(99)) == (3, 3, 8)
+
+
 def test_streamed_thresholds_and_norms_are_those_of_whole_tensors(models, tmp_path, digests, monkeypatch):
     monkeypatch.setattr(stream, "_SLICE", stream._ALIGNMENT)
     monkeypatch.setattr(stream, "_SMALL", 100)

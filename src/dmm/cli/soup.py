@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="over what the recipe says: method=ties, weights.ink=0.3; may be given several times",
     )
-    parser.add_argument("--threads", metavar="N", type=int, help="the result is the same for any number")
+    parser.add_argument(
+        "--threads",
+        metavar="N",
+        type=int,
+        help="by default one a core, or one for two where a method only reads and adds; the result is the same",
+    )
     add_overwrite(parser)
     change = parser.add_argument_group("changing a soup")
     change.add_argument(

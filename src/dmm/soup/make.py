@@ -67,7 +67,8 @@ def make_soup(
     Args:
         recipe: of kind ``unet``, with any method but ``greedy``, which :func:`dmm.soup.greedy.make_greedy_soup` makes.
         output: a .safetensors file of the original layout; any other name is a stock diffusers folder.
-        threads: by default as many as there are cores; the result is the same for any number.
+        threads: by default as many as there are cores, and half of them where a method does little but read and write;
+            the result is the same for any number.
         expected: sha256 by label, from a ledger, that the models must have.
         digests: what is known of files' sha256; by default the user's cache.
         greedy: what the ledger says of how the models were chosen.
@@ -77,11 +78,11 @@ def make_soup(
     start = time.monotonic()
     layout = layout_of(output)
     (check_file if layout == "file" else check_folder)(output, overwrite=overwrite)
-    threads = num_threads(threads)
     digests = digests or Digests()
     with plan_soup(recipe, layout) as plan:
-        known = digest_files(plan, digests, threads, bar)
+        known = digest_files(plan, digests, num_threads(threads), bar)
         check_digests(expected or {}, labelled_digests(plan, known))
+        threads = num_threads(threads, light=plan.method.light)
         count = sum(tensor.declared.num_elements for tensor in plan.tensors)
         _check_space(output, sum(tensor.declared.num_bytes for tensor in plan.tensors))
         if plan.method.measures is None:

@@ -60,6 +60,7 @@ class Method:
         measures: what is measured of whole tensors beforehand.
         options: which further keys of the recipe it reads.
         ordered: the models' order means something; elsewhere they are sorted by name, so that it cannot.
+        light: it takes no longer than reading and writing do.
     """
 
     title: str
@@ -70,6 +71,7 @@ class Method:
     measures: Literal["gram", "thresholds"] | None = None
     options: tuple[str, ...] = ()
     ordered: bool = False
+    light: bool = False
 
 
 def _weighted_sum(one: Slice) -> Tensor:
@@ -110,12 +112,15 @@ _TASK_ARITHMETIC = Method(
     _task_arithmetic,
     needs_base=True,
     options=("origin",),
+    light=True,
 )
 
 METHODS: dict[str, Method] = {
-    "soup": Method("the uniform average", SOUPS, "none", _weighted_sum),
-    "greedy": Method("the average of those that a score wants", SOUPS, "none", _weighted_sum, options=("score",)),
-    "weighted_sum": Method("the weighted average", SOUPS, "relative", _weighted_sum),
+    "soup": Method("the uniform average", SOUPS, "none", _weighted_sum, light=True),
+    "greedy": Method(
+        "the average of those that a score wants", SOUPS, "none", _weighted_sum, options=("score",), light=True
+    ),
+    "weighted_sum": Method("the weighted average", SOUPS, "relative", _weighted_sum, light=True),
     "task_arithmetic": _TASK_ARITHMETIC,
     "add_difference": _TASK_ARITHMETIC,
     "slerp": Method(
