@@ -1,6 +1,7 @@
 """What one process does for all; that none is left waiting for one that is gone."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -67,13 +68,17 @@ except UserError as error:
 """
 
 
-@pytest.mark.parametrize("fate", ["well", "fails", "killed"])
-def test_what_the_main_process_does_for_all(tmp_path, fate):
-    script = tmp_path / "shared.py"
-    script.write_text(SHARED.format(fate=fate))
+def launch_two(tmp_path, code):
+    script = tmp_path / "script.py"
+    script.write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=150)
+    return subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=150)
+
+
+@pytest.mark.parametrize("fate", ["well", "fails", "killed"])
+def test_what_the_main_process_does_for_all(tmp_path, fate):
+    ended = launch_two(tmp_path, SHARED.format(fate=fate))
     assert (ended.returncode == 0) == (fate == "well")
     assert ended.stdout.count("has {'rows': 3}") == (2 if fate == "well" else 0)
     if fate == "well":
@@ -81,3 +86,32 @@ def test_what_the_main_process_does_for_all(tmp_path, fate):
     assert "still bound" not in ended.stdout
     assert ended.stderr.splitlines().count("told once") == (1 if fate == "fails" else 0)
     assert "AssertionError" not in ended.stderr
+
+
+EACH = """
+import os, signal, sys
+from dmm.errors import UserError
+from dmm.processes import join_processes, on_all
+
+def work():
+    if "{fate}" == "killed" and not state.is_main_process:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "{fate}" == "all fail" or "{fate}" == "one fails" and not state.is_main_process:
+        raise UserError("told once")
+    return state.process_index
+
+state = join_processes()
+try:
+    print("has", on_all(work))
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("fate", ["well", "one fails", "all fail", "killed"])
+def test_what_each_process_does_and_all_wait_for(tmp_path, fate):
+    ended = launch_two(tmp_path, EACH.format(fate=fate))
+    assert (ended.returncode == 0) == (fate == "well")
+    assert sorted(re.findall("has .", ended.stdout)) == (["has 0", "has 1"] if fate == "well" else [])
+    assert ended.stderr.splitlines().count("told once") == (1 if "fail" in fate else 0)
+    assert "UnboundLocalError" not in ended.stderr

@@ -20,7 +20,10 @@ class CaptionedLatents(Protocol):
     """Latents with their captions as text encoders read them."""
 
     num_rows: int
-    latent_shape: tuple[int, int, int]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
 
     def latents(self, rows: Tensor) -> Tensor:
         """(B, C, H, W) float32, scaled."""

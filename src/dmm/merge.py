@@ -35,6 +35,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 from dmm.batches import Batches
 from dmm.building import DTYPES, build_adversary, build_student, open_teachers, roles_of
 from dmm.data import Synthesis, TrainingData, prepare_data
+from dmm.data.rows import Place
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.formats.side_car import STYLES_FOLDER, read_side_car
@@ -42,7 +43,7 @@ from dmm.outputs import check_folder
 from dmm.pictures import grid, save_png
 from dmm.pipeline import save_pipeline
 from dmm.preflight import Plan, check_merge, check_space, open_source, paints_earlier
-from dmm.processes import join_processes, on_main
+from dmm.processes import join_processes, on_all, on_main
 from dmm.prompts import read_prompts
 from dmm.recipe import Data, Recipe, Training, load_recipe, save_recipe
 from dmm.sampling import sample
@@ -91,7 +92,7 @@ class Merged:
 def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Merged:
     """Distil a recipe's teachers into one student, and save it as a pipeline.
 
-    Called in every process of a run; the main one prepares the data and saves. Nothing is written before training
+    Called in every process of a run; all prepare data, and the main one saves. Nothing is written before training
     begins, but encoded data to the user's cache.
 
     Args:
@@ -156,7 +157,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     groups = share_batch(training.batch_size, shares, accelerator.num_processes, accelerator.process_index)
 
     base = open_pipeline(plan.base, name="base")
-    data, prompts = on_main(lambda: _prepare_data(recipe, plan, base, accelerator.device))
+    data, prompts = on_all(lambda: _prepare_data(recipe, plan, base, accelerator))
     settings = {
         "micro_batch_size": training.micro_batch_size,
         "device": accelerator.device,
@@ -237,9 +238,9 @@ def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
             )
 
 
-def _prepare_data(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -> tuple[TrainingData, list[str]]:
-    """The training data, and what the samples show."""
-    source = open_source(recipe, plan)
+def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerator) -> tuple[TrainingData, list[str]]:
+    """The training data, this process's share of it made, and what the samples show."""
+    source, device = open_source(recipe, plan), accelerator.device
     # painting takes the whole model; reading captions is little work, and worth doing exactly
     dtype = DTYPES[recipe.training.precision] if isinstance(source, Synthesis) else torch.float32
 
@@ -274,6 +275,8 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -
         openers,
         size=recipe.size,
         clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
+        place=Place(accelerator.process_index, accelerator.num_processes),
+        show_progress=accelerator.is_main_process,
     )
     # training needs none of them; the base's wait for the samples and the result
     for module in readers:

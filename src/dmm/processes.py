@@ -14,14 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from dmm.errors import UserError
 
 Made = TypeVar("Made")
 
-# The main process prepares the data while the others wait in a collective, for hours if need be. What ends their
-# wait where it dies is the launcher, or the connection that it closes.
+# Whichever process is done with its data first waits for the others in a collective, for hours if need be. What ends
+# its wait where one dies is the launcher, or the connection that it closes.
 _TIMEOUT = timedelta(days=7)
 _TELLING_SECONDS = 2.0
 _HANG_SECONDS = 20.0  # launchers kill 30 s after they have asked
@@ -83,8 +83,35 @@ def on_main(work: Callable[[], Made]) -> Made:
     return made[0]
 
 
+def on_all(work: Callable[[], Made]) -> Made:
+    """What ``work`` makes in this process, once all have made theirs.
+
+    Raises: what ``work`` does, in the first of the processes in which it does; SystemExit in the others, which leave
+        the telling to that one.
+    """
+    state = PartialState()
+    if state.num_processes == 1:
+        return work()
+    error: Exception | None = None
+    try:
+        made = work()
+    except Exception as raised:  # the others must hear of it before it goes on its way
+        error = raised
+    try:
+        failed = gather_object([error is not None])
+    except RuntimeError:  # one has gone without a word
+        failed = [True]
+        if error is not None:
+            raise error from None
+    if error is not None and failed.index(True) == state.process_index:
+        raise error
+    if any(failed):
+        leave()
+    return made
+
+
 def leave() -> None:
-    """End a process that is not the main one, with what is wrong left for that to tell.
+    """End a process that is not the one that tells, with what is wrong left for that to tell.
 
     Raises: SystemExit: a little later: a launcher kills all once the first has ended.
     """

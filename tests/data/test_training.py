@@ -1,4 +1,5 @@
 import gc
+import shutil
 import weakref
 
 import pytest
@@ -7,7 +8,8 @@ from conftest import tiny_pipeline, tiny_text_encoder
 from data_helpers import count_calls, noise, write_folder
 
 from dmm.batches import STUDENT
-from dmm.data import ImageFolder, Synthesis, prepare_data
+from dmm.data import ImageFolder, Synthesis, prepare_data, rows
+from dmm.data.rows import Place
 from dmm.errors import UserError
 
 CAPTIONS = ["a cat", "a dog", "a cat", ""]
@@ -94,6 +96,30 @@ def test_each_style_learns_on_what_its_teacher_painted(pipeline, tmp_path):
         assert data.conditioning(name, mine, torch.ones(len(mine), dtype=torch.bool))["encoder_hidden_states"].equal(
             data.conditioning(name, mine[:1], torch.tensor([True]))["encoder_hidden_states"].expand(len(mine), -1, -1)
         )
+
+
+def test_processes_share_what_is_made(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "SHARD_ROWS", 2)
+    teachers = {"own": teacher_pipeline(), "same": tiny_pipeline()}
+    source = Synthesis(["a cat", "a dog", "a cow"], 6, steps=1, guidance_scale=1)
+    alone = prepare(source, pipeline, tmp_path / "alone", teachers)
+
+    made = []
+    for index in range(2):
+        here = tmp_path / str(index)  # as if each knew nothing of the other
+        shared = prepare(source, pipeline, here, teachers, place=Place(index, 2))
+        made.append({path.relative_to(here) for path in here.rglob("*.safetensors")})
+        shutil.copytree(here, tmp_path / "together", dirs_exist_ok=True)
+    assert not made[0] & made[1]
+    painted = [sum("synthesised" in str(path) for path in paths) for paths in made]
+    assert painted == [2, 2]  # each teacher's two shards: one is the one's, one the other's
+    for name in ("texts", "synthesised"):
+        whole = {path.relative_to(tmp_path / "alone") for path in (tmp_path / "alone").rglob(f"{name}/*")}
+        assert {path.relative_to(tmp_path / "together") for path in (tmp_path / "together").rglob(f"{name}/*")} == whole
+    again = prepare(source, pipeline, tmp_path / "together", teachers, place=Place(1, 2))
+    everything = torch.arange(6)
+    assert again.latents(everything).equal(alone.latents(everything))
+    assert (shared.num_rows, again.latent_shape) == (6, alone.latent_shape)
 
 
 def test_one_teacher_is_open_at_a_time(pipeline, tmp_path):

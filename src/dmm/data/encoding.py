@@ -19,13 +19,18 @@ from torch import Tensor
 from dmm.conditioning import check_clip_skip, encode_tokens, tokenize
 from dmm.data.images import CaptionedImages, load_image
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_vae, key_of
-from dmm.data.rows import Rows, cached_rows
+from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
 from dmm.samplers import check_multiple
 
 
 def encode_latents(
-    vae: Any, images: CaptionedImages, size: int, cache: Path, progress: Callable[[float], object]
+    vae: Any,
+    images: CaptionedImages,
+    size: int,
+    cache: Path,
+    progress: Callable[[float], object],
+    place: Place = ALONE,
 ) -> Rows:
     """Latents of M images.
 
@@ -33,7 +38,8 @@ def encode_latents(
         vae: of the student; float32 or bfloat16, on the device it shall run on.
         size: pixels a side.
         cache: folder of the cache.
-        progress: called with numbers of images, which add up to M.
+        progress: called with numbers of images, which add up to those that this process sees to.
+        place: this process's, among those that share the work; see :func:`dmm.data.rows.cached_rows`.
     Returns: M rows of ``latents``, (C, size / f, size / f) for a VAE that shrinks by f.
     Raises: UserError: the size is no multiple of f, an image is damaged, or the arithmetic overflowed.
     """
@@ -59,6 +65,7 @@ def encode_latents(
         lambda rows: key_of(vae=vae_digest, size=size, images=image_digests[rows.start : rows.stop]),
         make,
         progress,
+        place,
     )
 
 
@@ -90,6 +97,7 @@ def encode_texts(
     captions: Sequence[str],
     cache: Path,
     progress: Callable[[float], object],
+    place: Place = ALONE,
     *,
     clip_skip: int | None = None,
 ) -> Rows:
@@ -98,7 +106,8 @@ def encode_texts(
     Two pipelines whose text encoders are equal and make equal tokens of the captions share what is cached.
 
     Args:
-        progress: called with numbers of captions, which add up to U.
+        progress: called with numbers of captions, which add up to those that this process sees to.
+        place: this process's, among those that share the work; see :func:`dmm.data.rows.cached_rows`.
         clip_skip: see :func:`dmm.conditioning.encode_tokens`.
     Returns: U rows of the tensors of :func:`dmm.conditioning.encode_tokens`.
     Raises: UserError: the arithmetic overflowed, or the text encoder has not so many layers to skip.
@@ -119,7 +128,7 @@ def encode_texts(
         progress(len(rows))
         return stored
 
-    return cached_rows(cache / "texts", len(captions), key, make, progress)
+    return cached_rows(cache / "texts", len(captions), key, make, progress, place)
 
 
 def check_rows(tensor: Tensor, names: Sequence[str], what: str, dtype: torch.dtype) -> None:

@@ -47,6 +47,9 @@ class Place:
         return sum(min(SHARD_ROWS, num_rows - start) for start in starts)
 
 
+ALONE = Place()
+
+
 class Rows:
     """M rows of named tensors, read at random; what is not asked for stays on disk.
 
@@ -90,7 +93,7 @@ def cached_rows(
     key: Callable[[range], str],
     make: Callable[[range], dict[str, Tensor]],
     progress: Callable[[float], object],
-    place: Place = Place(),
+    place: Place = ALONE,
 ) -> Rows:
     """Rows from the cache, made where it has none, or none that is whole.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dmm.conditioning import check_clip_skip, tokenize
 from dmm.data.encoding import check_rows, encode_images
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
-from dmm.data.rows import Rows, cached_rows
+from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
 from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_settings
 from dmm.sampling import picture_size, sample, sample_latents
@@ -96,6 +96,7 @@ def synthesize(
     size: int,
     cache: Path,
     progress: Callable[[float], object],
+    place: Place = ALONE,
     *,
     clip_skip: int | None = None,
 ) -> Rows:
@@ -109,7 +110,8 @@ def synthesize(
         vae: the student's.
         size: pixels a side.
         cache: folder of the cache.
-        progress: called with numbers of images, which add up to those of the share.
+        progress: called with numbers of images, which add up to those that this process sees to.
+        place: this process's, among those that paint together; see :func:`dmm.data.rows.cached_rows`.
         clip_skip: of the teacher, see :func:`dmm.conditioning.encode_tokens`.
     Returns: rows of ``latents``, as :func:`dmm.data.encoding.encode_latents` makes them.
     Raises: UserError: the size does not suit the teacher, or the arithmetic overflowed.
@@ -149,4 +151,4 @@ def synthesize(
         check_rows(stored, [f"'{prompt}'" for prompt in prompts], "latents", vae.dtype)
         return {"latents": stored}
 
-    return cached_rows(cache / "synthesised", len(share.prompts), key, make, progress)
+    return cached_rows(cache / "synthesised", len(share.prompts), key, make, progress, place)

@@ -4,6 +4,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dmm.batches import STUDENT
 from dmm.conditioning import num_cut
 from dmm.data.encoding import check_size, encode_latents, encode_texts
 from dmm.data.images import CaptionedImages
-from dmm.data.rows import Rows
+from dmm.data.rows import ALONE, Place, Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
 from dmm.errors import UserError
 
@@ -36,7 +37,6 @@ class TrainingData:
 
     Attributes:
         num_rows: M.
-        latent_shape: (C, h, w).
     """
 
     def __init__(
@@ -48,8 +48,12 @@ class TrainingData:
         self._caption_of = caption_of
         self._painted = dict(painted)
         self.num_rows = len(latents)
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
         _, channels, height, width = self.latents(torch.tensor([0])).shape
-        self.latent_shape = (channels, height, width)
+        return channels, height, width
 
     def rows_of(self, teacher: str) -> Tensor:
         """The images that a teacher painted, none where no teacher paints: (R,) int64, increasing."""
@@ -85,9 +89,12 @@ def prepare_data(
     size: int,
     cache: Path | None = None,
     clip_skips: Mapping[str, int] | None = None,
+    place: Place = ALONE,
     show_progress: bool = True,
 ) -> TrainingData:
     """Encode all that training will read, as far as no earlier run has.
+
+    Called in every process of a run; they share the work, and none may read what is returned before all are done.
 
     Args:
         source: images with captions, or how the teachers paint some. Painted rows are ordered by teacher.
@@ -97,6 +104,7 @@ def prepare_data(
         size: pixels a side.
         cache: folder of the cache, by default the user's.
         clip_skips: of the teachers, and of the ``student``, that leave out layers of their text encoder.
+        place: this process's, among those that share the work.
         show_progress: bars on stderr.
     Raises: UserError: the size does not suit a model, an image is damaged, a model overflows, the cache cannot be
         written, or a teacher is called ``student``.
@@ -115,18 +123,24 @@ def prepare_data(
         of_teacher = {name: range(start, end) for name, start, end in zip(teachers, [0, *ends], ends, strict=False)}
     else:
         captions = list(source.captions)
-    places = {caption: place for place, caption in enumerate(dict.fromkeys(["", *captions]))}
-    distinct = list(places)
+    distinct = list(dict.fromkeys(["", *captions]))
     cut = num_cut(base, distinct)
-    if cut:
+    if cut and place.index == 0:
         logger.warning("The text encoder does not read the end of %d of the %d captions.", cut, len(distinct))
 
     def read_captions(name: str, pipeline: Any) -> Rows:
-        with _bar(len(distinct), " captions", name, show_progress, leave=False) as bar:
-            return encode_texts(pipeline, distinct, cache, bar.update, clip_skip=clip_skips.get(name))
+        with _bar(place.rows(len(distinct)), " captions", name, show_progress, leave=False) as bar:
+            return encode_texts(pipeline, distinct, cache, bar.update, place, clip_skip=clip_skips.get(name))
 
+    # the first shard of each teacher's is another process's, or the first process would paint the most
+    places = [Place((place.index + index) % place.count, place.count) for index in range(len(teachers))]
+    if shares:
+        mine = sum(there.rows(len(share.prompts)) for there, share in zip(places, shares, strict=True))
+    else:
+        mine = place.rows(len(captions))
     painted: list[Rows] = []
-    with _bar(len(captions), " images", "images", show_progress, leave=True) as bar:
+    title = "images" if place.count == 1 else f"images of process 1 of {place.count}"
+    with _bar(mine, " images", title, show_progress, leave=True) as bar:
         texts = {STUDENT: read_captions(STUDENT, base)}
         for index, (name, open_teacher) in enumerate(teachers.items()):
             pipeline = open_teacher()
@@ -134,16 +148,15 @@ def prepare_data(
                 texts[name] = read_captions(name, pipeline)
                 if isinstance(source, Synthesis):
                     clip_skip = clip_skips.get(name)
-                    share = shares[index]
-                    painted.append(
-                        synthesize(pipeline, base.vae, share, source, size, cache, bar.update, clip_skip=clip_skip)
-                    )
+                    asked = (shares[index], source, size, cache, bar.update, places[index])
+                    painted.append(synthesize(pipeline, base.vae, *asked, clip_skip=clip_skip))
             del pipeline  # before the next one is opened
         if isinstance(source, Synthesis):
             latents = Rows([shard for rows in painted for shard in rows.shards])
         else:
-            latents = encode_latents(base.vae, source, size, cache, bar.update)
-    return TrainingData(latents, texts, torch.tensor([places[caption] for caption in captions]), of_teacher)
+            latents = encode_latents(base.vae, source, size, cache, bar.update, place)
+    index_of = {caption: index for index, caption in enumerate(distinct)}
+    return TrainingData(latents, texts, torch.tensor([index_of[caption] for caption in captions]), of_teacher)
 
 
 @contextmanager
