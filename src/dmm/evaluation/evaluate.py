@@ -53,6 +53,9 @@ from dmm.teachers import naming
 GRID_PROMPTS = 4
 
 _BAR = "{desc:<9} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
+Pictures = dict[tuple[str, str], Rows]
+"""By who painted which batch, and style."""
+
 _PACKAGES = ("torch", "diffusers", "transformers", "torchmetrics", "numpy")
 
 
@@ -116,43 +119,22 @@ def evaluate(
     start = time.monotonic()
     state = PartialState()
     place = Place(state.process_index, state.num_processes)
-    styles = list(teachers)
-    painting = protocol.painting
-    dtype = painting.dtype(state.device)
-    pipeline = student.open(dtype)
+    bar = partial(_bar, shown=show_progress and state.is_main_process)
+    styles, painting = list(teachers), protocol.painting
+    pipeline = student.open(painting.dtype(state.device))
     has_styles = styled_embedding(pipeline.unet) is not None
-    if has_styles:
-        _check_styles(styles, style_names(pipeline))
-    for mix in mixes:
-        if not has_styles:
-            raise UserError("Only a merged model paints mixes of styles; this student is a stock one.")
-        style_weights(styles, mix)  # each style of a mix needs its teacher
-    width, height = picture_size(pipeline, painting.width, painting.height)
-    seen = extractor(torch.zeros(1, 3, height, width, dtype=torch.uint8))
-    check_count(protocol.num_images, seen[FEATURES].shape[1], extractor.name)
-
-    @contextmanager
-    def bar(title: str, total: int) -> Iterator[Callable[[float], object]]:
-        shown = show_progress and state.is_main_process
-        with tqdm(total=total, desc=title, unit="", bar_format=_BAR, disable=not shown) as progress:
-            yield progress.update
+    width, height = _check(pipeline, styles, extractor, protocol, mixes)
 
     mine = place.rows(protocol.num_images)
-    pictures: dict[tuple[str, str], Rows] = {}  # by who painted which batch, and style
     with bar("pictures", 3 * len(styles) * mine) as progress:
         paint_batch = partial(_paint_batch, protocol, cache, place, progress)
+        pictures: Pictures = {}
         for style in styles:
             with temporary_style(pipeline, style) if has_styles else nullcontext(), naming("student"):
                 pictures[STUDENT, style] = paint_batch(pipeline, student, style, SECOND)
+        del pipeline  # before the next one is opened
         for style, teacher in teachers.items():
-            del pipeline  # before the next one is opened
-            _free()
-            pipeline = teacher.open(dtype)
-            with naming(f"teacher '{style}'"):
-                for batch in (REFERENCE, SECOND):
-                    pictures[batch, style] = paint_batch(pipeline, teacher, style, batch)
-    del pipeline
-    _free()
+            pictures |= _paint_teacher(style, teacher, painting.dtype(state.device), paint_batch)
     with bar("features", len(pictures) * mine) as progress:
         seen_by = {who: extract(extractor, rows, cache, progress, place) for who, rows in pictures.items()}
     state.wait_for_everyone()
@@ -193,15 +175,7 @@ def evaluate(
         "pairwise": pairwise_figures(styles, features, pictures),
         "judged": judged_figures(styles, extractor, found, protocol.prompts, protocol.num_images),
         "mixing": mixed,
-        "settings": {
-            **asdict(painting),
-            "width": width,
-            "height": height,
-            "seed": protocol.seed,
-            "num_prompts": len(protocol.prompts),
-            "device": _device_name(state.device),
-            "num_processes": place.count,
-        },
+        "settings": _settings(protocol, width, height, state),
         "sources": {
             "student": _source(student),
             "base": base and _source(base),
@@ -219,13 +193,43 @@ def evaluate(
     return Evaluation(figures, list(protocol.prompts[: len(shown)]), show(SECOND), show(STUDENT))
 
 
-def _check_styles(asked: Sequence[str], known: Sequence[str]) -> None:
-    for style in asked:
+@contextmanager
+def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[float], object]]:
+    with tqdm(total=total, desc=title, unit="", bar_format=_BAR, disable=not shown) as progress:
+        yield progress.update
+
+
+def _check(
+    pipeline: Any, styles: Sequence[str], extractor: Extractor, protocol: Protocol, mixes: Sequence[Mix]
+) -> tuple[int, int]:
+    """Refuse what cannot be measured of a student, before anything is painted.
+
+    Returns: the pictures' width and height.
+    """
+    has_styles = styled_embedding(pipeline.unet) is not None
+    known = style_names(pipeline) if has_styles else styles
+    for style in styles:
         if style not in known:
             raise UserError(
                 f"The student has no style '{style}'{nearest(style, known)}; its styles are {', '.join(known)}. "
                 "A teacher is named after the style that it is the measure of."
             )
+    for mix in mixes:
+        if not has_styles:
+            raise UserError("Only a merged model paints mixes of styles; this student is a stock one.")
+        style_weights(styles, mix)  # each style of a mix needs its teacher
+    width, height = picture_size(pipeline, protocol.painting.width, protocol.painting.height)
+    seen = extractor(torch.zeros(1, 3, height, width, dtype=torch.uint8))
+    check_count(protocol.num_images, seen[FEATURES].shape[1], extractor.name)
+    return width, height
+
+
+def _paint_teacher(style: str, teacher: Model, dtype: torch.dtype, paint_batch: Callable[..., Rows]) -> Pictures:
+    """Its two batches."""
+    _free()  # what held another one
+    pipeline = teacher.open(dtype)
+    with naming(f"teacher '{style}'"):
+        return {(batch, style): paint_batch(pipeline, teacher, style, batch) for batch in (REFERENCE, SECOND)}
 
 
 def _paint_batch(
@@ -287,12 +291,21 @@ def _score_error(
     return everywhere, on_own
 
 
+def _settings(protocol: Protocol, width: int, height: int, state: PartialState) -> dict[str, Any]:
+    device = state.device
+    return {
+        **asdict(protocol.painting),
+        "width": width,
+        "height": height,
+        "seed": protocol.seed,
+        "num_prompts": len(protocol.prompts),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "num_processes": state.num_processes,
+    }
+
+
 def _source(model: Model) -> dict[str, str]:
     return {"source": model.source, "sha256": model.sha256}
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _free() -> None:
