@@ -18,10 +18,14 @@ from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
 from dmm.formats.single_file import V_PREDICTION_MARK, save_single_file
-from dmm.soup import stream
+from dmm.soup import slices, stream, thresholds
 from dmm.soup.make import make_soup
-from dmm.soup.methods import slerp, ties
+from dmm.soup.methods import kept_above, slerp, ties
+from dmm.soup.models import Source
+from dmm.soup.plan import Merged
+from dmm.soup.reading import WeightFile
 from dmm.soup.recipe import SoupRecipe
+from dmm.soup.writing import Declared
 from dmm.teachers import ModelSource, open_pipeline
 
 CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
@@ -64,7 +68,7 @@ def test_equal_models_come_out_unchanged(models, tmp_path, digests, method):
 def test_the_result_is_the_same_for_any_thread_count_and_length_of_slices_that_elementwise_methods_are_cut_into(
     models, tmp_path, digests, method, monkeypatch
 ):
-    monkeypatch.setattr(stream, "_SLICE", stream._ALIGNMENT)
+    monkeypatch.setattr(slices, "SLICE", slices.ALIGNMENT)
     for threads in (1, 4):
         make_soup(recipe(models, method), tmp_path / str(threads) / "s.safetensors", threads=threads, digests=digests)
     monkeypatch.undo()
@@ -88,8 +92,8 @@ def test_threads_are_as_many_as_cores_or_half_as_many_or_what_was_asked_for_with
 
 
 def test_streamed_thresholds_and_norms_are_those_of_whole_tensors(models, tmp_path, digests, monkeypatch):
-    monkeypatch.setattr(stream, "_SLICE", stream._ALIGNMENT)
-    monkeypatch.setattr(stream, "_SMALL", 100)
+    monkeypatch.setattr(slices, "SLICE", slices.ALIGNMENT)
+    monkeypatch.setattr(thresholds, "_SMALL", 100)
     base, a, b = (load_file(models / f"{name}.safetensors") for name in ("base", "a", "b"))
     for method, expected in {
         "ties": lambda name: ties(base[name].float(), [a[name].float(), b[name].float()], [0.5, 0.5], density=0.3),
@@ -99,6 +103,48 @@ def test_streamed_thresholds_and_norms_are_those_of_whole_tensors(models, tmp_pa
         made = make_soup(recipe(models, method, **more), tmp_path / f"{method}.safetensors", digests=digests)
         found = load_file(made.path)
         assert all(found[name].equal(expected(name).half()) for name in found), method
+
+
+def spread_normally(values):
+    return values
+
+
+def mostly_equal(values):
+    return torch.where(values > 0.8, values, 0.0)
+
+
+def all_equal(values):
+    return torch.full_like(values, 0.5)
+
+
+def in_order(values):
+    return values.sort().values
+
+
+def rare_and_large(values):
+    """Where no sample falls."""
+    values[1000:1200] *= 1000
+    return values
+
+
+@pytest.mark.parametrize("density", [1e-6, 0.01, 0.2, 0.97, 1.0])
+@pytest.mark.parametrize("kind", [spread_normally, mostly_equal, all_equal, in_order, rare_and_large])
+def test_thresholds_are_exact_however_values_are_spread(kind, density, tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", slices.ALIGNMENT)
+    count = 2**16 + 100
+    spread = [kind(torch.rand(count, generator=torch.Generator().manual_seed(seed))) for seed in range(2)]
+    models = {"base": torch.zeros(count), "a": spread[0], "b": -spread[1]}
+    for name, values in models.items():
+        save_file({"w": values.half()}, tmp_path / f"{name}.safetensors")
+    files = {name: WeightFile(tmp_path / f"{name}.safetensors") for name in models}
+    base, *sources = (Source(file, "w", (count,)) for file in files.values())
+    tensor = Merged("w", Declared(torch.float16, (count,)), tuple(sources), (0.5, 0.5), base)
+    seen = []
+    found = thresholds.thresholds(tensor, density, seen.append)
+    assert found.tolist() == [kept_above(values.half().abs(), density) for values in spread]
+    assert sum(seen) == count
+    for file in files.values():
+        file.close()
 
 
 def test_slerps_ends_are_its_models(models, tmp_path, digests):

@@ -7,7 +7,7 @@ slices are cut alike whatever the number of threads, so that the results are the
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
@@ -16,20 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm.soup.methods import gram_matrix, kept_above, num_kept
+from dmm.soup.methods import gram_matrix
 from dmm.soup.plan import Merged, Plan
 from dmm.soup.reading import num_not_finite
-from dmm.soup.registry import Slice, accumulator
+from dmm.soup.registry import Slice
+from dmm.soup.slices import pieces, slices, sums
+from dmm.soup.thresholds import thresholds
 from dmm.soup.writing import NewWeightFile
 
 MAX_THREADS = 8
 """More make a merge no faster, and each has slices of its own in memory."""
-
-_PIECE = 2**20  # elements that are written at a time: fewer cost more of the system's time
-_SLICE = 2**18  # elements that are computed at a time: fewer cost more calls, more leave a core's own cache
-_SLICE_BYTES = 2**24  # of all models together
-_SMALL = 2**14  # elements of a tensor that is sorted rather than counted
-_ALIGNMENT = 1024  # elements; the random masks are made in eights
 
 Progress = Callable[[int], object]
 """Told of elements that are done with."""
@@ -67,10 +63,13 @@ def measure(plan: Plan, threads: int, progress: Progress) -> dict[str, Tensor]:
     """What the method measures of whole tensors, by their names; nothing for a method that measures nothing."""
     if plan.method.measures is None:
         return {}
-    gauge = _gram if plan.method.measures == "gram" else _thresholds
+    if plan.method.measures == "gram":
+        gauge = partial(_gram, progress=progress)
+    else:
+        gauge = partial(thresholds, density=plan.density, progress=progress)
 
     merged = [tensor for tensor in plan.tensors if not tensor.copied and tensor.constant is None]
-    results = in_threads([partial(gauge, plan, tensor, progress) for tensor in merged], threads)
+    results = in_threads([partial(gauge, tensor) for tensor in merged], threads)
     return {tensor.name: result for tensor, result in zip(merged, results, strict=True)}
 
 
@@ -97,7 +96,7 @@ def write(
             file, name = files[tensor.name]
             piece = file.room(name, start, stop)
             found = 0
-            for first, last in _slices(tensor, start, stop):
+            for first, last in slices(tensor, start, stop):
                 values = piece[first - start : last - start]
                 values.copy_(_merge(plan, tensor, first, last, measured.get(tensor.name)))
                 found += num_not_finite(values)
@@ -108,7 +107,7 @@ def write(
 
         return run
 
-    in_threads((task(tensor, *piece) for tensor in plan.tensors for piece in _pieces(tensor)), threads)
+    in_threads((task(tensor, *piece) for tensor in plan.tensors for piece in pieces(tensor)), threads)
     return {tensor.name: broken[tensor.name] for tensor in plan.tensors if broken[tensor.name]}
 
 
@@ -122,12 +121,12 @@ def _merge(plan: Plan, tensor: Merged, start: int, stop: int, measured: Tensor |
         return (
             source.read(start, stop, dtype) if dtype.is_floating_point else source.file.read(source.name, start, stop)
         )
-    sums = _sums(tensor)
+    kind = sums(tensor)
     one = Slice(
-        models=[source.read(start, stop, sums) for source in tensor.models],
+        models=[source.read(start, stop, kind) for source in tensor.models],
         weights=tensor.weights,
-        base=None if tensor.base is None else tensor.base.read(start, stop, sums),
-        origin=None if tensor.origin is None else tensor.origin.read(start, stop, sums),
+        base=None if tensor.base is None else tensor.base.read(start, stop, kind),
+        origin=None if tensor.origin is None else tensor.origin.read(start, stop, kind),
         measured=measured,
         start=start,
         keys=tensor.keys,
@@ -137,10 +136,10 @@ def _merge(plan: Plan, tensor: Merged, start: int, stop: int, measured: Tensor |
     return plan.method.apply(one)
 
 
-def _gram(plan: Plan, tensor: Merged, progress: Progress) -> Tensor:
+def _gram(tensor: Merged, progress: Progress) -> Tensor:
     """The scalar products of the models, or of their differences where the method has a base."""
     gram = torch.zeros(len(tensor.models), len(tensor.models), dtype=torch.float64)
-    for start, stop in _slices(tensor):
+    for start, stop in slices(tensor):
         models = [source.read(start, stop, torch.float64) for source in tensor.models]
         if tensor.base is not None:
             base = tensor.base.read(start, stop, torch.float64)
@@ -148,90 +147,6 @@ def _gram(plan: Plan, tensor: Merged, progress: Progress) -> Tensor:
         gram += gram_matrix(models)
         progress(stop - start)
     return gram
-
-
-def _thresholds(plan: Plan, tensor: Merged, progress: Progress) -> Tensor:
-    """The smallest magnitudes that TIES keeps, (k,): found exactly, in two readings, from histograms of their bits."""
-    count = tensor.declared.num_elements
-    if count <= _SMALL:
-        whole = [bits.view(torch.float32) for bits in _magnitudes(tensor, 0, count)]
-        progress(count)
-        return torch.tensor([kept_above(magnitudes, plan.density) for magnitudes in whole], dtype=torch.float32)
-    ranks = [num_kept(plan.density, count)] * len(tensor.models)
-    # the order of non-negative numbers is that of their bits: the upper half first, then the lower
-    upper = _histograms(tensor, lambda _, halves: halves[1::2], 2**15, lambda n: progress(n // 2))
-    bins = []
-    for i, histogram in enumerate(upper):
-        place, above = _place(histogram, ranks[i])
-        bins.append(place)
-        ranks[i] -= above
-    in_bins = partial(_lower_halves, bins)
-    lower = _histograms(tensor, in_bins, 2**16, lambda n: progress(n - n // 2))
-    exact = [(bins[i] << 16) + _place(histogram, ranks[i])[0] for i, histogram in enumerate(lower)]
-    return torch.tensor(exact, dtype=torch.int32).view(torch.float32)
-
-
-def _histograms(
-    tensor: Merged, pick: Callable[[int, Tensor], Tensor], num_bins: int, progress: Progress
-) -> list[Tensor]:
-    """How often numbers occur among those that are picked of each model's magnitudes, (num_bins,) int64.
-
-    Args:
-        pick: given a model's index and its magnitudes' bits in halves, lower, upper, lower ...: int16, without a sign.
-    """
-    totals = [torch.zeros(num_bins, dtype=torch.int64) for _ in tensor.models]
-    for start, stop in _pieces(tensor):
-        picked: list[list[Tensor]] = [[] for _ in tensor.models]
-        for place in _slices(tensor, start, stop):
-            for i, bits in enumerate(_magnitudes(tensor, *place)):
-                picked[i].append(pick(i, bits.view(torch.int16)))
-        # a histogram takes as long as a slice does; a piece has many slices
-        for total, numbers in zip(totals, picked, strict=True):
-            total += torch.bincount(torch.cat(numbers).int() & 0xFFFF, minlength=num_bins)
-        progress(stop - start)
-    return totals
-
-
-def _lower_halves(bins: Sequence[int], i: int, halves: Tensor) -> Tensor:
-    return halves[::2][halves[1::2] == bins[i]]
-
-
-def _place(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that the ``rank``-th largest is in, and how many are in those above it."""
-    from_top = histogram.flip(0).cumsum(0)
-    place = int(torch.searchsorted(from_top, rank))
-    return len(histogram) - 1 - place, int(from_top[place] - histogram.flip(0)[place])
-
-
-def _magnitudes(tensor: Merged, start: int, stop: int) -> Iterator[Tensor]:
-    """Each model's difference from the base without its sign, as the bits of a float32."""
-    sums = _sums(tensor)
-    assert tensor.base is not None
-    base = tensor.base.read(start, stop, sums)
-    for source in tensor.models:
-        yield source.read(start, stop, sums).sub_(base).abs_().float().view(torch.int32)
-
-
-def _pieces(tensor: Merged) -> Iterator[tuple[int, int]]:
-    """What of a tensor is written at a time."""
-    return _cut(0, tensor.declared.num_elements, _PIECE)
-
-
-def _slices(tensor: Merged, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
-    """How a tensor, or a piece of it, is computed: in slices that its place and the number of models alone decide."""
-    # as many as are held at once in float64; the methods hold some of their own beside
-    by_models = _SLICE_BYTES // (8 * (len(tensor.models) + 6)) // _ALIGNMENT * _ALIGNMENT
-    return _cut(start, tensor.declared.num_elements if stop is None else stop, max(_ALIGNMENT, min(_SLICE, by_models)))
-
-
-def _cut(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, length):
-        yield first, min(stop, first + length)
-
-
-def _sums(tensor: Merged) -> torch.dtype:
-    sources = [*tensor.models, *(source for source in (tensor.base, tensor.origin) if source is not None)]
-    return accumulator([source.dtype for source in sources])
 
 
 @contextmanager
