@@ -24,6 +24,9 @@ from typing import Any
 
 from dmm.demo import story
 from dmm.demo.assembly import expert_forms, experts
+from dmm.demo.judge import load_judge
+from dmm.errors import UserError
+from dmm.evaluation.distances import check_count
 from dmm.yaml import write_yaml
 
 STEPS = story.TRAINING["steps"]
@@ -235,6 +238,11 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=400, help="of each style; 0: do not evaluate")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
+    if options.num_images:  # what evaluations would refuse after hours of training
+        try:
+            check_count(options.num_images, sum(load_judge().config.channels), "judge")
+        except UserError as error:
+            parser.error(str(error))
     arms, seeds = TABLES[options.table](), range(options.seeds)
     for seed in seeds:
         for arm in arms:
