@@ -90,7 +90,8 @@ def adding_arms() -> list[Arm]:
     return [
         Arm("8", "8", names),
         Arm("7", "7", names[:7], steps=0.875),
-        Arm("7 + 1", "7-and-1", names[7:], steps=0.25, after="7", how="add"),
+        Arm("7 + 1, half of each batch", "7-and-1", names[7:], steps=0.25, after="7", how="add"),
+        Arm("7 + 1, an eighth", "7-and-1-fair", names[7:], steps=0.25, after="7", how="add", regularization=0.875),
     ]
 
 
