@@ -105,7 +105,7 @@ def test_streamed_thresholds_and_norms_are_those_of_whole_tensors(models, tmp_pa
         assert all(found[name].equal(expected(name).half()) for name in found), method
 
 
-def spread_normally(values):
+def spread_evenly(values):
     return values
 
 
@@ -128,7 +128,7 @@ def rare_and_large(values):
 
 
 @pytest.mark.parametrize("density", [1e-6, 0.01, 0.2, 0.97, 1.0])
-@pytest.mark.parametrize("kind", [spread_normally, mostly_equal, all_equal, in_order, rare_and_large])
+@pytest.mark.parametrize("kind", [spread_evenly, mostly_equal, all_equal, in_order, rare_and_large])
 def test_thresholds_are_exact_however_values_are_spread(kind, density, tmp_path, monkeypatch):
     monkeypatch.setattr(slices, "SLICE", slices.ALIGNMENT)
     count = 2**16 + 100

@@ -139,7 +139,7 @@ def prepare_data(
     else:
         mine = place.rows(len(captions))
     painted: list[Rows] = []
-    title = "images" if place.count == 1 else f"images of process 1 of {place.count}"
+    title = "images" if place.count == 1 else f"images of process {place.index + 1} of {place.count}"
     with _bar(mine, " images", title, show_progress, leave=True) as bar:
         texts = {STUDENT: read_captions(STUDENT, base)}
         for index, (name, open_teacher) in enumerate(teachers.items()):
