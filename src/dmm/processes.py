@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 # Whichever process is done with its data first waits for the others in a collective, for hours if need be. What ends
 # its wait where one dies is the launcher, or the connection that it closes.
 _TIMEOUT = timedelta(days=7)
-_TELLING_SECONDS = 2.0
+_TELLING_SECONDS = 10.0  # at most: once the process that tells has ended, launchers end the others
 _HANG_SECONDS = 20.0  # launchers kill 30 s after they have asked
 
 
