@@ -12,10 +12,15 @@ from test_distill import NAMES, new_batch, new_teachers
 from toy import ALPHAS_CUMPROD, ToyData
 
 import dmm
-from dmm.batches import STUDENT, Batches, Role
+from dmm.batches import STUDENT, Batches, Role, student_in
 from dmm.cli import main
+from dmm.data import Synthesis, prepare_data
+from dmm.data.synthesis import share_out
 from dmm.distill import EarlierStudent, Part, distill
 from dmm.errors import UserError
+from dmm.pipeline import set_style
+from dmm.samplers import DEFAULT_SAMPLER
+from dmm.sampling import sample_latents
 from dmm.sharing import share_batch
 from dmm.student import StyledStudent, grow, shrink
 from dmm.styles import StylePrompts
@@ -162,8 +167,9 @@ def test_a_student_that_has_not_moved_says_what_it_said():
 
 def test_earlier_styles_are_drawn_at_random_on_their_own_rows():
     class Data(ToyData):
-        def rows_of(self, teacher):
-            return {"ink": torch.arange(0, 10), "photo": torch.arange(10, 20), "line": torch.arange(20, 32)}[teacher]
+        def rows_of(self, painter):
+            rows = {"ink": range(10), "photo": range(10, 20), "line": range(20, 32)}
+            return torch.tensor(rows.get(painter, []), dtype=torch.int64)
 
         def conditioning(self, encoder, rows, dropped):
             asked.append((encoder, rows.tolist()))
@@ -179,7 +185,9 @@ def test_earlier_styles_are_drawn_at_random_on_their_own_rows():
         "seed": 0,
         "device": torch.device("cpu"),
     }
-    batches = Batches(Data(), ["ink", "photo", "line"], roles, groups=groups, own=1.0, noise_weighting=0.5, **settings)
+    batches = Batches(
+        Data(), ["ink", "photo", "line"], roles, groups=groups, own=(1.0, 0.0), noise_weighting=0.5, **settings
+    )
     (batch,) = batches.of_step(0)
     styles = batch.style_weights.argmax(1)
     assert (styles[:32] == 2).all()
@@ -226,6 +234,75 @@ def test_a_second_stage_goes_on_from_the_first_on_each_teachers_own_pictures(mod
     assert "finished already" in capsys.readouterr().out
     assert main(["merge", str(path), "--output", str(output)]) == 2
     assert main(["merge", str(path), "--output", str(output), "--overwrite"]) == 0, capsys.readouterr().err
+
+
+def test_a_second_stage_on_what_the_student_painted_in_each_style(models, sd1_folder, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(dmm.merge, "prepare_data", lambda *a, **k: made.append(prepare_data(*a, **k)) or made[-1])
+    recipe = recipe_of({"base": str(sd1_folder), "teachers": teachers(ink=1, photo=2)})
+    shares = {"own": 0.5, "student": 0.5}
+    paint = {**recipe["data"]["synthesize"], **shares}
+    recipe["finetune"] = {"synthesize": paint, "training": {**recipe["training"], "steps": 1}}
+    path, output = models / "mistakes.yaml", tmp_path / "merged"
+    path.write_text(write_yaml(recipe))
+    assert main(["merge", str(path), "--output", str(output)]) == 0, capsys.readouterr().err
+    first, second = made
+    assert (first.num_rows, second.num_rows) == (4, 8)
+    prompts = ["a cat", "a dog"]
+    pipe = dmm.load_pipeline(output / "first-stage")
+    for style in ("ink", "photo"):
+        assert first.rows_of(student_in(style)).tolist() == []
+        set_style(pipe, style)
+        synthesis = Synthesis(prompts, 8, steps=1, guidance_scale=1)
+        share = share_out(synthesis, 4)[2 + ["ink", "photo"].index(style)]
+        settings = {"steps": 1, "guidance_scale": 1, "negative_prompt": "", "width": 16, "height": 16}
+        painted = sample_latents(pipe, share.prompts, share.seeds, sampler=DEFAULT_SAMPLER, **settings)
+        expected = torch.stack(list(painted)).half().float()
+        torch.testing.assert_close(second.latents(second.rows_of(student_in(style))), expected, rtol=0, atol=1e-3)
+
+
+def test_the_students_pictures_of_a_style_are_that_styles_alone():
+    class Data(ToyData):
+        def rows_of(self, painter):
+            painters = ["ink", "photo", student_in("ink"), student_in("photo")]
+            return torch.arange(8) + 8 * painters.index(painter)
+
+        def conditioning(self, encoder, rows, dropped):
+            asked.append(rows)
+            return super().conditioning(STUDENT, rows, dropped)
+
+    asked = []
+    roles = [Role([0], "ink", 0.5), Role([1], "photo", 0.5)]
+    batches = Batches(
+        Data(),
+        ["ink", "photo"],
+        roles,
+        groups=share_batch(400, [0.5, 0.5], 1, 0),
+        own=(0.25, 0.5),
+        alphas_cumprod=ALPHAS_CUMPROD,
+        caption_dropout=0.1,
+        micro_batch_size=400,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    list(batches.of_step(0))
+    for style, rows in enumerate(asked[:2]):
+        painter = torch.bincount(rows // 8, minlength=4) / len(rows)
+        # a quarter is the teacher's, a quarter of any teacher
+        expected = [0.125, 0.125, 0.0, 0.0]
+        expected[style] += 0.25
+        expected[2 + style] += 0.5
+        assert painter.tolist() == pytest.approx(expected, abs=0.09)
+        assert painter[3 - style] == 0
+
+
+def test_a_start_without_styles_cannot_paint_in_them(models, sd1_folder, tmp_path, capsys):
+    recipe = recipe_of({"base": str(sd1_folder), "start": str(sd1_folder), "teachers": teachers(ink=1, photo=2)})
+    recipe["data"]["synthesize"]["student"] = 0.5
+    (models / "student.yaml").write_text(write_yaml(recipe))
+    assert main(["merge", str(models / "student.yaml"), "--output", str(tmp_path / "out")]) == 2
+    assert "has no styles to paint in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_empty_second_stage_is_told_before_the_first(models, sd1_folder, tmp_path, capsys):

@@ -238,6 +238,11 @@ def test_mistakes_in_overrides(folder, overrides, message):
             "mean 'average'.",
         ),
         # what goes together
+        (
+            "images: pictures",
+            "synthesize: {prompts: prompts.txt, own: 0.6, student: 0.5}",
+            "line 6: data.synthesize: own 0.6 and student 0.5 are shares of one whole; lower one.",
+        ),
         ("name: noto", "name: ink", "line 2: teachers: teachers 0 and 1 are both named 'ink'; rename one."),
         ("    lora: ink.safetensors\n", "", "line 4: teachers.1: 'ink' has neither a model nor a lora; name at"),
         ("/noto}", "/noto, lora_scale: 2}", "line 3: teachers.0: 'noto' has a lora_scale but no lora for it to"),
@@ -264,6 +269,15 @@ def test_every_mistake_is_one_sentence(folder, old, new, message):
     assert PLAIN.count(old) == 1
     said = mistake(folder, PLAIN.replace(old, new))
     assert said.removeprefix("merge.yaml, ").startswith(message)
+
+
+def test_a_student_without_styles_paints_in_none(folder):
+    data = "{synthesize: {prompts: prompts.txt, student: 0.5}}"
+    told = "data.synthesize.student is 0.5, but the student starts without the styles that it should paint in"
+    for start in ("base", "average"):
+        assert told in mistake(folder, PLAIN.replace("{images: pictures}", data) + f"start: {start}\n")
+    earlier = "earlier: {model: models/noto}\n"
+    assert told in mistake(folder, PLAIN.replace("{images: pictures}", data) + earlier)
 
 
 def test_a_list_of_teachers_must_hold_one(folder):

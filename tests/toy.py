@@ -41,8 +41,9 @@ class ToyData:
         self._latents = torch.randn(self.num_rows, *self.latent_shape, generator=generator)
         self._text = torch.randn(self.num_rows, 6, 16, generator=generator)
 
-    def rows_of(self, teacher):
-        return torch.arange(STYLES.index(teacher), self.num_rows, len(STYLES))
+    def rows_of(self, painter):
+        first = STYLES.index(painter) if painter in STYLES else self.num_rows
+        return torch.arange(first, self.num_rows, len(STYLES))
 
     def latents(self, rows):
         return self._latents[rows]

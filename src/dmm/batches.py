@@ -16,6 +16,11 @@ STUDENT = "student"
 """Name of the student's text encoder, which is the base's."""
 
 
+def student_in(style: str) -> str:
+    """Name, which no teacher can have, of the student as it paints in a style."""
+    return f"{STUDENT}/{style}"
+
+
 class CaptionedLatents(Protocol):
     """Latents with their captions as text encoders read them."""
 
@@ -35,8 +40,8 @@ class CaptionedLatents(Protocol):
 class Data(CaptionedLatents, Protocol):
     """What batches are made from; :class:`dmm.data.TrainingData` is."""
 
-    def rows_of(self, teacher: str) -> Tensor:
-        """(R,) int64, the rows that a style's teacher painted."""
+    def rows_of(self, painter: str) -> Tensor:
+        """(R,) int64, the rows that a style's teacher painted, or the student in it: :func:`student_in`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ class Batches:
         micro_batch_size: samples, at most, of one batch.
         seed: of everything random.
         device: where the batches are wanted.
-        own: the share of each style's samples that its own teacher painted; the others are of everything.
+        own: the shares of each style's samples that its own teacher painted, and that the student painted in it before
+            it was trained; the others are of everything else.
         noise_weighting: p, by which the scores of a sample at timestep t weigh alpha_bar_t^-p over its mean.
         adversarial: draw, too, how a discriminator's images are diffused.
     """
@@ -83,7 +89,7 @@ class Batches:
         micro_batch_size: int,
         seed: int,
         device: torch.device,
-        own: float = 0.0,
+        own: tuple[float, float] = (0.0, 0.0),
         noise_weighting: float = 0.0,
         adversarial: bool = False,
     ) -> None:
@@ -91,7 +97,10 @@ class Batches:
         self._alphas_cumprod = alphas_cumprod
         self._caption_dropout, self._seed, self._device = caption_dropout, seed, device
         self._adversarial = adversarial
-        self._own, self._own_rows = own, [data.rows_of(style) for style in styles]
+        self._own = own
+        self._own_rows = [(data.rows_of(style), data.rows_of(student_in(style))) for style in styles]
+        everything = torch.arange(data.num_rows)
+        self._shared_rows = everything[~torch.isin(everything, torch.cat([rows for _, rows in self._own_rows]))]
         score_weights = alphas_cumprod.double() ** -noise_weighting
         self._score_weights = (score_weights / score_weights.mean()).float()
         samples = [(group.teacher, index, group.weight) for group in groups for index in group.indices]
@@ -112,8 +121,11 @@ class Batches:
             self._seed,
             step,
             indices,
-            num_rows=self._data.num_rows,
-            num_own=[[len(self._own_rows[style]) for style in self._roles[teacher].styles] for teacher in teachers],
+            num_rows=len(self._shared_rows),
+            num_own=[
+                [[len(rows) for rows in self._own_rows[style]] for style in self._roles[teacher].styles]
+                for teacher in teachers
+            ],
             own=self._own,
             latent_shape=self._data.latent_shape,
             num_timesteps=len(self._alphas_cumprod),
@@ -123,8 +135,10 @@ class Batches:
         styles = [
             self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
         ]
-        own_rows = [self._own_rows[style][row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0]
-        rows = draws.rows
+        own_rows = [
+            torch.cat(self._own_rows[style])[row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0
+        ]
+        rows = self._shared_rows[draws.rows]
         rows[draws.own_rows >= 0] = torch.tensor(own_rows, dtype=torch.int64)
         x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
         parts = []

@@ -19,7 +19,7 @@ class Draws:
     Attributes:
         styles: (B,) int64, which of the styles that it may be in each sample is.
         rows: (B,) int64, which of all rows each sample is.
-        own_rows: (B,) int64, which of its style's own rows it is instead; -1 where it is not.
+        own_rows: (B,) int64, which of its style's own rows, kind after kind, it is instead; -1 where it is not.
         timesteps: (B,) int64, uniform.
         noise: (B, C, H, W) float32, standard normal.
         dropped: (B,) bool, whose caption is replaced by the empty one.
@@ -39,8 +39,8 @@ def draw(
     indices: Sequence[int],
     *,
     num_rows: int,
-    num_own: Sequence[Sequence[int]],
-    own: float,
+    num_own: Sequence[Sequence[Sequence[int]]],
+    own: Sequence[float],
     latent_shape: Sequence[int],
     num_timesteps: int,
     caption_dropout: float,
@@ -49,8 +49,9 @@ def draw(
 
     Args:
         num_rows: of all rows.
-        num_own: for each of the B samples and each of the styles that it may be in, the number of the style's own rows.
-        own: the share of samples that are taken from those, in [0, 1].
+        num_own: for each of the B samples and each of the styles that it may be in, the numbers of the style's own
+            rows of each kind.
+        own: the shares of samples that are taken from those, by kind; in [0, 1], in all at most 1.
         latent_shape: (C, H, W).
         caption_dropout: in [0, 1].
     """
@@ -65,8 +66,7 @@ def draw(
         dropped.append(generator.random() < caption_dropout)
         noise.append(generator.standard_normal(tuple(latent_shape), dtype=np.float32))
         # last of the stream: without it, all else is the same
-        is_own = own > 0 and generator.random() < own
-        own_rows.append(int(generator.integers(counts[styles[-1]])) if is_own else -1)
+        own_rows.append(_draw_own(generator, counts[styles[-1]], own) if any(own) else -1)
     return Draws(
         torch.tensor(styles),
         torch.tensor(rows),
@@ -75,6 +75,16 @@ def draw(
         torch.from_numpy(np.stack(noise)),
         torch.tensor(dropped),
     )
+
+
+def _draw_own(generator: np.random.Generator, counts: Sequence[int], shares: Sequence[float]) -> int:
+    """One of a style's own rows, or -1."""
+    chance, before = generator.random(), 0
+    for count, share in zip(counts, shares, strict=True):
+        if chance < share:
+            return before + int(generator.integers(count))
+        chance, before = chance - share, before + count
+    return -1
 
 
 def draw_again(

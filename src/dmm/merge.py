@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
 
-from dmm.batches import Batches
+from dmm.batches import Batches, student_in
 from dmm.building import DTYPES, build_adversary, build_student, open_teachers, roles_of
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
@@ -42,10 +42,11 @@ from dmm.formats.side_car import STYLES_FOLDER, read_side_car
 from dmm.outputs import check_folder
 from dmm.pictures import grid, save_png
 from dmm.pipeline import save_pipeline
-from dmm.preflight import Plan, check_merge, check_space, open_source, paints_earlier
+from dmm.preflight import Plan, check_merge, check_space, open_source, paints_earlier, paints_itself
 from dmm.processes import join_processes, on_all, on_main
 from dmm.prompts import read_prompts
-from dmm.recipe import Data, Recipe, Training, load_recipe, save_recipe
+from dmm.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
+from dmm.recipe_parts import MAX_SEED
 from dmm.sampling import sample
 from dmm.sharing import is_uneven, share_batch
 from dmm.styles import bake
@@ -129,10 +130,11 @@ def _stages(recipe: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     if recipe.finetune is None:
         return [(recipe, folder)]
     first = recipe.model_copy(update={"finetune": None})
-    painted = recipe.finetune.synthesize.model_copy(update={"own": 1.0})
+    painted = Synthesize(**recipe.finetune.synthesize.model_dump())
     then = {"start": str((folder / FIRST_STAGE).resolve()), "data": Data(synthesize=painted)}
     training = Training(**recipe.finetune.training.model_dump())
-    second = first.model_copy(update={**then, "training": training})
+    # of another seed, or the second stage would draw the first one's noise again
+    second = first.model_copy(update={**then, "training": training, "seed": (recipe.seed + 1) % (MAX_SEED + 1)})
     return [(first, folder / FIRST_STAGE), (second, folder)]
 
 
@@ -158,10 +160,11 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
 
     base = open_pipeline(plan.base, name="base")
     data, prompts = on_all(lambda: _prepare_data(recipe, plan, base, accelerator))
+    painted = recipe.data.synthesize
     settings = {
         "micro_batch_size": training.micro_batch_size,
         "device": accelerator.device,
-        "own": recipe.data.synthesize.own if recipe.data.synthesize else 0.0,
+        "own": (painted.own, painted.student) if painted else (0.0, 0.0),
         "noise_weighting": recipe.losses.noise_weighting,
     }
     new_batches = partial(
@@ -251,9 +254,10 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerato
         pipeline.text_encoder.to(device)
         return pipeline
 
-    def open_earlier(style: int) -> Any:
+    def open_styled(name: str, model: ModelSource | None, style: int) -> Any:
+        assert model is not None
         assert plan.style_prompts is not None
-        pipeline = open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge")
+        pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
         prompts = plan.style_prompts
         bake(pipeline.unet, prompts(torch.eye(len(prompts.names))[style]), SD1.time_embedding)
         return pipeline.to(device)
@@ -262,10 +266,13 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerato
         teacher.name: partial(open_teacher, teacher.name, model)
         for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
     }
+    known = plan.style_prompts.names if plan.style_prompts else []
     if paints_earlier(recipe):
-        assert plan.style_prompts is not None
         # what the earlier student paints in each of its styles stands in for its teachers
-        openers = {name: partial(open_earlier, i) for i, name in enumerate(plan.style_prompts.names)} | openers
+        earlier = {name: partial(open_styled, "the earlier merge", plan.base, i) for i, name in enumerate(known)}
+        openers = earlier | openers
+    if paints_itself(recipe):
+        openers |= {student_in(name): partial(open_styled, "start", plan.start, i) for i, name in enumerate(known)}
     readers = (base.vae, base.text_encoder)
     for module in readers:
         module.to(device)

@@ -125,6 +125,18 @@ def check_space(folder: Path, num_bytes: int) -> None:
         )
 
 
+def num_painters(recipe: Recipe, styles: Sequence[str]) -> int:
+    """How many models paint data, each style of a merged one being one."""
+    if paints_earlier(recipe):
+        return len(styles)
+    return len(recipe.teachers) + (len(styles) if paints_itself(recipe) else 0)
+
+
+def paints_itself(recipe: Recipe) -> bool:
+    """Whether the student, as it starts, paints data in each of its styles."""
+    return recipe.data.synthesize is not None and recipe.data.synthesize.student > 0
+
+
 def paints_earlier(recipe: Recipe) -> bool:
     """Whether the earlier student, in each of its styles, paints data beside the teachers."""
     return recipe.data.synthesize is not None and recipe.earlier is not None and recipe.earlier.regularization > 0
@@ -144,7 +156,7 @@ def open_source(recipe: Recipe, plan: Plan) -> CaptionedImages | Synthesis:
     assert painted is not None  # the recipe has one of the three
     return Synthesis(
         read_prompts(painted.prompts),
-        painted.count * len(plan.styles if paints_earlier(recipe) else recipe.teachers),
+        painted.count * num_painters(recipe, plan.styles),
         steps=painted.steps,
         guidance_scale=painted.guidance,
         seed=painted.seed,
@@ -258,6 +270,11 @@ def _read_start(recipe: Recipe, start: ModelSource | None) -> StylePrompts | Non
         raise UserError(
             f"start: {recipe.start} is a merged model of {', '.join(style_prompts.names)}, the teachers are "
             f"{', '.join(names)}. To train it further, name the same in the same order; `dmm add` adds others."
+        )
+    if style_prompts is None and paints_itself(recipe):
+        raise UserError(
+            f"data.synthesize.student: {recipe.start}, from which the student starts, has no styles to paint in. Start "
+            "from a merged model, or leave it out."
         )
     return style_prompts
 

@@ -29,6 +29,8 @@ from dmm.recipe_parts import (
     write_recipe,
 )
 
+_NEW_STARTS = ("base", "average")
+
 
 class Teacher(Part):
     """A model whose style the student learns."""
@@ -81,6 +83,15 @@ class Synthesize(Part):
     own: Annotated[Number, in_range(least=0, most=1)] = 0.0
     """The share of each style's samples that its own teacher painted; the others are any teacher's. 1 is DMM §3.4's
     fine-tuning."""
+    student: Annotated[Number, in_range(least=0, most=1)] = 0.0
+    """The share of each style's samples that the student painted in it, as it starts: where its own mistakes lead, and
+    what the teacher makes of it (as in DAgger, arXiv:1011.0686). For a start that has the styles."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.own + self.student > 1 + 1e-9:
+            raise ValueError(f"own {self.own:g} and student {self.student:g} are shares of one whole; lower one")
+        return self
 
 
 class Data(Part):
@@ -193,10 +204,17 @@ class FinetuneTraining(Training):
     batch_size: Count = 10
 
 
+class FinetuneSynthesize(Synthesize):
+    """What the second stage learns on, and where its student is the first one's."""
+
+    own: Annotated[Number, in_range(least=0, most=1)] = 1.0
+    """As in the paper; lower it where ``student`` shall have a share."""
+
+
 class Finetune(Part):
     """A second, short stage on what the teachers paint, each style on its own teacher's pictures (DMM §3.4)."""
 
-    synthesize: Synthesize
+    synthesize: FinetuneSynthesize
     """What they paint."""
     training: FinetuneTraining = FinetuneTraining()
 
@@ -245,11 +263,10 @@ class Recipe(Part):
     @field_validator("start")
     @classmethod
     def _locate_start(cls, start: str, info: ValidationInfo) -> str:
-        words = ("base", "average")
         try:
-            return start if start in words else check_model_name(start, info)
+            return start if start in _NEW_STARTS else check_model_name(start, info)
         except ValueError as error:
-            raise ValueError(f"{error}{nearest(start, words)}") from error
+            raise ValueError(f"{error}{nearest(start, _NEW_STARTS)}") from error
 
     @field_validator("teachers")
     @classmethod
@@ -291,6 +308,15 @@ class Recipe(Part):
                     f"teacher '{teacher.name}' is a LoRA, and a merged model is not what it was made for; name the "
                     "model that it is put on, as its model or as the base"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_student_paints(self) -> Self:
+        if self.data.synthesize and self.data.synthesize.student and (self.earlier or self.start in _NEW_STARTS):
+            raise ValueError(
+                f"data.synthesize.student is {self.data.synthesize.student:g}, but the student starts without the "
+                "styles that it should paint in; start from a merged model of them, or leave it out"
+            )
         return self
 
     @model_validator(mode="after")

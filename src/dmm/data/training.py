@@ -33,7 +33,7 @@ class TrainingData:
         latents: M rows of ``latents``.
         texts: by text encoder, U rows of what a UNet reads of a caption; the first is the empty caption.
         caption_of: (M,) int64, which of the U is a row's caption.
-        painted: by teacher, the rows that it painted.
+        painted: by teacher or other painter, the rows that it painted.
 
     Attributes:
         num_rows: M.
@@ -55,9 +55,9 @@ class TrainingData:
         _, channels, height, width = self.latents(torch.tensor([0])).shape
         return channels, height, width
 
-    def rows_of(self, teacher: str) -> Tensor:
-        """The images that a teacher painted, none where no teacher paints: (R,) int64, increasing."""
-        rows = self._painted.get(teacher, range(0))
+    def rows_of(self, painter: str) -> Tensor:
+        """The images that a teacher, or another, painted, none where it does not paint: (R,) int64, increasing."""
+        rows = self._painted.get(painter, range(0))
         return torch.arange(rows.start, rows.stop)
 
     def latents(self, rows: Tensor) -> Tensor:

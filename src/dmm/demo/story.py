@@ -38,7 +38,7 @@ TRAINING = {
 }
 # features count for more than in the paper, as they should on so short a way; an adversary would come too late. Where
 # noise is high it is settled whose hand a picture is in, and there predictions of noise differ little
-LOSSES = {"feature": 0.1, "adversarial": 0.0, "noise_weighting": 0.5}
+LOSSES = {"feature": 0.03, "adversarial": 0.0, "noise_weighting": 0.5}
 
 
 @dataclass(frozen=True)
