@@ -104,7 +104,7 @@ def test_it_can_go_on_and_on_and_resumes_to_the_bit(models, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"teachers": teachers(ink=3)}, "teacher 'ink': {merged} has a style of that name; choose another name."),
-        ({"start": "average"}, "start is 'average', but a merge that goes further starts from the earlier one."),
+        ({"start": "average"}, "start is 'average', but a merge that goes further starts from the earlier one, or"),
         ({"teachers": [{"name": "x", "lora": "lora.safetensors"}]}, "teacher 'x' is a LoRA, and a merged model is not"),
         (
             {"earlier": {"regularization": 1}},
@@ -259,6 +259,31 @@ def test_a_second_stage_on_what_the_student_painted_in_each_style(models, sd1_fo
         painted = sample_latents(pipe, share.prompts, share.seeds, sampler=DEFAULT_SAMPLER, **settings)
         expected = torch.stack(list(painted)).half().float()
         torch.testing.assert_close(second.latents(second.rows_of(student_in(style))), expected, rtol=0, atol=1e-3)
+
+
+def test_what_is_added_has_a_second_stage_too(models, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(dmm.merge, "prepare_data", lambda *a, **k: made.append(prepare_data(*a, **k)) or made[-1])
+    training = {"steps": 1, "batch_size": 6, "learning_rate": 1e-3, "precision": "fp32"}
+    painted = {"prompts": "prompts.txt", "count": 2, "steps": 1, "guidance": 1, "own": 0.4, "student": 0.4}
+    second = {"finetune": {"synthesize": painted, "training": training}}
+    output = tmp_path / "more"
+    assert add(models, output, **second) == 0, capsys.readouterr().err
+    first, both = (load_file(folder / STYLES_FILE) for folder in (output / "first-stage", output))
+    assert first["embeddings"].shape == both["embeddings"].shape == (3, 32)
+    assert 0 < (first["embeddings"] - both["embeddings"]).abs().max() < 0.01
+    painters = ["ink", "photo", "line", *(student_in(style) for style in ("ink", "photo", "line"))]
+    assert [made[1].rows_of(painter).tolist() for painter in painters] == [[2 * i, 2 * i + 1] for i in range(6)]
+    capsys.readouterr()
+    assert add(models, output, "--resume", **second) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_an_add_starts_from_no_model_without_the_styles(models, sd1_folder, tmp_path, capsys):
+    assert add(models, tmp_path / "more", start=str(sd1_folder)) == 2
+    assert "has no styles. What is added to a merged model starts from that model" in capsys.readouterr().err
+    assert add(models, tmp_path / "more", start=str(models / "merged")) == 2
+    assert "the earlier styles and the teachers are ink, photo, line" in capsys.readouterr().err
 
 
 def test_the_students_pictures_of_a_style_are_that_styles_alone():

@@ -38,11 +38,11 @@ def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> St
                 mean[name] += tensor
         unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
     unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
-    names = [teacher.name for teacher in recipe.teachers]
-    if plan.style_prompts is None:
-        prompts = StylePrompts(names, unet.get_submodule(SD1.time_embedding).linear_2.out_features)
-    else:
-        prompts = grow(plan.style_prompts, names) if recipe.earlier else plan.style_prompts
+    prompts = plan.style_prompts
+    if prompts is None and plan.earlier is not None:
+        prompts = grow(plan.earlier, [teacher.name for teacher in recipe.teachers])
+    elif prompts is None:
+        prompts = StylePrompts(list(plan.styles), unet.get_submodule(SD1.time_embedding).linear_2.out_features)
     return StyledStudent(unet, prompts)
 
 
@@ -92,9 +92,9 @@ def open_teachers(
 
 
 def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:
-    assert plan.style_prompts is not None
+    assert plan.earlier is not None
     unet = open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge").unet
     unet.to(memory_format=torch.channels_last)
-    student = StyledStudent(unet, copy.deepcopy(plan.style_prompts).to(dtype))
+    student = StyledStudent(unet, copy.deepcopy(plan.earlier).to(dtype))
     freeze(student)
     return EarlierStudent(student)

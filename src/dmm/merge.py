@@ -49,7 +49,7 @@ from dmm.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_rec
 from dmm.recipe_parts import MAX_SEED
 from dmm.sampling import sample
 from dmm.sharing import is_uneven, share_batch
-from dmm.styles import bake
+from dmm.styles import StylePrompts, bake
 from dmm.teachers import ModelSource, noise_schedule, open_pipeline
 from dmm.trainer import CHECKPOINTS, LOG, Trainer
 from dmm.watch import SAMPLES_PER_STYLE, Watch
@@ -254,11 +254,8 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerato
         pipeline.text_encoder.to(device)
         return pipeline
 
-    def open_styled(name: str, model: ModelSource | None, style: int) -> Any:
-        assert model is not None
-        assert plan.style_prompts is not None
+    def open_styled(name: str, model: ModelSource, prompts: StylePrompts, style: int) -> Any:
         pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
-        prompts = plan.style_prompts
         bake(pipeline.unet, prompts(torch.eye(len(prompts.names))[style]), SD1.time_embedding)
         return pipeline.to(device)
 
@@ -266,13 +263,16 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerato
         teacher.name: partial(open_teacher, teacher.name, model)
         for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
     }
-    known = plan.style_prompts.names if plan.style_prompts else []
     if paints_earlier(recipe):
+        assert plan.earlier is not None
         # what the earlier student paints in each of its styles stands in for its teachers
-        earlier = {name: partial(open_styled, "the earlier merge", plan.base, i) for i, name in enumerate(known)}
-        openers = earlier | openers
+        open_earlier = partial(open_styled, "the earlier merge", plan.base, plan.earlier)
+        openers = {name: partial(open_earlier, i) for i, name in enumerate(plan.earlier.names)} | openers
     if paints_itself(recipe):
-        openers |= {student_in(name): partial(open_styled, "start", plan.start, i) for i, name in enumerate(known)}
+        assert plan.start is not None
+        assert plan.style_prompts is not None
+        open_start = partial(open_styled, "start", plan.start, plan.style_prompts)
+        openers |= {student_in(name): partial(open_start, i) for i, name in enumerate(plan.styles)}
     readers = (base.vae, base.text_encoder)
     for module in readers:
         module.to(device)

@@ -36,7 +36,8 @@ class Plan:
         base: gives the student its VAE and text encoder; a merged model, where that is merged further.
         teachers: where their weights are.
         start: the model that the student begins as; None for the base, or for the teachers' average.
-        style_prompts: that the student begins with, all or some, where it begins as a merged model.
+        earlier: the style prompts of the merged model that is merged further.
+        style_prompts: those of the start, where it is a merged model of all the styles.
         prediction_type: of the base, and so of the student.
         styles: the student's.
         provenance: of each style.
@@ -46,6 +47,7 @@ class Plan:
     base: ModelSource
     teachers: tuple[ModelSource, ...]
     start: ModelSource | None
+    earlier: StylePrompts | None
     style_prompts: StylePrompts | None
     prediction_type: PredictionType
     styles: tuple[str, ...]
@@ -78,19 +80,22 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         _check_alike(name, checked, base)
         teachers.append(checked)
     start = _check_start(recipe, base, teachers)
-    style_prompts = _read_earlier(recipe, base) if recipe.earlier else _read_start(recipe, start)
+    earlier = _read_earlier(recipe, base) if recipe.earlier else None
     provenance = tuple(map(_provenance, recipe.teachers, sources, teachers))
-    if recipe.earlier and style_prompts:
-        provenance = (*_earlier_provenance(style_prompts, base_source, base), *provenance)
+    if earlier:
+        provenance = (*_earlier_provenance(earlier, base_source, base), *provenance)
+    styles = tuple(one.name for one in provenance)
+    style_prompts = _read_start(recipe, start, styles)
     return Plan(
         base_source,
         sources,
         start,
+        earlier,
         style_prompts,
         base.prediction_type,
-        tuple(one.name for one in provenance),
+        styles,
         provenance,
-        _num_bytes(recipe, base.skeletons, style_prompts),
+        _num_bytes(recipe, base.skeletons, styles),
     )
 
 
@@ -127,9 +132,8 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
 def num_painters(recipe: Recipe, styles: Sequence[str]) -> int:
     """How many models paint data, each style of a merged one being one."""
-    if paints_earlier(recipe):
-        return len(styles)
-    return len(recipe.teachers) + (len(styles) if paints_itself(recipe) else 0)
+    painters = len(styles if paints_earlier(recipe) else recipe.teachers)
+    return painters + (len(styles) if paints_itself(recipe) else 0)
 
 
 def paints_itself(recipe: Recipe) -> bool:
@@ -262,19 +266,24 @@ def _earlier_provenance(style_prompts: StylePrompts, source: ModelSource, merged
     return [Provenance(name, *told) for name in style_prompts.names]
 
 
-def _read_start(recipe: Recipe, start: ModelSource | None) -> StylePrompts | None:
+def _read_start(recipe: Recipe, start: ModelSource | None, styles: Sequence[str]) -> StylePrompts | None:
     """The style prompts that a student starts with; None for new ones."""
     style_prompts = None if start is None else read_side_car(locate(start))
-    names = [teacher.name for teacher in recipe.teachers]
-    if style_prompts is not None and style_prompts.names != names:
+    if style_prompts is not None and style_prompts.names != list(styles):
+        whose = "the earlier styles and the teachers" if recipe.earlier else "the teachers"
         raise UserError(
-            f"start: {recipe.start} is a merged model of {', '.join(style_prompts.names)}, the teachers are "
-            f"{', '.join(names)}. To train it further, name the same in the same order; `dmm add` adds others."
+            f"start: {recipe.start} is a merged model of {', '.join(style_prompts.names)}, {whose} are "
+            f"{', '.join(styles)}. To train it further, name the same in the same order; `dmm add` adds others."
         )
     if style_prompts is None and paints_itself(recipe):
         raise UserError(
             f"data.synthesize.student: {recipe.start}, from which the student starts, has no styles to paint in. Start "
             "from a merged model, or leave it out."
+        )
+    if style_prompts is None and start is not None and recipe.earlier:
+        raise UserError(
+            f"start: {recipe.start} has no styles. What is added to a merged model starts from that model, or from one "
+            "that has the new styles already; leave it out."
         )
     return style_prompts
 
@@ -326,16 +335,15 @@ def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) ->
     return Provenance(teacher.name, told, sha256(*checked.unet_files), SD1.name, checked.prediction_type)
 
 
-def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any], style_prompts: StylePrompts | None) -> int:
+def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any], styles: Sequence[str]) -> int:
     """Of the checkpoints, one more of them than are kept while the newest is written, and of the result."""
     unet, vae, text_encoder = (
         sum(parameter.numel() for parameter in skeletons[name].parameters()) for name in ("unet", "vae", "text_encoder")
     )
     with torch.device("meta"):
         dim = skeletons["unet"].time_embedding.linear_2.out_features
-        names = [teacher.name for teacher in recipe.teachers]
-        prompts = StylePrompts([*(style_prompts.names if recipe.earlier and style_prompts else []), *names], dim)
-        head = build_head(skeletons["unet"].config.block_out_channels[-1], len(prompts.names))
+        prompts = StylePrompts(list(styles), dim)
+        head = build_head(skeletons["unet"].config.block_out_channels[-1], len(styles))
     student = unet + sum(parameter.numel() for parameter in prompts.parameters())
     judging = sum(parameter.numel() for parameter in head.parameters()) if recipe.losses.adversarial else 0
     # the weights and AdamW's two moments, and an average of the student

@@ -237,7 +237,8 @@ class Recipe(Part):
     base: Model
     """Gives the student its VAE and text encoder and, by default, its start: a folder, a single file or a hub id."""
     start: str = "base"
-    """Whose weights the student begins with: ``base``; ``average``, of the teachers; or any model."""
+    """Whose weights the student begins with: ``base``, or the earlier merge, where there is one; ``average``, of the
+    teachers; or any model."""
     earlier: Earlier | None = None
     """Set by ``dmm add``: what is merged further."""
     teachers: tuple[Teacher, ...]
@@ -300,8 +301,11 @@ class Recipe(Part):
     def _check_earlier(self) -> Self:
         if self.earlier is None:
             return self
-        if self.start != "base":
-            raise ValueError(f"start is '{self.start}', but a merge that goes further starts from the earlier one")
+        if self.start == "average":
+            raise ValueError(
+                "start is 'average', but a merge that goes further starts from the earlier one, or from a model that "
+                "has the new styles already"
+            )
         for teacher in self.teachers:
             if teacher.model is None and self.base == self.earlier.model:
                 raise ValueError(
@@ -312,7 +316,7 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _check_student_paints(self) -> Self:
-        if self.data.synthesize and self.data.synthesize.student and (self.earlier or self.start in _NEW_STARTS):
+        if self.data.synthesize and self.data.synthesize.student and self.start in _NEW_STARTS:
             raise ValueError(
                 f"data.synthesize.student is {self.data.synthesize.student:g}, but the student starts without the "
                 "styles that it should paint in; start from a merged model of them, or leave it out"
