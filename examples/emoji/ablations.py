@@ -4,6 +4,7 @@
     python ablations.py losses WORK --seeds 3       score; + features; + adversary; + synthesised fine-tuning
     python ablations.py second WORK --seeds 3       a second stage on teachers' pictures, and on the student's
     python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, and with
+    python ablations.py added-second WORK           4 + 4, and then a second stage on all eight styles
     python ablations.py adding WORK                 8 styles; 7, and then one more in a quarter of the steps
     python ablations.py adversary WORK --seeds 10   whether the adversary's game goes well, seed by seed
 
@@ -41,8 +42,9 @@ class Arm:
 
     Attributes:
         key: of its folder: arms of several tables that are the same run have one.
-        after: the key of another arm.
-        rate: learning rate of a second stage.
+        start: the arm, by its key, whose model is trained further.
+        earlier: the one to whose model the styles are added.
+        rate: the learning rate, where it is not the demo's.
     """
 
     name: str
@@ -51,8 +53,8 @@ class Arm:
     losses: dict[str, float] = field(default_factory=dict)
     data: dict[str, float] = field(default_factory=dict)
     steps: float = 1.0
-    after: str | None = None
-    how: str = "merge"
+    start: str | None = None
+    earlier: str | None = None
     regularization: float = 0.5
     rate: float | None = None
 
@@ -75,7 +77,7 @@ def losses_arms() -> list[Arm]:
         Arm("score", "score", names, {"feature": 0.0}),
         Arm("+ features", "8", names),
         Arm("+ adversary", "adversary", names, full),
-        Arm("+ fine-tuning", "finetuned", names, full, {"own": 1, "seed": 1}, 0.25, "adversary", "finetune", rate=3e-4),
+        Arm("+ fine-tuning", "finetuned", names, full, {"own": 1, "seed": 1}, 0.25, "adversary", rate=3e-4),
     ]
 
 
@@ -84,7 +86,7 @@ def second_arms() -> list[Arm]:
 
     def then(name: str, key: str, own: float, student: float) -> Arm:
         data = {"own": own, "student": student, "seed": 1}
-        return Arm(name, key, names, light, data, 1 / 3, "first", "finetune", rate=1e-3)
+        return Arm(name, key, names, light, data, 1 / 3, "first", rate=1e-3)
 
     return [
         Arm("one stage, as long as both", "light", names, light),
@@ -100,9 +102,16 @@ def incremental_arms() -> list[Arm]:
         # as many samples of a style in each: in the paper, a teacher has a GPU of its own
         Arm("4", "4", names[:4], steps=0.5),
         Arm("8", "8", names),
-        Arm("4 + 4, not regularised", "4-and-4-free", names[4:], steps=0.5, after="4", how="add", regularization=0.0),
-        Arm("4 + 4, regularised", "4-and-4", names[4:], after="4", how="add"),
+        Arm("4 + 4, not regularised", "4-and-4-free", names[4:], steps=0.5, earlier="4", regularization=0.0),
+        Arm("4 + 4, regularised", "4-and-4", names[4:], earlier="4"),
     ]
+
+
+def added_second_arms() -> list[Arm]:
+    four, eight, _, added = incremental_arms()
+    data = {"own": 0.4, "student": 0.4, "seed": 1}
+    then = Arm("and a second stage", "4-and-4-then", added.styles, {}, data, 1 / 3, "4-and-4", "4", rate=1e-3)
+    return [four, eight, added, then]
 
 
 def adding_arms() -> list[Arm]:
@@ -110,8 +119,8 @@ def adding_arms() -> list[Arm]:
     return [
         Arm("8", "8", names),
         Arm("7", "7", names[:7], steps=0.875),
-        Arm("7 + 1, half of each batch", "7-and-1", names[7:], steps=0.25, after="7", how="add"),
-        Arm("7 + 1, an eighth", "7-and-1-fair", names[7:], steps=0.25, after="7", how="add", regularization=0.875),
+        Arm("7 + 1, half of each batch", "7-and-1", names[7:], steps=0.25, earlier="7"),
+        Arm("7 + 1, an eighth", "7-and-1-fair", names[7:], steps=0.25, earlier="7", regularization=0.875),
     ]
 
 
@@ -124,6 +133,7 @@ TABLES: dict[str, Callable[[], list[Arm]]] = {
     "losses": losses_arms,
     "second": second_arms,
     "incremental": incremental_arms,
+    "added-second": added_second_arms,
     "adding": adding_arms,
     "adversary": adversary_arms,
 }
@@ -141,9 +151,8 @@ def run_arm(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> Pat
     recipe = folder / story.RECIPE
     recipe.write_text(write_yaml(recipe_of(arm, work, seed, options)), encoding="utf-8")
     merged = folder / "merged"
-    before = [str(folder_of(work, arm.after, seed) / "merged")] if arm.how == "add" and arm.after else []
-    command = "add" if arm.how == "add" else "merge"
-    run_dmm(options, [command, *before, str(recipe), "--output", str(merged), "--resume"])
+    command = ["add", str(folder_of(work, arm.earlier, seed) / "merged")] if arm.earlier else ["merge"]
+    run_dmm(options, [*command, str(recipe), "--output", str(merged), "--resume"])
     if options.num_images and not (folder / "report" / "report.json").exists():
         settings = ["--num-images", str(options.num_images), "--extractor", "judge", "--guidance", "2", "--steps", "15"]
         teachers = [f"--teacher={name}={experts()[name]}" for name in all_styles(arm)]
@@ -155,7 +164,7 @@ def run_arm(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> Pat
 def all_styles(arm: Arm) -> list[str]:
     """The styles that the arm's model has."""
     names = story.styles()
-    return names[: names.index(arm.styles[-1]) + 1] if arm.how == "add" else list(arm.styles)
+    return names[: names.index(arm.styles[-1]) + 1] if arm.earlier else list(arm.styles)
 
 
 def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -174,13 +183,14 @@ def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> d
         "logging": {"every": 25, "sample_every": None, "score_error_every": 250},
         "seed": seed,
     }
-    if arm.how == "merge":
-        recipe["start"] = "average"
-    elif arm.how == "finetune" and arm.after:
-        recipe["start"] = str(folder_of(work, arm.after, seed) / "merged")
-        recipe["training"]["learning_rate"] = arm.rate
-    elif arm.how == "add":
+    if arm.earlier:
         recipe["earlier"] = {"regularization": arm.regularization}
+    else:
+        recipe["start"] = "average"
+    if arm.start:
+        recipe["start"] = str(folder_of(work, arm.start, seed) / "merged")
+    if arm.rate:
+        recipe["training"]["learning_rate"] = arm.rate
     return recipe
 
 
@@ -276,7 +286,7 @@ def main() -> None:
     print(f"{samples:,} samples a merge, {options.num_images} pictures of a style, {len(seeds)} seeds.\n")
     if options.num_images:
         print_table(arms, options.work, seeds)
-    if options.table in ("incremental", "adding") and options.num_images:
+    if options.table in ("incremental", "added-second", "adding") and options.num_images:
         for figure in ("FID", "score error"):
             print()
             print_by_style(arms, options.work, seeds, figure)

@@ -22,7 +22,7 @@ def test_an_arm_comes_after_the_one_that_it_goes_on_from():
     for table, arms in ablations.TABLES.items():
         before = []
         for arm in arms():
-            assert arm.after is None or arm.after in before, table
+            assert {arm.start, arm.earlier} <= {None, *before}, table
             before.append(arm.key)
 
 
