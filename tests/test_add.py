@@ -19,6 +19,7 @@ from dmm.data.synthesis import share_out
 from dmm.distill import EarlierStudent, Part, distill
 from dmm.errors import UserError
 from dmm.pipeline import set_style
+from dmm.recipe import load_recipe
 from dmm.samplers import DEFAULT_SAMPLER
 from dmm.sampling import sample_latents
 from dmm.sharing import share_batch
@@ -246,6 +247,7 @@ def test_a_second_stage_on_what_the_student_painted_in_each_style(models, sd1_fo
     path, output = models / "mistakes.yaml", tmp_path / "merged"
     path.write_text(write_yaml(recipe))
     assert main(["merge", str(path), "--output", str(output)]) == 0, capsys.readouterr().err
+    assert [load_recipe(folder / "recipe.yaml").seed for folder in (output / "first-stage", output)] == [0, 1]
     first, second = made
     assert (first.num_rows, second.num_rows) == (4, 8)
     prompts = ["a cat", "a dog"]

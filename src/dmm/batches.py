@@ -98,9 +98,11 @@ class Batches:
         self._caption_dropout, self._seed, self._device = caption_dropout, seed, device
         self._adversarial = adversarial
         self._own = own
-        self._own_rows = [(data.rows_of(style), data.rows_of(student_in(style))) for style in styles]
+        kinds = [(data.rows_of(style), data.rows_of(student_in(style))) for style in styles]
+        self._num_own = [[len(rows) for rows in of_style] for of_style in kinds]
+        self._own_rows = [torch.cat(of_style) for of_style in kinds]
         everything = torch.arange(data.num_rows)
-        self._shared_rows = everything[~torch.isin(everything, torch.cat([rows for _, rows in self._own_rows]))]
+        self._shared_rows = everything[~torch.isin(everything, torch.cat([rows for _, rows in kinds]))]
         score_weights = alphas_cumprod.double() ** -noise_weighting
         self._score_weights = (score_weights / score_weights.mean()).float()
         samples = [(group.teacher, index, group.weight) for group in groups for index in group.indices]
@@ -122,10 +124,7 @@ class Batches:
             step,
             indices,
             num_rows=len(self._shared_rows),
-            num_own=[
-                [[len(rows) for rows in self._own_rows[style]] for style in self._roles[teacher].styles]
-                for teacher in teachers
-            ],
+            num_own=[[self._num_own[style] for style in self._roles[teacher].styles] for teacher in teachers],
             own=self._own,
             latent_shape=self._data.latent_shape,
             num_timesteps=len(self._alphas_cumprod),
@@ -135,9 +134,7 @@ class Batches:
         styles = [
             self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
         ]
-        own_rows = [
-            torch.cat(self._own_rows[style])[row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0
-        ]
+        own_rows = [self._own_rows[style][row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0]
         rows = self._shared_rows[draws.rows]
         rows[draws.own_rows >= 0] = torch.tensor(own_rows, dtype=torch.int64)
         x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
