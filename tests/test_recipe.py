@@ -139,6 +139,7 @@ def test_overrides_are_set_over_the_file_in_order(folder):
         (["training.steps=[1"], "--set training.steps, line 1: this is not valid YAML:"),
         (["data.dataset=mnist"], "merge.yaml, line 6: data: found images and dataset, expected one of images,"),
         (["teachers.1.name=noto"], "merge.yaml, line 2: teachers: teachers 0 and 1 are both named 'noto'; rename one."),
+        (["teachers.0.weight=0"], "--set teachers.0.weight: found 0, expected a number above 0."),
         (["training.batch_size=1"], "merge.yaml: training.batch_size is 1, expected at least 2: every teacher needs"),
     ],
 )

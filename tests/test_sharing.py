@@ -1,7 +1,12 @@
-"""Every sample of the global batch is trained on once, and every style counts the same."""
+"""Every sample of the global batch is trained on once, and every style counts as much as it should."""
+
+from pathlib import Path
 
 import pytest
 
+from dmm.building import roles_of
+from dmm.preflight import shares_of
+from dmm.recipe import Earlier, Recipe, Teacher
 from dmm.sharing import is_uneven, share_batch
 
 CASES = [(320, 8, 16), (320, 8, 8), (40, 8, 1), (41, 8, 1), (30, 8, 3), (29, 3, 8), (4, 4, 2), (7, 1, 1), (9, 2, 3)]
@@ -45,6 +50,15 @@ def test_shares_need_not_be_equal(num_processes):
         mine = [group for group in groups if group.teacher == teacher]
         assert sum(len(group.indices) for group in mine) == (10, 10, 21)[teacher]
         assert sum(group.weight * len(group.indices) for group in mine) == pytest.approx(share)
+
+
+def test_teachers_weigh_as_the_recipe_says():
+    teachers = [Teacher(name=name, model="a/b", weight=weight) for name, weight in {"ink": 3, "clay": 1}.items()]
+    recipe = Recipe(base="a/b", teachers=teachers, data={"images": Path(__file__).parent}, training={"steps": 1})
+    assert shares_of(recipe) == [0.75, 0.25]
+    kept = Earlier(model="a/b", regularization=0.2)
+    assert shares_of(recipe.model_copy(update={"earlier": kept})) == pytest.approx([0.6, 0.2, 0.2])
+    assert [role.share for role in roles_of(recipe, ["ink", "clay"])] == [0.75, 0.25]
 
 
 def test_uneven_shares_are_known():

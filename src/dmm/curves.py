@@ -37,7 +37,7 @@ class Curves:
             means = (total / count).tolist()
             # an earlier style is drawn by chance, and so may not be there
             told = {style: means[i] for i, style in enumerate(self._styles) if count[i]}
-            # of the styles, not of the samples: as the loss weighs them
+            # of the styles, not of the samples: each counts alike, whatever its share of the batch
             scalars[name] = sum(told.values()) / len(told)
             scalars |= {f"{name}/{style}": mean for style, mean in told.items()}
         self._sums = {}

@@ -169,7 +169,8 @@ class Distillation:
     """The loss of one batch.
 
     Attributes:
-        loss: scalar, to be minimised; it sums, over all batches of a step, to the mean over styles.
+        loss: scalar, to be minimised; it sums, over all batches of a step, to the mean over styles, weighed
+            as their teachers are.
         terms: each term's per-sample values, (B,), detached, to be logged.
         seen: by the adversary, where there is one.
     """

@@ -111,7 +111,8 @@ def _check_noise_weighting(weighting: float, base: CheckedModel) -> None:
 def shares_of(recipe: Recipe) -> list[float]:
     """Each teacher's share of a batch; the last is the earlier student's, where there is one to be kept."""
     kept = recipe.earlier.regularization if recipe.earlier else 0.0
-    shares = [(1 - kept) / len(recipe.teachers)] * len(recipe.teachers)
+    whole = sum(teacher.weight for teacher in recipe.teachers)
+    shares = [(1 - kept) * teacher.weight / whole for teacher in recipe.teachers]
     return [*shares, kept] if kept else shares
 
 

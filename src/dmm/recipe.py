@@ -53,6 +53,8 @@ class Teacher(Part):
     """By default what the model says."""
     allow_pickle: StrictBool = False
     """Open pickles too, with ``weights_only``."""
+    weight: Annotated[Number, in_range(above=0)] = 1.0
+    """How much of every batch, and of the loss, beside the other teachers: more for a style that lags."""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
