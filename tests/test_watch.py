@@ -11,7 +11,7 @@ from dmm.batches import Batches, Role
 from dmm.sharing import share_batch
 from dmm.student import StyledStudent
 from dmm.styles import StylePrompts
-from dmm.watch import Watch
+from dmm.watch import Watch, watched_groups
 
 
 @pytest.fixture
@@ -58,3 +58,12 @@ def test_a_teacher_is_at_nought_in_its_own_style(accelerator):
 def test_it_asks_the_same_every_time(accelerator):
     watch, student = new_watch(), toy_student().eval()
     assert watch.measure(student, accelerator) == watch.measure(student, accelerator)
+
+
+def test_every_style_is_watched_alike():
+    kept_and_new = [7, 1]
+    for num_processes in (1, 2, 128):
+        groups = [watched_groups(kept_and_new, num_processes, process) for process in range(num_processes)]
+        sizes = [sum(len(g.indices) for mine in groups for g in mine if g.teacher == teacher) for teacher in (0, 1)]
+        assert sizes[0] == 7 * sizes[1] >= 7 * 32
+        assert all(len(group.indices) for mine in groups for group in mine)

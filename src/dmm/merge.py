@@ -52,7 +52,7 @@ from dmm.sharing import is_uneven, share_batch
 from dmm.styles import StylePrompts, bake
 from dmm.teachers import ModelSource, noise_schedule, open_pipeline
 from dmm.trainer import CHECKPOINTS, LOG, Trainer
-from dmm.watch import SAMPLES_PER_STYLE, Watch
+from dmm.watch import Watch, watched_groups
 
 RECIPE = "recipe.yaml"
 SAMPLES = "samples"
@@ -156,7 +156,8 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
             accelerator.num_processes,
         )
     shares = [role.share for role in roles]
-    groups = share_batch(training.batch_size, shares, accelerator.num_processes, accelerator.process_index)
+    places = accelerator.num_processes, accelerator.process_index
+    groups = share_batch(training.batch_size, shares, *places)
 
     base = open_pipeline(plan.base, name="base")
     data, prompts = on_all(lambda: _prepare_data(recipe, plan, base, accelerator))
@@ -172,8 +173,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     )
     watch = None
     if recipe.logging.score_error_every:
-        size = max(SAMPLES_PER_STYLE * len(roles), accelerator.num_processes)
-        watched = share_batch(size, shares, accelerator.num_processes, accelerator.process_index)
+        watched = watched_groups([len(role.styles) for role in roles], *places)
         fixed = new_batches(groups=watched, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
         watch = Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, styles)
     set_seed(recipe.seed)

@@ -4,7 +4,7 @@ It is that of :mod:`dmm.evaluation.score_error`, on latents of the training data
 step noises them. What the base and the teachers say of them is asked once, too; later only the student is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,23 @@ from torch import Tensor, nn
 from dmm.batches import Batches
 from dmm.diffusion import PredictionType, convert_prediction
 from dmm.distill import Batch, Teachers
+from dmm.sharing import Group, share_batch
 
 SAMPLES_PER_STYLE = 32
+
+
+def watched_groups(num_styles: Sequence[int], num_processes: int, process: int) -> list[Group]:
+    """The samples that one process watches: as many of every style, whatever its share of the training.
+
+    Args:
+        num_styles: how many each teacher has.
+        process: its index, in [0, num_processes).
+    """
+    whole = sum(num_styles)
+    # where processes are many, one for each of them
+    return share_batch(
+        max(SAMPLES_PER_STYLE, num_processes) * whole, [n / whole for n in num_styles], num_processes, process
+    )
 
 
 class Watch:
