@@ -4,8 +4,7 @@
     python ablations.py losses WORK --seeds 3       score; + features; + adversary; + synthesised fine-tuning
     python ablations.py second WORK --seeds 3       a second stage on teachers' pictures, and on the student's
     python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, and with
-    python ablations.py added-second WORK           4 + 4, and then a second stage on all eight styles
-    python ablations.py adding WORK                 8 styles; 7, and then one more in a quarter of the steps
+    python ablations.py adding WORK --seeds 3       8 styles; 7, and then one more in a quarter of the steps
     python ablations.py adversary WORK --seeds 10   whether the adversary's game goes well, seed by seed
 
 Every arm is one `dmm merge` or `dmm add`, as long as the demo's merge, and one `dmm evaluate`; its folder in WORK keeps
@@ -32,8 +31,8 @@ from dmm.evaluation.distances import check_count
 from dmm.yaml import write_yaml
 
 STEPS = story.TRAINING["steps"]
-LOSSES = {**story.LOSSES, "feature": 0.1}
-"""The demo's, but for features, which weighed more when these tables were begun."""
+HEAVY = {"feature": 0.1}
+"""More than in the demo: features weighed this much when the first tables were made."""
 
 
 @dataclass(frozen=True)
@@ -61,36 +60,36 @@ class Arm:
 
 def samples_arms() -> list[Arm]:
     names = story.styles()
-    even, everyones = {"noise_weighting": 0.0}, {"own": 0.0}
+    even, everyones = {**HEAVY, "noise_weighting": 0.0}, {"own": 0.0}
     return [
         Arm("all teachers' pictures", "plain", names, even, everyones),
         Arm("half its own", "own", names, even),
-        Arm("noisy ones weigh more", "noisy", names, {}, everyones),
-        Arm("both", "8", names),
+        Arm("noisy ones weigh more", "noisy", names, HEAVY, everyones),
+        Arm("both", "heavy", names, HEAVY),
     ]
 
 
 def losses_arms() -> list[Arm]:
     names = story.styles()
-    full = {"adversarial": 0.01}
+    full = {**HEAVY, "adversarial": 0.01}
     return [
         Arm("score", "score", names, {"feature": 0.0}),
-        Arm("+ features", "8", names),
+        Arm("+ features", "heavy", names, HEAVY),
         Arm("+ adversary", "adversary", names, full),
         Arm("+ fine-tuning", "finetuned", names, full, {"own": 1, "seed": 1}, 0.25, "adversary", rate=3e-4),
     ]
 
 
 def second_arms() -> list[Arm]:
-    names, light = story.styles(), {"feature": 0.03}
+    names = story.styles()
 
     def then(name: str, key: str, own: float, student: float) -> Arm:
         data = {"own": own, "student": student, "seed": 1}
-        return Arm(name, key, names, light, data, 1 / 3, "first", rate=1e-3)
+        return Arm(name, key, names, {}, data, 1 / 3, "first", rate=1e-3)
 
     return [
-        Arm("one stage, as long as both", "light", names, light),
-        Arm("the first stage", "first", names, light, steps=2 / 3),
+        Arm("one stage, as long as both", "8", names),
+        Arm("the first stage", "first", names, steps=2 / 3),
         then("then their own", "then-own", 0.8, 0.0),
         then("then half of these the student's", "then-student", 0.4, 0.4),
     ]
@@ -103,15 +102,18 @@ def incremental_arms() -> list[Arm]:
         Arm("4", "4", names[:4], steps=0.5),
         Arm("8", "8", names),
         Arm("4 + 4, not regularised", "4-and-4-free", names[4:], steps=0.5, earlier="4", regularization=0.0),
-        Arm("4 + 4, regularised", "4-and-4", names[4:], earlier="4"),
+        Arm(
+            "4 + 4, regularised",
+            "4-and-4",
+            names[4:],
+            {"feature": 0.0},
+            {"count": 200},
+            5000 / STEPS,
+            earlier="4",
+            regularization=0.875,
+            rate=1.5e-3,
+        ),
     ]
-
-
-def added_second_arms() -> list[Arm]:
-    four, eight, _, added = incremental_arms()
-    data = {"own": 0.4, "student": 0.4, "seed": 1}
-    then = Arm("and a second stage", "4-and-4-then", added.styles, {}, data, 1 / 3, "4-and-4", "4", rate=1e-3)
-    return [four, eight, added, then]
 
 
 def adding_arms() -> list[Arm]:
@@ -119,13 +121,12 @@ def adding_arms() -> list[Arm]:
     return [
         Arm("8", "8", names),
         Arm("7", "7", names[:7], steps=0.875),
-        Arm("7 + 1, half of each batch", "7-and-1", names[7:], steps=0.25, earlier="7"),
-        Arm("7 + 1, an eighth", "7-and-1-fair", names[7:], steps=0.25, earlier="7", regularization=0.875),
+        Arm("7 + 1", "7-and-1", names[7:], steps=0.25, earlier="7", regularization=0.75, rate=1e-3),
     ]
 
 
 def adversary_arms() -> list[Arm]:
-    return [Arm("+ adversary", "adversary", story.styles(), {"adversarial": 0.01})]
+    return [Arm("+ adversary", "adversary", story.styles(), {**HEAVY, "adversarial": 0.01})]
 
 
 TABLES: dict[str, Callable[[], list[Arm]]] = {
@@ -133,10 +134,18 @@ TABLES: dict[str, Callable[[], list[Arm]]] = {
     "losses": losses_arms,
     "second": second_arms,
     "incremental": incremental_arms,
-    "added-second": added_second_arms,
     "adding": adding_arms,
     "adversary": adversary_arms,
 }
+
+FIGURES = ("FID", "score error")
+"""That are told by style."""
+
+COMPARED: dict[str, list[tuple[str, str, list[str]]]] = {
+    "incremental": [("4-and-4", "4", story.styles()[:4]), ("4-and-4", "8", story.styles()[4:])],
+    "adding": [("7-and-1", "8", story.styles())],
+}
+"""By table: an arm, the one that it is compared with, and in which styles."""
 
 
 def folder_of(work: Path, key: str, seed: int) -> Path:
@@ -178,7 +187,7 @@ def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> d
         "data": {"synthesize": {"prompts": story.PROMPTS_FILE, **story.DATA, **arm.data}},
         "size": 32,
         "training": {**story.TRAINING, "steps": steps, "warmup_steps": steps // 20},
-        "losses": {**LOSSES, **arm.losses},
+        "losses": {**story.LOSSES, **arm.losses},
         "checkpoint": {"every": 200, "keep": 1},
         "logging": {"every": 25, "sample_every": None, "score_error_every": 250},
         "seed": seed,
@@ -244,6 +253,24 @@ def print_by_style(arms: Sequence[Arm], work: Path, seeds: Sequence[int], figure
         print(f"| {arm.name} | " + " | ".join(cells) + " |")
 
 
+def print_growth(arm: Arm, beside: Arm, styles: Sequence[str], work: Path, seeds: Sequence[int]) -> None:
+    """How much larger an arm's FIDs are than another's, style by style, and what of that is noise; its score errors.
+
+    Noise is 2 % of the other's FID, or two standard deviations over seeds where these are more.
+    """
+
+    def over_seeds(one: Arm, figure: str, style: str) -> list[float]:
+        return [by_style(read_report(folder_of(work, one.key, seed)), figure)[style] for seed in seeds]
+
+    print(f"| {arm.name}, beside {beside.name} | FID grows by | noise | score error grows |\n|---|---|---|---|")
+    for style in styles:
+        fids, others = (over_seeds(one, "FID", style) for one in (arm, beside))
+        errors, other_errors = (over_seeds(one, "score error", style) for one in (arm, beside))
+        noise = max(0.02 * mean(others), 2 * stdev(others) if len(seeds) > 1 else 0.0)
+        growth, times = mean(fids) - mean(others), mean(errors) / mean(other_errors)
+        print(f"| {style} | {growth:+.2f} | {noise:.2f} | {times:.2f} times |")
+
+
 def by_style(report: dict[str, Any], figure: str) -> dict[str, float]:
     if figure == "score error":
         errors: dict[str, float] = report["score_error"]["by_style"]
@@ -286,10 +313,14 @@ def main() -> None:
     print(f"{samples:,} samples a merge, {options.num_images} pictures of a style, {len(seeds)} seeds.\n")
     if options.num_images:
         print_table(arms, options.work, seeds)
-    if options.table in ("incremental", "added-second", "adding") and options.num_images:
-        for figure in ("FID", "score error"):
+    if options.table in COMPARED and options.num_images:
+        for figure in FIGURES:
             print()
             print_by_style(arms, options.work, seeds, figure)
+        by_key = {arm.key: arm for arm in arms}
+        for key, other, styles in COMPARED[options.table]:
+            print()
+            print_growth(by_key[key], by_key[other], styles, options.work, seeds)
     if options.table == "adversary":
         print()
         print_game(options.work, arms[0], seeds)

@@ -21,7 +21,7 @@ import gc
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
 
-from dmm.batches import Batches, student_in
+from dmm.batches import Batches, Role, student_in
 from dmm.building import DTYPES, build_adversary, build_student, open_teachers, roles_of
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
@@ -155,30 +155,15 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
             len(roles),
             accelerator.num_processes,
         )
-    shares = [role.share for role in roles]
-    places = accelerator.num_processes, accelerator.process_index
-    groups = share_batch(training.batch_size, shares, *places)
-
     base = open_pipeline(plan.base, name="base")
     data, prompts = on_all(lambda: _prepare_data(recipe, plan, base, accelerator))
-    painted = recipe.data.synthesize
-    settings = {
-        "micro_batch_size": training.micro_batch_size,
-        "device": accelerator.device,
-        "own": (painted.own, painted.student) if painted else (0.0, 0.0),
-        "noise_weighting": recipe.losses.noise_weighting,
-    }
-    new_batches = partial(
-        Batches, data, styles, roles, alphas_cumprod=noise_schedule(base.scheduler.config), **settings
-    )
-    watch = None
-    if recipe.logging.score_error_every:
-        watched = watched_groups([len(role.styles) for role in roles], *places)
-        fixed = new_batches(groups=watched, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
-        watch = Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, styles)
+    new_batches = _batches_of(recipe, data, styles, roles, base, accelerator)
+    # asks the base, which then becomes the student
+    watch = _build_watch(recipe, plan, roles, base, new_batches, accelerator)
     set_seed(recipe.seed)
     adversary = build_adversary(recipe, plan, base, accelerator.device)
     student = build_student(recipe, plan, base, average=accelerator.is_main_process)
+    groups = share_batch(training.batch_size, [role.share for role in roles], *_places(accelerator))
     teachers = open_teachers(recipe, plan, groups, accelerator.device, student)
     if watch is not None:
         watch.ask(teachers)
@@ -204,6 +189,50 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         on_main(lambda: _save_result(base, plan, folder))
     for tracker in accelerator.trackers:  # end_training would part the processes, and another stage may come
         tracker.finish()
+
+
+def _places(accelerator: Accelerator) -> tuple[int, int]:
+    """How many processes there are, and which of them this is."""
+    return accelerator.num_processes, accelerator.process_index
+
+
+def _batches_of(
+    recipe: Recipe,
+    data: TrainingData,
+    styles: Sequence[str],
+    roles: Sequence[Role],
+    base: Any,
+    accelerator: Accelerator,
+) -> Callable[..., Batches]:
+    """What makes batches of the training data; it lacks whose, and their randomness."""
+    painted = recipe.data.synthesize
+    return partial(
+        Batches,
+        data,
+        styles,
+        roles,
+        alphas_cumprod=noise_schedule(base.scheduler.config),
+        micro_batch_size=recipe.training.micro_batch_size,
+        device=accelerator.device,
+        own=(painted.own, painted.student) if painted else (0.0, 0.0),
+        noise_weighting=recipe.losses.noise_weighting,
+    )
+
+
+def _build_watch(
+    recipe: Recipe,
+    plan: Plan,
+    roles: Sequence[Role],
+    base: Any,
+    new_batches: Callable[..., Batches],
+    accelerator: Accelerator,
+) -> Watch | None:
+    """What measures the score error while the student trains, where the recipe wants it."""
+    if not recipe.logging.score_error_every:
+        return None
+    groups = watched_groups([len(role.styles) for role in roles], *_places(accelerator))
+    fixed = new_batches(groups=groups, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
+    return Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, list(plan.styles))
 
 
 def _check(
