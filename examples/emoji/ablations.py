@@ -3,13 +3,13 @@
     python ablations.py samples WORK --seeds 3      half of the pictures a style's own; noisy ones weighing more
     python ablations.py losses WORK --seeds 3       score; + features; + adversary; + synthesised fine-tuning
     python ablations.py second WORK --seeds 3       a second stage on teachers' pictures, and on the student's
-    python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, and with
+    python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, with it, in two stages
     python ablations.py adding WORK --seeds 3       8 styles; 7, and then one more in a quarter of the steps
     python ablations.py adversary WORK --seeds 10   whether the adversary's game goes well, seed by seed
 
-Every arm is one `dmm merge` or `dmm add`, as long as the demo's merge, and one `dmm evaluate`; its folder in WORK keeps
-both. Stopped in any way, the same command goes on; arms that are finished are not run again. At the end the table is
-printed, as docs/results.md has it.
+Every arm is one `dmm merge` or `dmm add`, of the demo's length or so many times that, and one `dmm evaluate`; its folder
+in WORK keeps both. Stopped in any way, the same command goes on; arms that are finished are not run again. At the end
+the table is printed, as docs/results.md has it.
 """
 
 import argparse
@@ -106,12 +106,22 @@ def incremental_arms() -> list[Arm]:
             "4 + 4, regularised",
             "4-and-4",
             names[4:],
-            {"feature": 0.0},
-            {"count": 200},
-            5000 / STEPS,
+            data={"count": 200},
+            steps=4,
             earlier="4",
             regularization=0.875,
             rate=1.5e-3,
+        ),
+        Arm(
+            "and a second stage",
+            "4-and-4-then",
+            names[4:],
+            data={"own": 0.4, "student": 0.4, "seed": 1},
+            steps=2,
+            start="4-and-4",
+            earlier="4",
+            regularization=0.75,
+            rate=8e-4,
         ),
     ]
 
@@ -142,7 +152,11 @@ FIGURES = ("FID", "score error")
 """That are told by style."""
 
 COMPARED: dict[str, list[tuple[str, str, list[str]]]] = {
-    "incremental": [("4-and-4", "4", story.styles()[:4]), ("4-and-4", "8", story.styles()[4:])],
+    "incremental": [
+        (added, beside, styles)
+        for added in ("4-and-4", "4-and-4-then")
+        for beside, styles in (("4", story.styles()[:4]), ("8", story.styles()[4:]))
+    ],
     "adding": [("7-and-1", "8", story.styles())],
 }
 """By table: an arm, the one that it is compared with, and in which styles."""
@@ -190,7 +204,8 @@ def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> d
         "losses": {**story.LOSSES, **arm.losses},
         "checkpoint": {"every": 200, "keep": 1},
         "logging": {"every": 25, "sample_every": None, "score_error_every": 250},
-        "seed": seed,
+        # of its own in a second stage, or that would draw the first one's noise again
+        "seed": seed + (10 if arm.start else 0),
     }
     if arm.earlier:
         recipe["earlier"] = {"regularization": arm.regularization}
