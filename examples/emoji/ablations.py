@@ -7,9 +7,9 @@
     python ablations.py adding WORK --seeds 3       8 styles; 7, and then one more in a quarter of the steps
     python ablations.py adversary WORK --seeds 10   whether the adversary's game goes well, seed by seed
 
-Every arm is one `dmm merge` or `dmm add`, of the demo's length or so many times that, and one `dmm evaluate`; its folder
-in WORK keeps both. Stopped in any way, the same command goes on; arms that are finished are not run again. At the end
-the table is printed, as docs/results.md has it.
+Every arm is one `dmm merge` or `dmm add`, of the demo's length or a part or multiple of it, and one `dmm evaluate`;
+its folder in WORK keeps both. Stopped in any way, the same command goes on; arms that are finished are not run again.
+At the end the table is printed, as docs/results.md has it.
 """
 
 import argparse
