@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,6 +102,21 @@ def test_it_can_go_on_and_on_and_resumes_to_the_bit(models, tmp_path, capsys):
     again.write_text(write_yaml(recipe_of({"teachers": teachers(more=1)})))
     assert main(["add", str(tmp_path / "whole"), str(again), "--output", str(tmp_path / "again")]) == 0
     assert dmm.style_names(dmm.load_pipeline(tmp_path / "again")) == ["ink", "photo", "line", "more"]
+
+
+def test_two_processes_add_as_one(models, tmp_path):
+    # the pictures that the earlier model paints are shared out: each process finds the other's by the same bits
+    assert add(models, tmp_path / "one", seed=4) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dmm"]
+    command = ["add", str(models / "merged"), str(models / "one.yaml"), "--output", str(tmp_path / "two")]
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*launch, *command], env={**os.environ, **cache}, capture_output=True, text=True, timeout=200
+    )
+    assert ended.returncode == 0, ended.stderr
+    logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("one", "two")]
+    for one, two in zip(*logs, strict=True):
+        assert json.loads(two)["score"] == pytest.approx(json.loads(one)["score"], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
+from torch import Tensor
 
 from dmm.batches import Batches, Role, student_in
 from dmm.building import DTYPES, build_adversary, build_student, open_teachers, roles_of
@@ -156,7 +157,10 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
             accelerator.num_processes,
         )
     base = open_pipeline(plan.base, name="base")
-    data, prompts = on_all(lambda: _prepare_data(recipe, plan, base, accelerator))
+    # made once: what was sent to other processes lies otherwise in memory, and sums may round otherwise there; what
+    # they paint is found by these bits
+    terms = on_main(lambda: (_style_terms(plan.earlier), _style_terms(plan.style_prompts)))
+    data, prompts = on_all(lambda: _prepare_data(recipe, plan, base, terms, accelerator))
     new_batches = _batches_of(recipe, data, styles, roles, base, accelerator)
     # asks the base, which then becomes the student
     watch = _build_watch(recipe, plan, roles, base, new_batches, accelerator)
@@ -270,8 +274,20 @@ def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
             )
 
 
-def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerator) -> tuple[TrainingData, list[str]]:
-    """The training data, this process's share of it made, and what the samples show."""
+@torch.no_grad()
+def _style_terms(prompts: StylePrompts | None) -> list[Tensor]:
+    """The style term of each style, (D,)."""
+    return [] if prompts is None else [prompts(style) for style in torch.eye(len(prompts.names))]
+
+
+def _prepare_data(
+    recipe: Recipe, plan: Plan, base: Any, terms: tuple[list[Tensor], list[Tensor]], accelerator: Accelerator
+) -> tuple[TrainingData, list[str]]:
+    """The training data, this process's share of it made, and what the samples show.
+
+    Args:
+        terms: of the styles of the earlier merge, and of the start, where they are merged models.
+    """
     source, device = open_source(recipe, plan), accelerator.device
     # painting takes the whole model; reading captions is little work, and worth doing exactly
     dtype = DTYPES[recipe.training.precision] if isinstance(source, Synthesis) else torch.float32
@@ -283,9 +299,9 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerato
         pipeline.text_encoder.to(device)
         return pipeline
 
-    def open_styled(name: str, model: ModelSource, prompts: StylePrompts, style: int) -> Any:
+    def open_styled(name: str, model: ModelSource, term: Tensor) -> Any:
         pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
-        bake(pipeline.unet, prompts(torch.eye(len(prompts.names))[style]), SD1.time_embedding)
+        bake(pipeline.unet, term, SD1.time_embedding)
         return pipeline.to(device)
 
     openers = {
@@ -295,13 +311,16 @@ def _prepare_data(recipe: Recipe, plan: Plan, base: Any, accelerator: Accelerato
     if paints_earlier(recipe):
         assert plan.earlier is not None
         # what the earlier student paints in each of its styles stands in for its teachers
-        open_earlier = partial(open_styled, "the earlier merge", plan.base, plan.earlier)
-        openers = {name: partial(open_earlier, i) for i, name in enumerate(plan.earlier.names)} | openers
+        open_earlier = partial(open_styled, "the earlier merge", plan.base)
+        openers = {
+            name: partial(open_earlier, term) for name, term in zip(plan.earlier.names, terms[0], strict=True)
+        } | openers
     if paints_itself(recipe):
         assert plan.start is not None
-        assert plan.style_prompts is not None
-        open_start = partial(open_styled, "start", plan.start, plan.style_prompts)
-        openers |= {student_in(name): partial(open_start, i) for i, name in enumerate(plan.styles)}
+        open_start = partial(open_styled, "start", plan.start)
+        openers |= {
+            student_in(name): partial(open_start, term) for name, term in zip(plan.styles, terms[1], strict=True)
+        }
     readers = (base.vae, base.text_encoder)
     for module in readers:
         module.to(device)
