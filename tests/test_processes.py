@@ -50,6 +50,10 @@ import torch
 from dmm.errors import UserError
 from dmm.processes import join_processes, on_main
 
+def say(line):
+    # launchers run Python unbuffered, where each part that print is given is a write of its own
+    sys.stdout.write(line + "\\n")
+
 def work():
     assert state.is_main_process
     if "{fate}" == "killed":
@@ -59,10 +63,10 @@ def work():
     return {{"rows": 3}}
 
 # what is registered first runs last; a process that ends with its connections open aborts now and then
-atexit.register(lambda: print("parted" if not torch.distributed.is_initialized() else "still bound"))
+atexit.register(lambda: say("parted" if not torch.distributed.is_initialized() else "still bound"))
 state = join_processes()
 try:
-    print("has", on_main(work))
+    say(f"has {{on_main(work)}}")
 except UserError as error:
     sys.exit(str(error))
 """
@@ -93,6 +97,10 @@ import os, signal, sys
 from dmm.errors import UserError
 from dmm.processes import join_processes, on_all
 
+def say(line):
+    # launchers run Python unbuffered, where each part that print is given is a write of its own
+    sys.stdout.write(line + "\\n")
+
 def work():
     if "{fate}" == "killed" and not state.is_main_process:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -102,7 +110,7 @@ def work():
 
 state = join_processes()
 try:
-    print("has", on_all(work))
+    say(f"has {{on_all(work)}}")
 except UserError as error:
     sys.exit(str(error))
 """
