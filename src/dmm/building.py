@@ -28,7 +28,7 @@ def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> St
         average: whether this process averages the teachers, where that is the start; the others' weights are made
             equal to its when training begins.
     """
-    unet = base.unet
+    unet = base.unet.to("cpu")  # the watch has asked it where the run computes
     if plan.start is not None:
         unet = open_pipeline(plan.start, name="start").unet
     elif recipe.start == "average" and average:
