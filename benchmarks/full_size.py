@@ -57,9 +57,9 @@ class RandomData:
         self._latents = torch.randn(self.num_rows, *self.latent_shape, generator=generator)
         self._text = torch.randn(self.num_rows, 77, 768, generator=generator)
 
-    def rows_of(self, _teacher: str) -> Tensor:
-        """All."""
-        return torch.arange(self.num_rows)
+    def rows_of(self, _painter: str) -> Tensor:
+        """None: they are everyone's."""
+        return torch.arange(0)
 
     def latents(self, rows: Tensor) -> Tensor:
         """(B, 4, H, W)."""
