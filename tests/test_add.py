@@ -257,7 +257,7 @@ def test_a_second_stage_goes_on_from_the_first_on_each_teachers_own_pictures(mod
 
 def test_a_second_stage_on_what_the_student_painted_in_each_style(models, sd1_folder, tmp_path, capsys, monkeypatch):
     made = []
-    monkeypatch.setattr(dmm.merge, "prepare_data", lambda *a, **k: made.append(prepare_data(*a, **k)) or made[-1])
+    monkeypatch.setattr(dmm.preparing, "prepare_data", lambda *a, **k: made.append(prepare_data(*a, **k)) or made[-1])
     recipe = recipe_of({"base": str(sd1_folder), "teachers": teachers(ink=1, photo=2)})
     shares = {"own": 0.5, "student": 0.5}
     paint = {**recipe["data"]["synthesize"], **shares}
@@ -283,7 +283,7 @@ def test_a_second_stage_on_what_the_student_painted_in_each_style(models, sd1_fo
 
 def test_what_is_added_has_a_second_stage_too(models, tmp_path, capsys, monkeypatch):
     made = []
-    monkeypatch.setattr(dmm.merge, "prepare_data", lambda *a, **k: made.append(prepare_data(*a, **k)) or made[-1])
+    monkeypatch.setattr(dmm.preparing, "prepare_data", lambda *a, **k: made.append(prepare_data(*a, **k)) or made[-1])
     training = {"steps": 1, "batch_size": 6, "learning_rate": 1e-3, "precision": "fp32"}
     painted = {"prompts": "prompts.txt", "count": 2, "steps": 1, "guidance": 1, "own": 0.4, "student": 0.4}
     second = {"finetune": {"synthesize": painted, "training": training}}

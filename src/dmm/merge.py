@@ -17,7 +17,6 @@ Without ``model_index.json`` nothing takes the folder for a pipeline. It comes l
 result appears whole or not at all.
 """
 
-import gc
 import logging
 import shutil
 import time
@@ -31,27 +30,25 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
-from torch import Tensor
 
-from dmm.batches import Batches, Role, student_in
-from dmm.building import DTYPES, build_adversary, build_student, open_teachers, roles_of
-from dmm.data import Synthesis, TrainingData, prepare_data
-from dmm.data.rows import Place
+from dmm.batches import Batches, Role
+from dmm.building import build_adversary, build_student, open_teachers, roles_of
+from dmm.data import TrainingData
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.formats.side_car import STYLES_FOLDER, read_side_car
 from dmm.outputs import check_folder
 from dmm.pictures import grid, save_png
 from dmm.pipeline import save_pipeline
-from dmm.preflight import Plan, check_merge, check_space, open_source, paints_earlier, paints_itself
+from dmm.preflight import Plan, check_merge, check_space, open_source
+from dmm.preparing import free_memory, prepare_data_of, style_terms
 from dmm.processes import join_processes, on_all, on_main
 from dmm.prompts import read_prompts
 from dmm.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
 from dmm.recipe_parts import MAX_SEED
 from dmm.sampling import sample
 from dmm.sharing import is_uneven, share_batch
-from dmm.styles import StylePrompts, bake
-from dmm.teachers import ModelSource, noise_schedule, open_pipeline
+from dmm.teachers import noise_schedule, open_pipeline
 from dmm.trainer import CHECKPOINTS, LOG, Trainer
 from dmm.watch import Watch, watched_groups
 
@@ -159,8 +156,9 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     base = open_pipeline(plan.base, name="base")
     # made once: what was sent to other processes lies otherwise in memory, and sums may round otherwise there; what
     # they paint is found by these bits
-    terms = on_main(lambda: (_style_terms(plan.earlier), _style_terms(plan.style_prompts)))
-    data, prompts = on_all(lambda: _prepare_data(recipe, plan, base, terms, accelerator))
+    terms = on_main(lambda: style_terms(plan))
+    data, captions = on_all(lambda: prepare_data_of(recipe, plan, base, terms, accelerator))
+    prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
     new_batches = _batches_of(recipe, data, styles, roles, base, accelerator)
     # asks the base, which then becomes the student
     watch = _build_watch(recipe, plan, roles, base, new_batches, accelerator)
@@ -183,7 +181,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
     base.register_modules(unet=student.unet)  # the merged pipeline
     show = (
-        partial(_show, base, recipe, styles, prompts, folder, accelerator.device)
+        partial(_show, base, recipe, styles, list(prompts), folder, accelerator.device)
         if recipe.logging.sample_every
         else None
     )
@@ -274,74 +272,6 @@ def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
             )
 
 
-@torch.no_grad()
-def _style_terms(prompts: StylePrompts | None) -> list[Tensor]:
-    """The style term of each style, (D,)."""
-    return [] if prompts is None else [prompts(style) for style in torch.eye(len(prompts.names))]
-
-
-def _prepare_data(
-    recipe: Recipe, plan: Plan, base: Any, terms: tuple[list[Tensor], list[Tensor]], accelerator: Accelerator
-) -> tuple[TrainingData, list[str]]:
-    """The training data, this process's share of it made, and what the samples show.
-
-    Args:
-        terms: of the styles of the earlier merge, and of the start, where they are merged models.
-    """
-    source, device = open_source(recipe, plan), accelerator.device
-    # painting takes the whole model; reading captions is little work, and worth doing exactly
-    dtype = DTYPES[recipe.training.precision] if isinstance(source, Synthesis) else torch.float32
-
-    def open_teacher(name: str, model: ModelSource) -> Any:
-        pipeline = open_pipeline(model, torch_dtype=dtype, name=f"teacher '{name}'")
-        if isinstance(source, Synthesis):
-            return pipeline.to(device)
-        pipeline.text_encoder.to(device)
-        return pipeline
-
-    def open_styled(name: str, model: ModelSource, term: Tensor) -> Any:
-        pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
-        bake(pipeline.unet, term, SD1.time_embedding)
-        return pipeline.to(device)
-
-    openers = {
-        teacher.name: partial(open_teacher, teacher.name, model)
-        for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
-    }
-    if paints_earlier(recipe):
-        assert plan.earlier is not None
-        # what the earlier student paints in each of its styles stands in for its teachers
-        open_earlier = partial(open_styled, "the earlier merge", plan.base)
-        openers = {
-            name: partial(open_earlier, term) for name, term in zip(plan.earlier.names, terms[0], strict=True)
-        } | openers
-    if paints_itself(recipe):
-        assert plan.start is not None
-        open_start = partial(open_styled, "start", plan.start)
-        openers |= {
-            student_in(name): partial(open_start, term) for name, term in zip(plan.styles, terms[1], strict=True)
-        }
-    readers = (base.vae, base.text_encoder)
-    for module in readers:
-        module.to(device)
-    data = prepare_data(
-        source,
-        base,
-        openers,
-        size=recipe.size,
-        clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
-        place=Place(accelerator.process_index, accelerator.num_processes),
-        show_progress=accelerator.is_main_process,
-    )
-    # training needs none of them; the base's wait for the samples and the result
-    for module in readers:
-        module.to("cpu")
-    _free(device)
-    captions = source.prompts if isinstance(source, Synthesis) else source.captions
-    prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
-    return data, list(prompts)
-
-
 def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     """Make the folder that of this run: everything is ready for training."""
     if not resume:
@@ -378,7 +308,7 @@ def _show(
     save_png(picture, folder / SAMPLES / f"step-{step:08d}.png", overwrite=True)
     for module in readers:
         module.to("cpu")
-    _free(device)
+    free_memory(device)
 
 
 def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:
@@ -397,12 +327,6 @@ def _remove(folder: Path, names: Any) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _flat(value: Any, place: str = "") -> dict[str, Any]:
