@@ -5,6 +5,7 @@
     python ablations.py second WORK --seeds 3       a second stage on teachers' pictures, and on the student's
     python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, with it, in two stages
     python ablations.py adding WORK --seeds 3       8 styles; 7, and then one more in a quarter of the steps
+    python ablations.py longer WORK --seeds 3       the same in four times as many, with twice as many pictures
     python ablations.py adversary WORK --seeds 10   whether the adversary's game goes well, seed by seed
 
 Every arm is one `dmm merge` or `dmm add`, of the demo's length or a part or multiple of it, and one `dmm evaluate`;
@@ -135,6 +136,23 @@ def adding_arms() -> list[Arm]:
     ]
 
 
+def longer_arms() -> list[Arm]:
+    names, data = story.styles(), {"count": 200}
+    return [
+        Arm("8", "8-longer", names, data=data, steps=4),
+        Arm("7", "7-longer", names[:7], data=data, steps=3.5),
+        Arm(
+            "7 + 1",
+            "7-and-1-longer",
+            names[7:],
+            data={**data, "own": 0.85},
+            earlier="7-longer",
+            regularization=0.8,
+            rate=1e-3,
+        ),
+    ]
+
+
 def adversary_arms() -> list[Arm]:
     return [Arm("+ adversary", "adversary", story.styles(), {**HEAVY, "adversarial": 0.01})]
 
@@ -145,6 +163,7 @@ TABLES: dict[str, Callable[[], list[Arm]]] = {
     "second": second_arms,
     "incremental": incremental_arms,
     "adding": adding_arms,
+    "longer": longer_arms,
     "adversary": adversary_arms,
 }
 
@@ -158,6 +177,7 @@ COMPARED: dict[str, list[tuple[str, str, list[str]]]] = {
         for beside, styles in (("4", story.styles()[:4]), ("8", story.styles()[4:]))
     ],
     "adding": [("7-and-1", "8", story.styles())],
+    "longer": [("7-and-1-longer", "8-longer", story.styles())],
 }
 """By table: an arm, the one that it is compared with, and in which styles."""
 
