@@ -18,7 +18,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -50,8 +50,8 @@ class Arm:
     name: str
     key: str
     styles: Sequence[str]
-    losses: dict[str, float] = field(default_factory=dict)
-    data: dict[str, float] = field(default_factory=dict)
+    losses: Mapping[str, float] = field(default_factory=dict)
+    data: Mapping[str, float] = field(default_factory=dict)
     steps: float = 1.0
     start: str | None = None
     earlier: str | None = None
