@@ -181,7 +181,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
     base.register_modules(unet=student.unet)  # the merged pipeline
     show = (
-        partial(_show, base, recipe, styles, list(prompts), folder, accelerator.device)
+        partial(_show, base, recipe, styles, prompts, folder, accelerator.device)
         if recipe.logging.sample_every
         else None
     )
@@ -284,7 +284,13 @@ def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
 
 @torch.no_grad()
 def _show(
-    pipeline: Any, recipe: Recipe, styles: list[str], prompts: list[str], folder: Path, device: torch.device, step: int
+    pipeline: Any,
+    recipe: Recipe,
+    styles: list[str],
+    prompts: Sequence[str],
+    folder: Path,
+    device: torch.device,
+    step: int,
 ) -> None:
     """Paint every prompt in every style, from the same noise, into one picture."""
     cells = [(prompt, seed, style) for seed, prompt in enumerate(prompts) for style in styles]
