@@ -23,6 +23,7 @@ from dmm.cli import main
 from dmm.files import sha256
 from dmm.formats.lora import save_kohya_lora
 from dmm.formats.single_file import save_single_file
+from dmm.recipe import load_recipe
 from dmm.sampling import sample
 from dmm.teachers import ModelSource, open_pipeline
 from dmm.trainer import Trainer
@@ -239,6 +240,25 @@ def test_a_run_goes_on_for_more_steps_but_not_as_another_one(finished, merge, tm
     assert merge(folder, "--resume", "--set", "training.steps=5") == 0
     assert steps_of(folder) == [1, 2, 3, 4, 5]
     assert result_of(folder)[UNET] != result_of(finished)[UNET]
+
+
+def test_a_run_goes_on_where_it_and_all_that_it_names_have_moved_to(finished, models, merge, tmp_path, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(models, here)
+    (here / "recipe.yaml").write_text(write_yaml(recipe_of(models)))
+    command = ["--output", "merged", "--resume"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert main(["merge", "recipe.yaml", *command, "--set", "training.steps=2"]) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+        shutil.move(here, there)
+        patch.chdir(there)
+        assert main(["merge", "recipe.yaml", *command, "--set", "teachers.0.model=velocity.safetensors"]) == 2
+        assert f"began with teachers.0.model {here / 'teacher'}" in capsys.readouterr().err
+        assert main(["merge", "recipe.yaml", *command]) == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert steps_of(there / "merged") == [1, 2, 3, 4]
+    assert load_recipe(there / "merged" / "recipe.yaml").base == str(there / "base")
 
 
 def test_overwrite_begins_anew_and_leaves_what_is_not_ours(finished, merge, tmp_path, capsys):

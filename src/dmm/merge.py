@@ -249,7 +249,7 @@ def _check(
             "output."
         )
     if resume and is_run:
-        before = load_recipe(folder / RECIPE)
+        before = load_recipe(folder / RECIPE, may_be_gone=True)
         _check_same(before, recipe, folder)
         if before == recipe and (folder / _INDEX).is_file():
             return None
@@ -265,11 +265,18 @@ def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
     """Refuse to go on with a run under a recipe for another model."""
     old, new = (_flat(recipe.model_dump(mode="json", include=set(_BINDING))) for recipe in (before, now))
     for key in [*old, *new]:
-        if old.get(key) != new.get(key):
+        if old.get(key) != new.get(key) and not _has_moved(old.get(key), new.get(key)):
             raise UserError(
                 f"The run in '{folder}' began with {key} {old.get(key, 'unset')}, the recipe now says "
                 f"{new.get(key, 'unset')}. Resume with '{folder / RECIPE}', or name another output."
             )
+
+
+def _has_moved(before: Any, now: Any) -> bool:
+    """Whether both are paths of what has one name, and it is no longer where it was."""
+    if not (isinstance(before, str) and isinstance(now, str) and Path(before).is_absolute()):
+        return False
+    return Path(before).name == Path(now).name and not Path(before).exists()
 
 
 def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:

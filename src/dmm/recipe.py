@@ -340,12 +340,12 @@ class Recipe(Part):
         return self
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, may_be_gone: bool = False) -> Recipe:
     """Read the recipe of a merge; see :func:`dmm.recipe_parts.read_recipe`.
 
     Raises: UserError: the first mistake, with the line or the override that makes it.
     """
-    return read_recipe(Recipe, path, overrides)
+    return read_recipe(Recipe, path, overrides, may_be_gone=may_be_gone)
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

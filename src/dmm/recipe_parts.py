@@ -89,19 +89,23 @@ def _existing(value: Any, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError(f"found {_shown(value)}, expected a path")
     path = _absolute(value, info)
-    if not _exists(path):
+    if not _exists(path) and not _may_be_gone(info):
         raise ValueError(f"there is no file or folder '{path}'; check the path")
     return path
 
 
+def _may_be_gone(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("may_be_gone"))
+
+
 def _folder(path: Path) -> Path:
-    if not path.is_dir():
+    if path.is_file():
         raise ValueError(f"'{path}' is a file, expected a folder")
     return path
 
 
 def _file(path: Path) -> Path:
-    if not path.is_file():
+    if path.is_dir():
         raise ValueError(f"'{path}' is a folder, expected a file")
     return path
 
@@ -112,6 +116,8 @@ def path_or_id(value: str, info: ValidationInfo) -> str:
     if value and _exists(path):
         return str(path)
     is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and path.suffix not in _WEIGHT_FILES
+    if not is_id and value and _may_be_gone(info):
+        return str(path)
     if not is_id or ("/" in value and _exists(path.parent)):
         raise ValueError(
             f"there is no file or folder '{path}'; check the path" if value else "found '', expected a path"
@@ -178,7 +184,9 @@ class Part(BaseModel):
 AnyRecipe = TypeVar("AnyRecipe", bound=Part)
 
 
-def read_recipe(kind: type[AnyRecipe], path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+def read_recipe(
+    kind: type[AnyRecipe], path: Path, overrides: Sequence[str] = (), *, may_be_gone: bool = False
+) -> AnyRecipe:
     """Read a recipe and check all that can be checked without the models.
 
     Args:
@@ -186,6 +194,7 @@ def read_recipe(kind: type[AnyRecipe], path: Path, overrides: Sequence[str] = ()
         path: a YAML file. Relative paths in it, and in ``overrides``, are relative to its folder; hub ids stay.
         overrides: each ``key=value`` with the value as YAML, set over what the file says, in their order:
             ``training.steps=10``, ``teachers.0.lora_scale=0.5``.
+        may_be_gone: it is the record of a run, what it names may be elsewhere by now: paths need not exist.
     Returns: the recipe with all defaults filled in and all paths absolute.
     Raises: UserError: the first mistake, with the line or the override that makes it.
     """
@@ -193,7 +202,7 @@ def read_recipe(kind: type[AnyRecipe], path: Path, overrides: Sequence[str] = ()
     for override in overrides:
         _override(given, places, override)
     try:
-        return kind.model_validate(given, context={"folder": path.parent})
+        return kind.model_validate(given, context={"folder": path.parent, "may_be_gone": may_be_gone})
     except ValidationError as error:
         raise UserError(told(error.errors()[0], str(path), places)) from error
 
