@@ -133,6 +133,10 @@ def test_two_processes_add_as_one(models, tmp_path):
             {"training": {"batch_size": 1}},
             "training.batch_size is 1, expected at least 2: every teacher needs a sample in each step.",
         ),
+        (
+            {"earlier": {"regularization": 0.05}},
+            "Raise it, or that teacher's weight (teacher 1 is the earlier merge, of earlier.regularization).",
+        ),
     ],
 )
 def test_what_cannot_be_added_is_told_in_one_sentence(models, tmp_path, capsys, changes, message):

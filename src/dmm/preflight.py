@@ -194,7 +194,10 @@ def _check_batch(recipe: Recipe, num_processes: int) -> None:
         for process in range(num_processes):
             share_batch(recipe.training.batch_size, shares_of(recipe), num_processes, process)
     except ValueError as error:
-        raise UserError(f"training.batch_size: {error}") from error
+        last = f" (teacher {len(recipe.teachers)} is the earlier merge, of earlier.regularization)"
+        raise UserError(
+            f"training.batch_size: {error}. Raise it, or that teacher's weight{last if recipe.earlier else ''}."
+        ) from error
 
 
 def _check_base(source: ModelSource) -> CheckedModel:

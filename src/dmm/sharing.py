@@ -44,7 +44,7 @@ def share_batch(batch_size: int, shares: Sequence[float], num_processes: int, pr
         if size < len(serving):
             raise ValueError(
                 f"a batch of {batch_size} gives teacher {teacher} {size} samples for the {len(serving)} processes that "
-                "serve it; every process needs one of each of its teachers, so raise it, or that teacher's weight"
+                "serve it; every process needs one of each of its teachers"
             )
         if process in serving:
             place = serving.index(process)
