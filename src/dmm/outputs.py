@@ -55,6 +55,30 @@ def check_folder(path: Path, *, overwrite: bool = False, besides: str | None = N
             )
 
 
+def check_disk(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:
+    """Refuse a disk that what will be written does not fit on; call it before any expensive work.
+
+    Args:
+        path: of a file or folder, that need not be there.
+        num_bytes: still to be written.
+        purpose: what for.
+        remedy: what to do instead of making room.
+    Raises: UserError: the disk has less free.
+    """
+    place = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if num_bytes > free:
+        raise UserError(
+            f"'{path}' needs {num_bytes / 1e9:.3g} GB for {purpose}, and its disk has {free / 1e9:.3g} GB free. Make "
+            f"room, {remedy}."
+        )
+
+
+def held_bytes(folder: Path) -> int:
+    """What all files in a folder, which need not be there, take."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+
+
 @contextmanager
 def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary path to write to, which becomes ``path`` when the block ends well and vanishes when it does not.

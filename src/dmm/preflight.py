@@ -1,6 +1,5 @@
 """Everything that is checked of a merge before anything large is loaded."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files import sha256
 from dmm.formats.side_car import STYLES_FOLDER, read_side_car
+from dmm.outputs import check_disk, held_bytes
 from dmm.prompts import read_prompts
 from dmm.recipe import Recipe, Teacher
 from dmm.samplers import check_multiple
@@ -121,14 +121,8 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
     Raises: UserError.
     """
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    place = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
-    if num_bytes - there > free:
-        raise UserError(
-            f"'{folder}' needs {_gigabytes(num_bytes - there)} for the checkpoints and the result, and its disk has "
-            f"{_gigabytes(free)} free. Make room, lower checkpoint.keep, or name another output."
-        )
+    missing = num_bytes - held_bytes(folder)
+    check_disk(folder, missing, "the checkpoints and the result", "lower checkpoint.keep, or name another output")
 
 
 def num_painters(recipe: Recipe, styles: Sequence[str]) -> int:
@@ -353,7 +347,3 @@ def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any], styles: Sequence[st
     # the weights and AdamW's two moments, and an average of the student
     state = 3 * (student + judging) + (student if recipe.training.ema_decay is not None else 0)
     return 4 * (state * (recipe.checkpoint.keep + 1) + student + vae + text_encoder)
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import shutil
 
 import pytest
 from evaluation_helpers import BASE, NUM_IMAGES, PAINTING, PROMPTS, STUDENT, STYLES, TEACHERS, evaluate_in
@@ -144,7 +145,7 @@ def test_a_damaged_picture_is_made_again(run, perfect, shards, caplog, monkeypat
     assert figures["fid_matrix"] == perfect.figures["fid_matrix"]
 
 
-def test_what_cannot_be_measured_is_told_in_a_sentence(run, tmp_path):
+def test_what_cannot_be_measured_is_told_in_a_sentence(run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no style 'inc'; did you mean 'ink'; its styles are ink, photo, clay"):
         run(STUDENT, {"inc": TEACHERS["ink"]})
     with pytest.raises(UserError, match="12 pictures of each style are too few for the 12 features of 'pixels'"):
@@ -153,4 +154,8 @@ def test_what_cannot_be_measured_is_told_in_a_sentence(run, tmp_path):
         run(BASE, mixes=[{"ink": 0.5, "photo": 0.5}])
     with pytest.raises(UserError, match="no style 'clay'"):
         run(STUDENT, mixes=[{"ink": 0.5, "clay": 0.5}])
+    usage = shutil.disk_usage(tmp_path)._replace(free=NUM_IMAGES)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"GB for the pictures, and its disk has .* GB free\. Make room, ask for fewer"):
+        evaluate_in(tmp_path, STUDENT)
     assert not (tmp_path / "pictures").exists()

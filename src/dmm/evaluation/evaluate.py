@@ -45,6 +45,7 @@ from dmm.evaluation.painting import Painting, paint, share_of
 from dmm.evaluation.preference import Scorer
 from dmm.evaluation.score_error import ScoreError
 from dmm.names import nearest
+from dmm.outputs import check_disk, held_bytes
 from dmm.pipeline import style_names, temporary_style
 from dmm.sampling import picture_size
 from dmm.styles import style_weights, styled_embedding
@@ -123,7 +124,7 @@ def evaluate(
     styles, painting = list(teachers), protocol.painting
     pipeline = student.open(painting.dtype(state.device))
     has_styles = styled_embedding(pipeline.unet) is not None
-    width, height = _check(pipeline, styles, extractor, protocol, mixes)
+    width, height = _check(pipeline, styles, extractor, protocol, mixes, cache)
 
     mine = place.rows(protocol.num_images)
     with bar("pictures", 3 * len(styles) * mine) as progress:
@@ -200,7 +201,12 @@ def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[float], o
 
 
 def _check(
-    pipeline: Any, styles: Sequence[str], extractor: Extractor, protocol: Protocol, mixes: Sequence[Mix]
+    pipeline: Any,
+    styles: Sequence[str],
+    extractor: Extractor,
+    protocol: Protocol,
+    mixes: Sequence[Mix],
+    cache: Path,
 ) -> tuple[int, int]:
     """Refuse what cannot be measured of a student, before anything is painted.
 
@@ -221,6 +227,9 @@ def _check(
     width, height = picture_size(pipeline, protocol.painting.width, protocol.painting.height)
     seen = extractor(torch.zeros(1, 3, height, width, dtype=torch.uint8))
     check_count(protocol.num_images, seen[FEATURES].shape[1], extractor.name)
+    # some of what the cache holds may be of these pictures already
+    missing = 3 * len(styles) * protocol.num_images * (3 * width * height) - held_bytes(cache)
+    check_disk(cache, missing, "the pictures", "ask for fewer or smaller ones, or name another cache")
     return width, height
 
 

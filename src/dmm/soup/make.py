@@ -11,11 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dmm.errors import UserError
 from dmm.files import sha256
 from dmm.formats.folder import UNUSED_COMPONENTS
 from dmm.formats.tensors import read_json
-from dmm.outputs import check_file, check_folder, new_file, new_folder
+from dmm.outputs import check_disk, check_file, check_folder, new_file, new_folder
 from dmm.soup.ledger import check_digests, describe, labelled_digests
 from dmm.soup.models import Layout
 from dmm.soup.plan import Plan, plan_soup
@@ -84,7 +83,8 @@ def make_soup(
         check_digests(expected or {}, labelled_digests(plan, known))
         threads = num_threads(threads, light=plan.method.light)
         count = sum(tensor.declared.num_elements for tensor in plan.tensors)
-        _check_space(output, sum(tensor.declared.num_bytes for tensor in plan.tensors))
+        num_bytes = sum(tensor.declared.num_bytes for tensor in plan.tensors)
+        check_disk(output, num_bytes, "the soup", "or name another output")
         if plan.method.measures is None:
             measured: dict[str, Tensor] = {}
         else:
@@ -188,13 +188,3 @@ def _copy_configs(plan: Plan, folder: Path) -> None:
     if config.get("prediction_type", "epsilon") != plan.prediction_type:
         config["prediction_type"] = plan.prediction_type
         scheduler.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_space(output: Path, num_bytes: int) -> None:
-    place = next(folder for folder in output.resolve().parents if folder.exists())
-    free = shutil.disk_usage(place).free
-    if num_bytes > free:
-        raise UserError(
-            f"'{output}' needs {num_bytes / 1e9:.3g} GB and its disk has {free / 1e9:.3g} GB free. Make room, or name "
-            "another output."
-        )
