@@ -15,6 +15,7 @@ At the end the table is printed, as docs/results.md has it.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -291,19 +292,22 @@ def print_by_style(arms: Sequence[Arm], work: Path, seeds: Sequence[int], figure
 def print_growth(arm: Arm, beside: Arm, styles: Sequence[str], work: Path, seeds: Sequence[int]) -> None:
     """How much larger an arm's FIDs are than another's, style by style, and what of that is noise; its score errors.
 
-    Noise is 2 % of the other's FID, or two standard deviations over seeds where these are more.
+    Noise is 2 % of the other's FID, or two standard deviations of it over seeds where these are more; with both arms',
+    two standard deviations of what the difference of two single runs would be.
     """
 
     def over_seeds(one: Arm, figure: str, style: str) -> list[float]:
         return [by_style(read_report(folder_of(work, one.key, seed)), figure)[style] for seed in seeds]
 
-    print(f"| {arm.name}, beside {beside.name} | FID grows by | noise | score error grows |\n|---|---|---|---|")
+    print(f"| {arm.name}, beside {beside.name} | FID grows by | noise | with both arms' | score error grows |")
+    print("|---|---|---|---|---|")
     for style in styles:
         fids, others = (over_seeds(one, "FID", style) for one in (arm, beside))
         errors, other_errors = (over_seeds(one, "score error", style) for one in (arm, beside))
-        noise = max(0.02 * mean(others), 2 * stdev(others) if len(seeds) > 1 else 0.0)
+        own, other = (stdev(values) if len(seeds) > 1 else 0.0 for values in (fids, others))
+        noise, both = (max(0.02 * mean(others), 2 * spread) for spread in (other, math.hypot(own, other)))
         growth, times = mean(fids) - mean(others), mean(errors) / mean(other_errors)
-        print(f"| {style} | {growth:+.2f} | {noise:.2f} | {times:.2f} times |")
+        print(f"| {style} | {growth:+.2f} | {noise:.2f} | {both:.2f} | {times:.2f} times |")
 
 
 def by_style(report: dict[str, Any], figure: str) -> dict[str, float]:
