@@ -1,8 +1,10 @@
-"""Changing model files, and comparing what they open to."""
+"""Changing model files, comparing what they open to, and painting with it."""
 
 import shutil
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,3 +30,19 @@ def same_weights(one, other) -> bool:
         if left.keys() != right.keys() or not all(left[key].equal(right[key]) for key in left):
             return False
     return True
+
+
+def paint(pipe, prompts="a cat", *, num_images=1, guidance_scale=7.0, steps=3, **inputs):
+    """Pixels, as (N, H, W, 3) integers; image i is seeded by i."""
+    count = num_images * (1 if prompts is None or isinstance(prompts, str) else len(prompts))
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        prompts,
+        generator=generators if count > 1 else generators[0],
+        num_images_per_prompt=num_images,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        **inputs,
+    ).images
+    return np.stack([np.asarray(image, dtype=int) for image in images])

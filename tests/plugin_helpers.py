@@ -1,8 +1,7 @@
-"""Tiny plugins of diffusers' real classes, for the tiny Stable Diffusion of conftest, and painting with them."""
+"""Tiny plugins of diffusers' real classes, for the tiny Stable Diffusion of conftest."""
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from conftest import tiny_unet
 from diffusers import ControlNetModel, T2IAdapter
@@ -13,22 +12,6 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 CLIP_WIDTH = 12
-
-
-def paint(pipe, prompts="a cat", *, num_images=1, guidance_scale=7.0, steps=3, **inputs):
-    """Pixels, as (N, H, W, 3) integers; image i is seeded by i."""
-    count = num_images * (1 if prompts is None or isinstance(prompts, str) else len(prompts))
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(
-        prompts,
-        generator=generators if count > 1 else generators[0],
-        num_images_per_prompt=num_images,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        **inputs,
-    ).images
-    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 def randomize(model, seed: int, std: float = 0.3):

@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import PROVENANCE, STYLE_NAMES, tiny_pipeline
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
-from helpers import copy_folder
+from helpers import copy_folder, paint
 from peft import LoraConfig
 from PIL import Image
-from plugin_helpers import paint, save_lora, tiny_controlnet
+from plugin_helpers import save_lora, tiny_controlnet
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -8,14 +8,13 @@ import sys
 import threading
 import warnings
 
-import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import PROVENANCE, tiny_pipeline
 from conftest import STYLE_NAMES as NAMES
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
-from helpers import copy_folder, same_weights
+from helpers import copy_folder, paint, same_weights
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,22 +26,6 @@ from dmm.pipeline import load_pipeline, save_pipeline, set_style, share, style_n
 from dmm.styles import StylePrompts, bake, styled_embedding
 
 WEIGHTS = "styles/diffusion_pytorch_model.safetensors"
-
-
-def paint(pipe, prompts="a cat", *, num_images=1, guidance_scale=7.0, steps=3, **inputs):
-    """Pixels, as (N, H, W, 3) integers; image i is seeded by i."""
-    count = num_images * (1 if isinstance(prompts, str) else len(prompts))
-    generators = [torch.Generator().manual_seed(i) for i in range(count)]
-    pipe.set_progress_bar_config(disable=True)
-    images = pipe(
-        prompts,
-        generator=generators if count > 1 else generators[0],
-        num_images_per_prompt=num_images,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        **inputs,
-    ).images
-    return np.stack([np.asarray(image, dtype=int) for image in images])
 
 
 def test_with_no_style_a_merged_pipeline_paints_as_the_stock_one_bit_for_bit(styled, pipeline):

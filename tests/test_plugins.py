@@ -24,8 +24,9 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.models.attention_processor import AttnProcessor
+from helpers import paint
 from PIL import Image
-from plugin_helpers import paint, save_ip_adapter, save_lora, tiny_controlnet, tiny_t2i_adapter
+from plugin_helpers import save_ip_adapter, save_lora, tiny_controlnet, tiny_t2i_adapter
 
 from dmm.errors import UserError
 from dmm.pipeline import set_style, share, stock_twin

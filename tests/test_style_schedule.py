@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import tiny_styled
 from diffusers import StableDiffusionImg2ImgPipeline
+from helpers import paint
 from PIL import Image
-from plugin_helpers import paint
 
 import dmm
 from dmm.errors import UserError

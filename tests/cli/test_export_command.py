@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import STYLE_NAMES
 from diffusers import StableDiffusionPipeline
-from plugin_helpers import paint
+from helpers import paint
 from safetensors.torch import load_file
 
 from dmm.cli import main

@@ -7,8 +7,7 @@ import torch
 from conftest import PROVENANCE, STYLE_NAMES, tiny_pipeline, tiny_unet
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding
-from helpers import copy_folder, rewrite, same_weights
-from plugin_helpers import paint
+from helpers import copy_folder, paint, rewrite, same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
