@@ -20,7 +20,7 @@ from dmm.trainer import CHECKPOINTS, LOG, Stopped, Trainer
 
 TOY = Path(__file__).with_name("toy.py")
 LAUNCH_SECONDS = 120  # on a busy machine
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from dmm.batches import Batches, Role
 from dmm.discriminator import Discriminator
 from dmm.distill import Adversary, Teacher
 from dmm.errors import UserError
+from dmm.processes import join_processes
 from dmm.recipe import Recipe
 from dmm.sharing import share_batch
 from dmm.student import StyledStudent
@@ -127,6 +128,7 @@ def die_at(trainer, rank, step):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    join_processes()  # as a merge does; it also parts them in the end
     trainer = toy_trainer(Path(sys.argv[1]), toy_recipe(**json.loads(sys.argv[2])))
     if sys.argv[3:]:
         die_at(trainer, *map(int, sys.argv[3].split(":")))
