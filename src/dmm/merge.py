@@ -45,7 +45,7 @@ from dmm.preparing import free_memory, prepare_data_of, style_terms
 from dmm.processes import join_processes, on_all, on_main
 from dmm.prompts import read_prompts
 from dmm.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
-from dmm.recipe_parts import MAX_SEED
+from dmm.recipe_parts import MAX_SEED, exists
 from dmm.sampling import sample
 from dmm.sharing import is_uneven, share_batch
 from dmm.teachers import noise_schedule, open_pipeline
@@ -276,7 +276,7 @@ def _has_moved(before: Any, now: Any) -> bool:
     """Whether both are paths of what has one name, and it is no longer where it was."""
     if not (isinstance(before, str) and isinstance(now, str) and Path(before).is_absolute()):
         return False
-    return Path(before).name == Path(now).name and not Path(before).exists()
+    return Path(before).name == Path(now).name and not exists(Path(before))
 
 
 def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:

@@ -78,7 +78,8 @@ def _absolute(path: str | Path, info: ValidationInfo) -> Path:
         raise ValueError(f"'{path}' cannot be looked up: {error}") from error
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder, as far as this user can see."""
     try:
         return path.exists()
     except OSError:  # too long a name, or a folder that may not be looked into
@@ -89,7 +90,7 @@ def _existing(value: Any, info: ValidationInfo) -> Path:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError(f"found {_shown(value)}, expected a path")
     path = _absolute(value, info)
-    if not _exists(path) and not _may_be_gone(info):
+    if not exists(path) and not _may_be_gone(info):
         raise ValueError(f"there is no file or folder '{path}'; check the path")
     return path
 
@@ -99,13 +100,13 @@ def _may_be_gone(info: ValidationInfo) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    if path.is_file():
+    if exists(path) and not path.is_dir():
         raise ValueError(f"'{path}' is a file, expected a folder")
     return path
 
 
 def _file(path: Path) -> Path:
-    if path.is_dir():
+    if exists(path) and not path.is_file():
         raise ValueError(f"'{path}' is a folder, expected a file")
     return path
 
@@ -113,12 +114,12 @@ def _file(path: Path) -> Path:
 def path_or_id(value: str, info: ValidationInfo) -> str:
     """What exists, as an absolute path; a hub id as it is; anything else is a path that is not there."""
     path = _absolute(value, info)
-    if value and _exists(path):
+    if value and exists(path):
         return str(path)
     is_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value) and path.suffix not in _WEIGHT_FILES
     if not is_id and value and _may_be_gone(info):
         return str(path)
-    if not is_id or ("/" in value and _exists(path.parent)):
+    if not is_id or ("/" in value and exists(path.parent)):
         raise ValueError(
             f"there is no file or folder '{path}'; check the path" if value else "found '', expected a path"
         )
