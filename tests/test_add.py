@@ -255,6 +255,9 @@ def test_a_second_stage_goes_on_from_the_first_on_each_teachers_own_pictures(mod
     capsys.readouterr()
     assert main(["merge", str(path), "--output", str(output), "--resume"]) == 0
     assert "finished already" in capsys.readouterr().out
+    renamed = output.rename(tmp_path / "renamed")  # its second stage began from a folder that is gone
+    assert main(["merge", str(path), "--output", str(renamed), "--resume"]) == 0, capsys.readouterr().err
+    renamed.rename(output)
     assert main(["merge", str(path), "--output", str(output)]) == 2
     assert main(["merge", str(path), "--output", str(output), "--overwrite"]) == 0, capsys.readouterr().err
 

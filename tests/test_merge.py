@@ -242,7 +242,7 @@ def test_a_run_goes_on_for_more_steps_but_not_as_another_one(finished, merge, tm
     assert result_of(folder)[UNET] != result_of(finished)[UNET]
 
 
-def test_a_run_goes_on_where_it_and_all_that_it_names_have_moved_to(finished, models, merge, tmp_path, capsys):
+def test_a_run_goes_on_where_it_and_all_that_it_names_have_moved_to(models, merge, tmp_path, capsys, caplog):
     here, there = tmp_path / "here", tmp_path / "there"
     shutil.copytree(models, here)
     (here / "recipe.yaml").write_text(write_yaml(recipe_of(models)))
@@ -257,6 +257,7 @@ def test_a_run_goes_on_where_it_and_all_that_it_names_have_moved_to(finished, mo
         assert f"began with teachers.0.model {here / 'teacher'}" in capsys.readouterr().err
         assert main(["merge", "recipe.yaml", *command]) == 0
         AcceleratorState._reset_state(reset_partial_state=True)
+    assert f"base: '{here / 'base'}' is gone; '{there / 'base'}' is taken for the same." in caplog.text
     assert steps_of(there / "merged") == [1, 2, 3, 4]
     assert load_recipe(there / "merged" / "recipe.yaml").base == str(there / "base")
 

@@ -265,7 +265,11 @@ def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
     """Refuse to go on with a run under a recipe for another model."""
     old, new = (_flat(recipe.model_dump(mode="json", include=set(_BINDING))) for recipe in (before, now))
     for key in [*old, *new]:
-        if old.get(key) != new.get(key) and not _has_moved(old.get(key), new.get(key)):
+        if old.get(key) == new.get(key):
+            continue
+        if _has_moved(old.get(key), new.get(key)):
+            _logger.warning("%s: '%s' is gone; '%s' is taken for the same.", key, old[key], new[key])
+        else:
             raise UserError(
                 f"The run in '{folder}' began with {key} {old.get(key, 'unset')}, the recipe now says "
                 f"{new.get(key, 'unset')}. Resume with '{folder / RECIPE}', or name another output."

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dmm.errors import UserError
@@ -75,8 +75,12 @@ def check_disk(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:
 
 
 def held_bytes(folder: Path) -> int:
-    """What all files in a folder, which need not be there, take."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    """What all files in a folder take; the folder need not be there, nor stay any file that another process removes."""
+    held = 0
+    for file in folder.rglob("*") if folder.is_dir() else ():
+        with suppress(FileNotFoundError):
+            held += file.stat().st_size if file.is_file() else 0
+    return held
 
 
 @contextmanager

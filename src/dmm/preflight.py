@@ -188,10 +188,9 @@ def _check_batch(recipe: Recipe, num_processes: int) -> None:
         for process in range(num_processes):
             share_batch(recipe.training.batch_size, shares_of(recipe), num_processes, process)
     except ValueError as error:
-        last = f" (teacher {len(recipe.teachers)} is the earlier merge, of earlier.regularization)"
-        raise UserError(
-            f"training.batch_size: {error}. Raise it, or that teacher's weight{last if recipe.earlier else ''}."
-        ) from error
+        is_kept = recipe.earlier and recipe.earlier.regularization
+        last = f" (teacher {len(recipe.teachers)} is the earlier merge, of earlier.regularization)" if is_kept else ""
+        raise UserError(f"training.batch_size: {error}. Raise it, or that teacher's weight{last}.") from error
 
 
 def _check_base(source: ModelSource) -> CheckedModel:

@@ -47,6 +47,7 @@ from dmm.evaluation.score_error import ScoreError
 from dmm.names import nearest
 from dmm.outputs import check_disk, held_bytes
 from dmm.pipeline import style_names, temporary_style
+from dmm.processes import on_main
 from dmm.sampling import picture_size
 from dmm.styles import style_weights, styled_embedding
 from dmm.teachers import naming
@@ -115,7 +116,8 @@ def evaluate(
         mixes: of styles, painted by the student and by weighted merging.
         scorers: of the mixes' pictures.
         show_progress: bars on stderr.
-    Raises: UserError: no such style, too few pictures for the extractor, or something is wrong with a model.
+    Raises: UserError: no such style, too few pictures for the extractor, no room for them in the cache, or something
+        is wrong with a model.
     """
     start = time.monotonic()
     state = PartialState()
@@ -227,10 +229,15 @@ def _check(
     width, height = picture_size(pipeline, protocol.painting.width, protocol.painting.height)
     seen = extractor(torch.zeros(1, 3, height, width, dtype=torch.uint8))
     check_count(protocol.num_images, seen[FEATURES].shape[1], extractor.name)
-    # some of what the cache holds may be of these pictures already
-    missing = 3 * len(styles) * protocol.num_images * (3 * width * height) - held_bytes(cache)
-    check_disk(cache, missing, "the pictures", "ask for fewer or smaller ones, or name another cache")
+    needed = 3 * len(styles) * protocol.num_images * 3 * width * height
+    on_main(lambda: _check_cache(cache, needed))
     return width, height
+
+
+def _check_cache(cache: Path, num_bytes: int) -> None:
+    # some of what it holds may be of these pictures already
+    missing = num_bytes - held_bytes(cache)
+    check_disk(cache, missing, "the pictures", "ask for fewer or smaller ones, or name another cache")
 
 
 def _paint_teacher(style: str, teacher: Model, dtype: torch.dtype, paint_batch: Callable[..., Rows]) -> Pictures:
