@@ -27,15 +27,15 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from dmm.batches import Batches, Role
-from dmm.distill import Teacher
-from dmm.recipe import Recipe
-from dmm.residency import place_teachers
-from dmm.sharing import share_batch
-from dmm.student import StyledStudent
-from dmm.styles import StylePrompts
-from dmm.teachers import freeze
-from dmm.trainer import LOG, Trainer
+from dmm.maths.sharing import share_batch
+from dmm.models.student import StyledStudent
+from dmm.models.styles import StylePrompts
+from dmm.models.teachers import freeze
+from dmm.recipes.recipe import Recipe
+from dmm.training.batches import Batches, Role
+from dmm.training.distill import Teacher
+from dmm.training.residency import place_teachers
+from dmm.training.trainer import LOG, Trainer
 
 SD15_WIDTH = 320
 LIMIT = 24e9  # bytes

@@ -30,14 +30,14 @@ import psutil
 
 # the runs are forked from this process, so that they need not import all of this each time; all that is imported
 # here must leave it without threads
-import dmm.merge  # noqa: F401
-from dmm.checkpoint import MANIFEST, newest_checkpoint
+import dmm.training.merge  # noqa: F401
 from dmm.cli import main as dmm_command
 from dmm.demo import expert_sources
-from dmm.files import sha256
-from dmm.teachers import ModelSource
-from dmm.trainer import CHECKPOINTS, LOG
-from dmm.yaml import write_yaml
+from dmm.files.digest import sha256
+from dmm.files.yaml import write_yaml
+from dmm.models.teachers import ModelSource
+from dmm.training.checkpoint import MANIFEST, newest_checkpoint
+from dmm.training.trainer import CHECKPOINTS, LOG
 
 TEACHERS = ("noto", "twemoji", "openmoji")
 STEPS, EVERY = 20, 2

@@ -26,9 +26,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import dmm.demo
-from dmm.pipeline import add_styles, load_pipeline, set_style, stock_twin, style_names
-from dmm.styles import StylePrompts
-from dmm.teachers import ModelSource, open_pipeline
+from dmm.models.styles import StylePrompts
+from dmm.models.teachers import ModelSource, open_pipeline
+from dmm.pipeline.styled import add_styles, load_pipeline, set_style, stock_twin, style_names
 
 NUM_STYLES = 8
 WARM_UP = 2

@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dmm.formats.single_file import save_single_file
-from dmm.pipeline import add_styles, save_pipeline
-from dmm.styles import Provenance, StylePrompts
+from dmm.models.styles import Provenance, StylePrompts
+from dmm.pipeline.styled import add_styles, save_pipeline
 
 # tests run in several processes, and models as small as these gain nothing by threads
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import yaml
 
 from dmm.cli import COMMANDS
 from dmm.cli.arguments import Parser
-from dmm.recipe import load_recipe
+from dmm.recipes.recipe import load_recipe
 from dmm.soup.recipe import load_soup_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ from conftest import tiny_pipeline
 from safetensors.torch import load_file
 
 from dmm.cli import main
+from dmm.files.yaml import read_yaml, write_yaml
 from dmm.formats.single_file import save_single_file
-from dmm.yaml import read_yaml, write_yaml
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -15,17 +15,17 @@ from accelerate import Accelerator
 from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
-from dmm.batches import Batches, Role
-from dmm.discriminator import Discriminator
-from dmm.distill import Adversary, Teacher
 from dmm.errors import UserError
-from dmm.processes import join_processes
-from dmm.recipe import Recipe
-from dmm.sharing import share_batch
-from dmm.student import StyledStudent
-from dmm.styles import StylePrompts
-from dmm.teachers import freeze
-from dmm.trainer import Trainer
+from dmm.maths.sharing import share_batch
+from dmm.models.discriminator import Discriminator
+from dmm.models.student import StyledStudent
+from dmm.models.styles import StylePrompts
+from dmm.models.teachers import freeze
+from dmm.recipes.recipe import Recipe
+from dmm.training.batches import Batches, Role
+from dmm.training.distill import Adversary, Teacher
+from dmm.training.processes import join_processes
+from dmm.training.trainer import Trainer
 
 STYLES = ("ink", "photo")
 ALPHAS_CUMPROD = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod

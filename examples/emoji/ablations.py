@@ -30,7 +30,7 @@ from dmm.demo.assembly import expert_forms, experts
 from dmm.demo.judge import load_judge
 from dmm.errors import UserError
 from dmm.evaluation.distances import check_count
-from dmm.yaml import write_yaml
+from dmm.files.yaml import write_yaml
 
 STEPS = story.TRAINING["steps"]
 HEAVY = {"feature": 0.1}

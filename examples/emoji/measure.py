@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dmm.demo.assembly import expert_sources
 from dmm.demo.judge import judge_images, load_judge
-from dmm.sampling import sample
-from dmm.teachers import open_pipeline
+from dmm.models.teachers import open_pipeline
+from dmm.pipeline.sampling import sample
 
 
 def main() -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmm.demo.judge import judge_images, load_judge
-from dmm.pictures import grid, save_png
-from dmm.pipeline import load_pipeline, style_names
-from dmm.sampling import sample
+from dmm.files.pictures import grid, save_png
+from dmm.pipeline.sampling import sample
+from dmm.pipeline.styled import load_pipeline, style_names
 
 PROMPTS = ("fox", "red apple", "octopus", "rocket")
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dmm.demo.assembly import PLAN, WEIGHTS
-from dmm.files import sha256
+from dmm.files.digest import sha256
 from dmm.formats.tensors import check_finite, write_tensors
 from drawings import STYLES
 

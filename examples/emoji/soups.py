@@ -26,13 +26,13 @@ from denoising import encode_views
 from dmm.demo.assembly import expert_forms, experts
 from dmm.demo.judge import Verdict, judge_images, load_judge
 from dmm.evaluation.distances import fid
-from dmm.pictures import grid, save_png
-from dmm.pipeline import load_pipeline
-from dmm.sampling import sample
+from dmm.files.pictures import grid, save_png
+from dmm.models.teachers import ModelSource, open_pipeline
+from dmm.pipeline.sampling import sample
+from dmm.pipeline.styled import load_pipeline
 from dmm.soup.cook import cook
 from dmm.soup.ledger import read_ledger, without
 from dmm.soup.recipe import SoupRecipe, SoupTeacher
-from dmm.teachers import ModelSource, open_pipeline
 from drawings import CONCEPTS, STYLES, Drawings, nudge, read_drawings, shrink
 from fine_tuning import fine_tune
 

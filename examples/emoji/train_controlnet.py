@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import dmm.demo
 from denoising import CAPTION_DROPOUT, SCHEDULE
 from dmm.demo.judge import load_judge
-from dmm.sampling import sample
-from dmm.teachers import ModelSource, open_pipeline
+from dmm.models.teachers import ModelSource, open_pipeline
+from dmm.pipeline.sampling import sample
 from training import fit
 
 GUIDANCE_SCALE = 2.0  # the family's

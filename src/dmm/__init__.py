@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dmm.pipeline import load_pipeline, save_pipeline, set_style, share, style_names, style_over_time
-    from dmm.style_schedule import StyleSchedule
+    from dmm.pipeline.style_schedule import StyleSchedule
+    from dmm.pipeline.styled import load_pipeline, save_pipeline, set_style, share, style_names, style_over_time
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
 ]
 
 # torch and diffusers take seconds to import, which whoever only asks for the version should not wait for
-_HOMES = dict.fromkeys(__all__, "dmm.pipeline") | {"StyleSchedule": "dmm.style_schedule"}
+_HOMES = dict.fromkeys(__all__, "dmm.pipeline.styled") | {"StyleSchedule": "dmm.pipeline.style_schedule"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ import pytest
 
 from dmm.cli.arguments import MAX_SEED, read_seeds, write_seeds
 from dmm.errors import UserError
-from dmm.prompts import read_prompts
+from dmm.files.prompts import read_prompts
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from PIL import Image
 import dmm
 from dmm.cli import main
 from dmm.demo import story
-from dmm.recipe import load_recipe
+from dmm.recipes.recipe import load_recipe
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from dmm.cli import main
-from dmm.recipe import load_recipe, save_recipe
+from dmm.recipes.recipe import load_recipe, save_recipe
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_two_processes_find_what_one_finds(arguments, sd1_folder, tmp_path, caps
 
 def shifted(folder, target):
     """A copy of a pipeline whose UNet is another."""
-    from dmm.teachers import ModelSource, open_pipeline
+    from dmm.models.teachers import ModelSource, open_pipeline
 
     pipeline = open_pipeline(ModelSource(folder))
     for parameter in pipeline.unet.parameters():

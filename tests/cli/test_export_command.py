@@ -6,7 +6,7 @@ from helpers import paint
 from safetensors.torch import load_file
 
 from dmm.cli import main
-from dmm.pipeline import load_pipeline, set_style, style_names
+from dmm.pipeline.styled import load_pipeline, set_style, style_names
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from conftest import STYLE_NAMES, tiny_pipeline
 from peft import LoraConfig
 from PIL import Image
 
-import dmm.sampling
+import dmm.pipeline.sampling
 from dmm.cli import COMMANDS, main
+from dmm.files.parameters import model_hash, read_parameters
+from dmm.files.pictures import GAP, MARGIN, SMALLEST_CELL
 from dmm.formats.lora import save_kohya_lora
-from dmm.parameters import model_hash, read_parameters
-from dmm.pictures import GAP, MARGIN, SMALLEST_CELL
 
 
 @pytest.fixture(autouse=True)
@@ -144,14 +144,14 @@ def test_an_output_that_exists_is_refused_untouched_until_overwrite(generate, tm
 
 @pytest.mark.parametrize("output", ["cats.png", "cats/"])
 def test_an_interrupted_run_leaves_nothing(generate, tmp_path, monkeypatch, capsys, output):
-    batch, count = dmm.sampling._sample_batch, iter(range(9))
+    batch, count = dmm.pipeline.sampling._sample_batch, iter(range(9))
 
     def interrupted(*args, **kwargs):
         if next(count) == 2:
             raise KeyboardInterrupt
         return batch(*args, **kwargs)
 
-    monkeypatch.setattr(dmm.sampling, "_sample_batch", interrupted)
+    monkeypatch.setattr(dmm.pipeline.sampling, "_sample_batch", interrupted)
     assert generate("a cat", "--count", 4, "--batch-size", 1, "--output", output) == 130
     assert capsys.readouterr().err.endswith("\ndmm: interrupted: nothing was written\n")
     assert list(tmp_path.iterdir()) == []

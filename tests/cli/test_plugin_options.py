@@ -6,10 +6,10 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from plugin_helpers import save_ip_adapter, save_lora, tiny_controlnet
 
-import dmm.sampling
+import dmm.pipeline.sampling
 from dmm.cli import main
 from dmm.cli.plugin_options import add_plugin_options, check_plugins
-from dmm.parameters import read_parameters
+from dmm.files.parameters import read_parameters
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_nothing_asked_is_nothing_to_check():
 
 
 def test_all_styles_of_a_prompt_are_one_pass_whatever_the_size(folder, merged, monkeypatch):
-    monkeypatch.setattr(dmm.sampling, "usual_batch_size", lambda width, height: 1)
+    monkeypatch.setattr(dmm.pipeline.sampling, "usual_batch_size", lambda width, height: 1)
     batches = []
     forward = UNet2DConditionModel.forward
 

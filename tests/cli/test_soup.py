@@ -76,7 +76,7 @@ def test_mistakes_are_told_in_a_sentence_and_nothing_is_written(shelf, capsys, a
 
 def test_a_soup_starts_a_merge(shelf, sd1_folder):
     """A file and a folder alike: `start:` checks and opens them."""
-    from dmm.teachers import ModelSource, open_pipeline
+    from dmm.models.teachers import ModelSource, open_pipeline
 
     assert main(["soup", "recipe.yaml", "--output", "soup.safetensors"]) == 0
     assert main(["soup", "recipe.yaml", "--output", "soup", "--set", f"config={sd1_folder}"]) == 0

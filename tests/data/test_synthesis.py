@@ -10,9 +10,9 @@ from dmm.data.encoding import encode_images
 from dmm.data.rows import SHARD_ROWS
 from dmm.data.synthesis import Share, Synthesis, image_seeds, share_out, synthesize
 from dmm.errors import UserError
-from dmm.pipeline import add_styles, set_style
-from dmm.sampling import sample
-from dmm.styles import StylePrompts
+from dmm.models.styles import StylePrompts
+from dmm.pipeline.sampling import sample
+from dmm.pipeline.styled import add_styles, set_style
 
 SETTINGS = {"steps": 2, "guidance_scale": 3.0}
 PROMPTS = ["a cat", "a dog", "a fish", "a house", "a tree"]

@@ -7,9 +7,9 @@ import torch
 from conftest import tiny_pipeline, tiny_text_encoder
 from data_helpers import count_calls, noise, write_folder
 
-from dmm.batches import STUDENT
 from dmm.data import ImageFolder, Synthesis, prepare_data, rows
 from dmm.data.rows import Place
+from dmm.data.training import STUDENT
 from dmm.errors import UserError
 
 CAPTIONS = ["a cat", "a dog", "a cat", ""]

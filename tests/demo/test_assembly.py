@@ -10,10 +10,10 @@ from safetensors import safe_open
 from dmm.demo import expert_sources, experts
 from dmm.demo.assembly import PLAN, RECORD, WEIGHTS
 from dmm.errors import UserError
-from dmm.files import sha256
+from dmm.files.digest import sha256
 from dmm.formats.lora import read_lora
-from dmm.sampling import sample
-from dmm.teachers import open_pipeline
+from dmm.models.teachers import open_pipeline
+from dmm.pipeline.sampling import sample
 
 NAMES = (
     *("base", "noto", "noto-blob", "twemoji", "openmoji", "openmoji-black", "fluent", "fluent-flat"),

@@ -6,8 +6,8 @@ from PIL import Image
 
 from dmm.demo import expert_sources
 from dmm.demo.judge import judge_images, load_judge
-from dmm.sampling import sample
-from dmm.teachers import open_pipeline
+from dmm.models.teachers import open_pipeline
+from dmm.pipeline.sampling import sample
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from dmm.evaluation.evaluate import Protocol, evaluate
 from dmm.evaluation.held_out import Model
 from dmm.evaluation.painting import Painting
-from dmm.pipeline import temporary_style
-from dmm.styles import bake, detach_styles
+from dmm.models.styles import bake, detach_styles
+from dmm.pipeline.styled import temporary_style
 
 STYLES = ("ink", "photo")
 PROMPTS = ("a cat", "a dog", "a tree")

@@ -3,8 +3,8 @@ import torch
 from conftest import tiny_pipeline
 
 from dmm.evaluation.score_error import score_error
-from dmm.pipeline import add_styles
-from dmm.styles import StylePrompts
+from dmm.models.styles import StylePrompts
+from dmm.pipeline.styled import add_styles
 
 STYLES = ("ink", "photo")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
-from dmm.files import sha256
+from dmm.files.digest import sha256
 from dmm.soup.cook import cook
 from dmm.soup.ledger import read_ledger, with_more, without
 from dmm.soup.recipe import SoupRecipe

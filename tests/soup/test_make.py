@@ -18,6 +18,7 @@ from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
 from dmm.formats.single_file import V_PREDICTION_MARK, save_single_file
+from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup import slices, stream, thresholds
 from dmm.soup.make import make_soup
 from dmm.soup.methods import kept_above, slerp, ties
@@ -26,7 +27,6 @@ from dmm.soup.plan import Merged
 from dmm.soup.reading import WeightFile
 from dmm.soup.recipe import SoupRecipe
 from dmm.soup.writing import Declared
-from dmm.teachers import ModelSource, open_pipeline
 
 CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 TEXT = "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight"

@@ -9,10 +9,10 @@ from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
 from dmm.formats.lora import read_lora, save_kohya_lora
+from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup.cook import cook
 from dmm.soup.lora import Factors, factorise, truncate_factors
 from dmm.soup.recipe import SoupRecipe
-from dmm.teachers import ModelSource, open_pipeline
 
 TARGETS = ["to_q", "to_k", "conv1"]
 

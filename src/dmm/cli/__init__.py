@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import dmm
 from dmm.cli.arguments import Parser
-from dmm.errors import UserError
-from dmm.names import nearest
+from dmm.errors import UserError, nearest
 
 COMMANDS = {
     "add": "merge further styles into a merged model, and keep those that it has",

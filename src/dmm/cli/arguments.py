@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dmm.errors import UserError
-from dmm.names import nearest
+from dmm.errors import UserError, nearest
 
 # tqdm's format where single steps move the bar by parts of a picture
 BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.outputs import check_folder, new_folder
+from dmm.files.outputs import check_folder, new_folder
 
 TABLE, PLOT = "comparison.md", "comparison.png"
 

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any
 
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
-from dmm.outputs import check_folder
-from dmm.prompts import read_prompts
-from dmm.samplers import check_multiple, check_settings
+from dmm.files.outputs import check_folder
+from dmm.files.prompts import read_prompts
+from dmm.pipeline.samplers import check_multiple, check_settings
 
 if TYPE_CHECKING:
     from dmm.evaluation.sources import Models
@@ -123,8 +123,8 @@ def run(args: argparse.Namespace) -> None:
     from dmm.evaluation.painting import Painting
     from dmm.evaluation.preference import open_scorer
     from dmm.evaluation.sources import find_models
-    from dmm.processes import join_processes, leave, on_main
     from dmm.report.report import write_report
+    from dmm.training.processes import join_processes, leave, on_main
 
     state = join_processes()
     on_main(lambda: check_folder(args.output, overwrite=args.overwrite))

@@ -18,7 +18,7 @@ from pathlib import Path
 from dmm.cli.arguments import add_overwrite
 from dmm.cli.style_options import read_mix, write_style
 from dmm.errors import UserError
-from dmm.outputs import check_file, check_folder
+from dmm.files.outputs import check_file, check_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +63,10 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     quiet_libraries()
     import torch
 
-    from dmm.export import export_all, export_authors, export_style
-    from dmm.pipeline import load_pipeline, read_styles, style_names
-    from dmm.styles import style_weights
-    from dmm.teachers import ModelSource, locate
+    from dmm.models.styles import style_weights
+    from dmm.models.teachers import ModelSource, locate
+    from dmm.pipeline.export import export_all, export_authors, export_style
+    from dmm.pipeline.styled import load_pipeline, read_styles, style_names
 
     start = time.monotonic()
     path = locate(ModelSource(args.model))

@@ -45,14 +45,13 @@ from dmm.cli.opening import add_opening_options, check_opening, open_model, read
 from dmm.cli.output_names import name_output
 from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
 from dmm.cli.style_options import add_style_options, asks_for_styles, choose_styles, write_style
-from dmm.errors import UserError
-from dmm.names import nearest
-from dmm.outputs import check_file, check_folder, new_folder
-from dmm.prompts import read_prompts
-from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
+from dmm.errors import UserError, nearest
+from dmm.files.outputs import check_file, check_folder, new_folder
+from dmm.files.prompts import read_prompts
+from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 
 if TYPE_CHECKING:
-    from dmm.parameters import Parameters
+    from dmm.files.parameters import Parameters
 
 LARGEST_GRID = 30_000  # pixels a side: more, and common viewers give up
 
@@ -124,8 +123,8 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
     quiet_libraries()
     import torch
 
-    from dmm.pipeline import read_styles
-    from dmm.teachers import locate
+    from dmm.models.teachers import locate
+    from dmm.pipeline.styled import read_styles
 
     source = read_source(args)
     path = locate(source)
@@ -154,9 +153,9 @@ def _write(
     args: argparse.Namespace, pipeline: Any, pictures: list[Picture], layout: Layout | None, output: Path
 ) -> None:
     """Paint, and write the grid that ``layout`` tells of, or each picture on its own where there is none."""
-    from dmm.pictures import grid, save_png
-    from dmm.plugins import add_plugins, open_picture
-    from dmm.sampling import picture_size, sample, usual_batch_size
+    from dmm.files.pictures import grid, save_png
+    from dmm.pipeline.plugins import add_plugins, open_picture
+    from dmm.pipeline.sampling import picture_size, sample, usual_batch_size
 
     start = time.monotonic()
     _tell_of_cut_prompts(pipeline, [*dict.fromkeys(picture.prompt for picture in pictures), args.negative])
@@ -253,7 +252,7 @@ def _seeds(args: argparse.Namespace) -> list[int]:
 
 
 def _tell_of_cut_prompts(pipeline: Any, prompts: list[str]) -> None:
-    from dmm.sampling import unread
+    from dmm.pipeline.sampling import unread
 
     cut = {prompt: rest for prompt in prompts if (rest := unread(pipeline, prompt))}
     if cut:
@@ -263,8 +262,8 @@ def _tell_of_cut_prompts(pipeline: Any, prompts: list[str]) -> None:
 
 
 def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, height: int) -> "Parameters":
-    from dmm.files import sha256
-    from dmm.parameters import Parameters, model_hash
+    from dmm.files.digest import sha256
+    from dmm.files.parameters import Parameters, model_hash
 
     model = Path(args.model).expanduser()
     lora, lora_scale = args.lora or (None, 1.0)

@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmm.errors import UserError
-from dmm.recipe import load_recipe
+from dmm.recipes.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from dmm.merge import Merged
+    from dmm.training.merge import Merged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +74,7 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
     Args:
         overrides: of the recipe's keys.
-    Raises: UserError: see :func:`dmm.merge.merge`; KeyboardInterrupt: with a word on how to go on.
+    Raises: UserError: see :func:`dmm.training.merge.merge`; KeyboardInterrupt: with a word on how to go on.
     """
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what is there, --overwrite removes it: give one of them.")
@@ -83,9 +83,9 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet_libraries()
     import torch
 
-    from dmm.merge import FIRST_STAGE, merge
-    from dmm.processes import is_main_process, leave
-    from dmm.trainer import CHECKPOINTS, Stopped
+    from dmm.training.merge import FIRST_STAGE, merge
+    from dmm.training.processes import is_main_process, leave
+    from dmm.training.trainer import CHECKPOINTS, Stopped
 
     try:
         recipe = load_recipe(args.recipe, overrides)
@@ -116,7 +116,7 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _told(merged: "Merged") -> str:
-    from dmm.trainer import CHECKPOINTS
+    from dmm.training.trainer import CHECKPOINTS
 
     folder, styles = merged.folder, ", ".join(merged.styles)
     if merged.was_finished:

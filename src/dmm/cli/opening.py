@@ -9,8 +9,8 @@ from dmm.cli.arguments import read_scaled_path
 from dmm.errors import UserError
 
 if TYPE_CHECKING:
-    from dmm.styles import StylePrompts
-    from dmm.teachers import ModelSource
+    from dmm.models.styles import StylePrompts
+    from dmm.models.teachers import ModelSource
 
 
 def add_opening_options(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def check_opening(args: argparse.Namespace) -> None:
 
 def read_source(args: argparse.Namespace) -> "ModelSource":
     """What the options tell of the model's files."""
-    from dmm.teachers import ModelSource
+    from dmm.models.teachers import ModelSource
 
     lora, lora_scale = args.lora or (None, 1.0)
     return ModelSource(
@@ -73,8 +73,8 @@ def open_model(args: argparse.Namespace, source: "ModelSource", style_prompts: "
     """
     import torch
 
-    from dmm.pipeline import open_styled
-    from dmm.teachers import open_pipeline
+    from dmm.models.teachers import open_pipeline
+    from dmm.pipeline.styled import open_styled
 
     device = args.device or (
         "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

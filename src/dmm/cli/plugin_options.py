@@ -8,7 +8,7 @@ from dmm.cli.arguments import read_scaled_path
 from dmm.errors import UserError
 
 if TYPE_CHECKING:
-    from dmm.plugins import Control, IPAdapter, Start
+    from dmm.pipeline.plugins import Control, IPAdapter, Start
 
 STRENGTH = 0.75
 
@@ -87,7 +87,7 @@ def check_plugins(args: argparse.Namespace) -> None:
 
 def read_plugins(args: argparse.Namespace) -> "tuple[list[Control], Start | None, IPAdapter | None]":
     """What the options ask for."""
-    from dmm.plugins import Control, IPAdapter, Start
+    from dmm.pipeline.plugins import Control, IPAdapter, Start
 
     controls = [
         Control(model, image, scale) for (model, scale), image in zip(args.controlnet, args.control_image, strict=True)

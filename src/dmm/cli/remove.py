@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the model without the style.
 
-    Raises: UserError: see :func:`dmm.removal.remove_style`.
+    Raises: UserError: see :func:`dmm.pipeline.removal.remove_style`.
     """
     from dmm.cli.libraries import quiet_libraries
 
     quiet_libraries()
-    from dmm.removal import remove_style
+    from dmm.pipeline.removal import remove_style
 
     left = remove_style(args.merged, args.name, args.output, overwrite=args.overwrite)
     print(

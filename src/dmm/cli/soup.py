@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from dmm.cli.arguments import add_overwrite
 from dmm.errors import UserError
-from dmm.outputs import check_file, check_folder
+from dmm.files.outputs import check_file, check_folder
 
 if TYPE_CHECKING:
     from dmm.soup.ledger import Ledger

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmm.conditioning import check_clip_skip, encode_tokens, tokenize
 from dmm.data.images import CaptionedImages, load_image
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_vae, key_of
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
-from dmm.samplers import check_multiple
+from dmm.models.conditioning import check_clip_skip, encode_tokens, tokenize
+from dmm.pipeline.samplers import check_multiple
 
 
 def encode_latents(
@@ -108,8 +108,8 @@ def encode_texts(
     Args:
         progress: called with numbers of captions, which add up to those that this process sees to.
         place: this process's, among those that share the work; see :func:`dmm.data.rows.cached_rows`.
-        clip_skip: see :func:`dmm.conditioning.encode_tokens`.
-    Returns: U rows of the tensors of :func:`dmm.conditioning.encode_tokens`.
+        clip_skip: see :func:`dmm.models.conditioning.encode_tokens`.
+    Returns: U rows of the tensors of :func:`dmm.models.conditioning.encode_tokens`.
     Raises: UserError: the arithmetic overflowed, or the text encoder has not so many layers to skip.
     """
     check_clip_skip(pipeline, clip_skip)

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from dmm.data.keys import key_of
 from dmm.errors import UserError
-from dmm.outputs import new_file
+from dmm.files.outputs import new_file
 
 METADATA = "metadata.jsonl"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm.styles import styled_embedding
+from dmm.models.styles import styled_embedding
 
 _VERSION = 1  # raise it when our own way of making cached content changes
 _VAE_CONFIG = ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor")

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dmm.data.keys import digest_tensors
-from dmm.outputs import new_file
+from dmm.files.outputs import new_file
 
 # few enough that little is lost when a run is interrupted, enough that a million rows are no million files
 SHARD_ROWS = 64

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm.conditioning import check_clip_skip, tokenize
 from dmm.data.encoding import check_rows, encode_images
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
-from dmm.samplers import DEFAULT_SAMPLER, SAMPLERS, check_settings
-from dmm.sampling import picture_size, sample, sample_latents
+from dmm.models.conditioning import check_clip_skip, tokenize
+from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_settings
+from dmm.pipeline.sampling import picture_size, sample, sample_latents
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Synthesis:
     negative_prompt: str = ""
     """What guidance leads away from."""
     sampler: str = DEFAULT_SAMPLER
-    """A key of :data:`dmm.samplers.SAMPLERS`."""
+    """A key of :data:`dmm.pipeline.samplers.SAMPLERS`."""
     seed: int = 0
     """Of the whole set; another one shares no image with it."""
 
@@ -112,7 +112,7 @@ def synthesize(
         cache: folder of the cache.
         progress: called with numbers of images, which add up to those that this process sees to.
         place: this process's, among those that paint together; see :func:`dmm.data.rows.cached_rows`.
-        clip_skip: of the teacher, see :func:`dmm.conditioning.encode_tokens`.
+        clip_skip: of the teacher, see :func:`dmm.models.conditioning.encode_tokens`.
     Returns: rows of ``latents``, as :func:`dmm.data.encoding.encode_latents` makes them.
     Raises: UserError: the size does not suit the teacher, or the arithmetic overflowed.
     """

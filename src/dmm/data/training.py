@@ -13,18 +13,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dmm.batches import STUDENT
-from dmm.conditioning import num_cut
 from dmm.data.encoding import check_size, encode_latents, encode_texts
 from dmm.data.images import CaptionedImages
 from dmm.data.rows import ALONE, Place, Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
 from dmm.errors import UserError
+from dmm.models.conditioning import num_cut
+
+STUDENT = "student"
+"""Name of the student's text encoder, which is the base's."""
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 logger = logging.getLogger(__name__)
 
+
+def student_in(style: str) -> str:
+    """Name, which no teacher can have, of the student as it paints in a style."""
+    return f"{STUDENT}/{style}"
 
 class TrainingData:
     """M latents with captions, embedded as each text encoder does, read at random from disk.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from dmm.errors import UserError
-from dmm.files import sha256
+from dmm.files.digest import sha256
 
 if TYPE_CHECKING:
-    from dmm.teachers import ModelSource
+    from dmm.models.teachers import ModelSource
 
 WEIGHTS = Path(__file__).with_name("weights")
 PLAN = "experts.json"
@@ -49,11 +49,11 @@ def experts(cache: Path | None = None) -> dict[str, Path]:
 
 
 def expert_sources(cache: Path | None = None) -> dict[str, "ModelSource"]:
-    """The embedded experts as :func:`dmm.teachers.open_pipeline` takes them, by style name, ``base`` first.
+    """The embedded experts as :func:`dmm.models.teachers.open_pipeline` takes them, by style name, ``base`` first.
 
     Arguments and errors are those of :func:`experts`.
     """
-    from dmm.teachers import ModelSource  # here, so that listing the experts needs no torch
+    from dmm.models.teachers import ModelSource  # here, so that listing the experts needs no torch
 
     paths = experts(cache)
     base = paths["base"]
@@ -122,7 +122,7 @@ def _assemble_single_file(expert: dict[str, Any], root: Path) -> None:
     import torch
 
     from dmm.formats.single_file import save_single_file
-    from dmm.teachers import ModelSource, open_pipeline
+    from dmm.models.teachers import ModelSource, open_pipeline
 
     with tempfile.TemporaryDirectory(dir=root) as parts:
         _assemble_folder({**expert, "path": "folder"}, Path(parts))

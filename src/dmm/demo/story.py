@@ -14,11 +14,11 @@ from PIL import Image
 from dmm.demo.assembly import expert_forms, expert_sources, experts
 from dmm.demo.judge import Judge, judge_images, load_judge
 from dmm.errors import UserError
-from dmm.pictures import grid, save_png
-from dmm.pipeline import load_pipeline, set_style
-from dmm.sampling import sample
-from dmm.teachers import open_pipeline
-from dmm.yaml import write_yaml
+from dmm.files.pictures import grid, save_png
+from dmm.files.yaml import write_yaml
+from dmm.models.teachers import open_pipeline
+from dmm.pipeline.sampling import sample
+from dmm.pipeline.styled import load_pipeline, set_style
 
 PROMPTS = ("fox", "red apple", "octopus", "rocket", "palm tree", "robot")
 GUIDANCE_SCALE = 2.0

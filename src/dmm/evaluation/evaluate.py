@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import dmm
 from dmm.data.rows import Place, Rows
-from dmm.errors import UserError
+from dmm.errors import UserError, nearest
 from dmm.evaluation.distances import check_count
 from dmm.evaluation.extractors import FEATURES, Extractor, extract
 from dmm.evaluation.figures import (
@@ -44,13 +44,12 @@ from dmm.evaluation.mixing import Mix, mixing_scores
 from dmm.evaluation.painting import Painting, paint, share_of
 from dmm.evaluation.preference import Scorer
 from dmm.evaluation.score_error import ScoreError
-from dmm.names import nearest
-from dmm.outputs import check_disk, held_bytes
-from dmm.pipeline import style_names, temporary_style
-from dmm.processes import on_main
-from dmm.sampling import picture_size
-from dmm.styles import style_weights, styled_embedding
-from dmm.teachers import naming
+from dmm.files.outputs import check_disk, held_bytes
+from dmm.models.styles import style_weights, styled_embedding
+from dmm.models.teachers import naming
+from dmm.pipeline.sampling import picture_size
+from dmm.pipeline.styled import style_names, temporary_style
+from dmm.training.processes import on_main
 
 GRID_PROMPTS = 4
 

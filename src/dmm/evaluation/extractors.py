@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dmm.data.keys import digest_tensors, key_of
 from dmm.data.rows import Place, Rows, cached_rows
-from dmm.errors import UserError
-from dmm.names import nearest
+from dmm.errors import UserError, nearest
 
 FEATURES = "features"
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm.batches import CaptionedLatents
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import cached_rows
 from dmm.evaluation.painting import Painting
 from dmm.evaluation.score_error import References, ScoreError, score_error
-from dmm.pipeline import temporary_style
-from dmm.teachers import naming
+from dmm.models.teachers import naming
+from dmm.pipeline.styled import temporary_style
+from dmm.training.batches import CaptionedLatents
 
 NUM_LATENTS = 64
 """Of each style."""

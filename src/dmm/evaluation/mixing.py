@@ -18,8 +18,8 @@ from dmm.evaluation.held_out import Model
 from dmm.evaluation.painting import Painting, paint, share_of
 from dmm.evaluation.pairwise import estimate
 from dmm.evaluation.preference import Scorer
-from dmm.pipeline import temporary_style
-from dmm.teachers import naming
+from dmm.models.teachers import naming
+from dmm.pipeline.styled import temporary_style
 
 Mix = Mapping[str, float]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[float], object]]]

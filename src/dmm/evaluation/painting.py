@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm.conditioning import tokenize
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import Place, Rows, cached_rows
 from dmm.data.synthesis import Share
-from dmm.samplers import DEFAULT_SAMPLER, check_settings
-from dmm.sampling import picture_size, sample
+from dmm.models.conditioning import tokenize
+from dmm.pipeline.samplers import DEFAULT_SAMPLER, check_settings
+from dmm.pipeline.sampling import picture_size, sample
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Painting:
     height: int | None = None
     """Likewise."""
     sampler: str = DEFAULT_SAMPLER
-    """A key of :data:`dmm.samplers.SAMPLERS`."""
+    """A key of :data:`dmm.pipeline.samplers.SAMPLERS`."""
     precision: str = "fp32"
     """``fp32``, ``fp16`` or ``bf16``."""
 
@@ -86,7 +86,7 @@ def paint(
         cache: folder of the cache.
         progress: called with numbers of pictures, which add up to those that this process sees to.
         place: this process's, among those that paint together.
-        clip_skip: see :func:`dmm.conditioning.encode_tokens`.
+        clip_skip: see :func:`dmm.models.conditioning.encode_tokens`.
     Returns: rows of ``images``, (3, H, W), 8 bits, whole once all processes are done.
     Raises: UserError: the size does not suit the model, or the arithmetic overflowed.
     """

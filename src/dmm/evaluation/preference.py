@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dmm.data.keys import digest_tensors, key_of
-from dmm.errors import UserError
-from dmm.names import nearest
+from dmm.errors import UserError, nearest
 
 GROUP = "dmm.scorers"
 

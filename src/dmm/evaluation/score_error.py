@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm.batches import STUDENT, CaptionedLatents
-from dmm.diffusion import add_noise, convert_prediction
-from dmm.draws import draw
-from dmm.pipeline import temporary_style
-from dmm.teachers import noise_schedule
+from dmm.data.training import STUDENT
+from dmm.maths.diffusion import add_noise, convert_prediction
+from dmm.maths.draws import draw
+from dmm.models.teachers import noise_schedule
+from dmm.pipeline.styled import temporary_style
+from dmm.training.batches import CaptionedLatents
 
 References = Callable[[range], dict[str, Tensor]]
 """What ``teacher`` and ``base`` say of a style's draws, (B, C, H, W) float32 each, as they predict."""

@@ -9,15 +9,15 @@ import torch
 
 from dmm.errors import UserError
 from dmm.evaluation.held_out import Model
-from dmm.files import sha256
+from dmm.files.digest import sha256
 from dmm.formats.detect import LORA_FILE, is_lora
-from dmm.formats.side_car import STYLES_FOLDER, read_side_car
 from dmm.formats.tensors import read_header
-from dmm.merge import RECIPE
-from dmm.pipeline import load_pipeline
-from dmm.preflight import teacher_source
-from dmm.recipe import Recipe, load_recipe
-from dmm.teachers import ModelSource, check_model, locate, open_pipeline
+from dmm.models.side_car import STYLES_FOLDER, read_side_car
+from dmm.models.teachers import ModelSource, check_model, locate, open_pipeline
+from dmm.pipeline.styled import load_pipeline
+from dmm.recipes.recipe import Recipe, load_recipe
+from dmm.training.merge import RECIPE
+from dmm.training.preflight import teacher_source
 
 
 @dataclass(frozen=True)

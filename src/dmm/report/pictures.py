@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 from torch import Tensor
 
-from dmm.pictures import grid
+from dmm.files.pictures import grid
 
 
 def teacher_over_student(

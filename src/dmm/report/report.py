@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from dmm.evaluation.evaluate import Evaluation
-from dmm.outputs import new_folder
-from dmm.pictures import save_png
+from dmm.files.outputs import new_folder
+from dmm.files.pictures import save_png
 from dmm.report.figures import draw_fid_matrix, draw_score_error
 from dmm.report.files import REPORT
 from dmm.report.page import write_page

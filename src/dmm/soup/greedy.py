@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.outputs import check_file, check_folder
+from dmm.files.outputs import check_file, check_folder
 from dmm.soup.make import Bar, Made, layout_of, make_soup, no_bar
 from dmm.soup.reading import Digests
 from dmm.soup.recipe import SoupRecipe

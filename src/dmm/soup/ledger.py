@@ -15,10 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 import dmm
-from dmm.errors import UserError
+from dmm.errors import UserError, nearest
 from dmm.formats.tensors import read_header
-from dmm.names import nearest
-from dmm.recipe_parts import told
+from dmm.recipes.parts import told
 from dmm.soup.models import OpenModel
 from dmm.soup.plan import Plan
 from dmm.soup.recipe import SoupRecipe

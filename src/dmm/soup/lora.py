@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.files import sha256
+from dmm.files.digest import sha256
+from dmm.files.outputs import check_file, new_file
 from dmm.formats.detect import LORA_FILE, check_is_lora
 from dmm.formats.lora import peft_scaling, split_names
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
-from dmm.outputs import check_file, new_file
 from dmm.soup.ledger import check_digests, describe_recipe, labelled_digests
 from dmm.soup.make import Bar, Made, digest_files, no_bar
 from dmm.soup.models import Source

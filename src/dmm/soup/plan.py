@@ -319,7 +319,7 @@ def _locate(model: str) -> Path:
     path = Path(model)
     if path.exists():
         return path
-    from dmm.teachers import ModelSource, locate  # fetching from the hub takes all the libraries
+    from dmm.models.teachers import ModelSource, locate  # fetching from the hub takes all the libraries
 
     return locate(ModelSource(model))
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.files.outputs import new_file
 from dmm.formats.tensors import read_header
-from dmm.outputs import new_file
 from dmm.soup.writing import as_bytes
 
 CHUNK = 2**21

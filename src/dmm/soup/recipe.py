@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dmm.names import nearest
-from dmm.recipe_parts import Count, ExistingPath, Folder, Model, Name, Number, Part, Seed, in_range, read_recipe
+from dmm.errors import nearest
+from dmm.recipes.parts import Count, ExistingPath, Folder, Model, Name, Number, Part, Seed, in_range, read_recipe
 from dmm.soup.registry import METHODS
 
 MethodName = Literal[
@@ -179,7 +179,7 @@ class SoupRecipe(Part):
 
 
 def load_soup_recipe(path: Path, overrides: tuple[str, ...] | list[str] = ()) -> SoupRecipe:
-    """Read the recipe of a soup; see :func:`dmm.recipe_parts.read_recipe`.
+    """Read the recipe of a soup; see :func:`dmm.recipes.parts.read_recipe`.
 
     Raises: UserError: the first mistake, with the line or the override that makes it.
     """

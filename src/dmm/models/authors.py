@@ -1,0 +1,210 @@
+"""The layout in which DMM's authors released their merged models: read and written, SD 1.x.
+
+Their UNet holds the side-car itself. In its state dict stand ``model_embedding.weight``, the (N, D) codebook, and
+``add_embedding.linear_{1,2}.{weight,bias}``, the MLP; in its config, ``addition_embed_type: model_merge`` and
+``num_models``; and the classes are named for it. No stock library opens that, so the parts are told apart here. A
+single file has the same five tensors beside those of the original layout. Their styles have numbers for names.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.formats.folder import UNUSED_COMPONENTS, check_component, weight_files
+from dmm.formats.single_file import check_single_file, open_single_file
+from dmm.formats.skeleton import build_skeleton, check_tensors
+from dmm.formats.tensors import Header, check_finite, read_header, read_json, read_tensors, write_tensors
+from dmm.models.styles import Provenance, StylePrompts
+
+PIPELINE_CLASS = "StableDiffusionDMMPipeline"
+UNET_CLASS = "DMMUNet2DConditionModel"
+UNET_MODULE = "modeling.dmm_unet"
+"""Where the authors' code finds the class, as their model_index.json says."""
+STYLES_KEY = "dmm.models.styles"
+"""Of the metadata of a weight file that we wrote: the styles by name, and where each came from, as JSON."""
+
+_CODEBOOK = "model_embedding.weight"
+# the side-car's own names, by theirs
+_NAMES = {
+    _CODEBOOK: "embeddings",
+    "add_embedding.linear_1.weight": "linear_1.weight",
+    "add_embedding.linear_1.bias": "linear_1.bias",
+    "add_embedding.linear_2.weight": "linear_2.weight",
+    "add_embedding.linear_2.bias": "linear_2.bias",
+}
+_EMBED_TYPE = "model_merge"
+
+
+def is_authors(path: Path, *, allow_pickle: bool = False) -> bool:
+    """Whether a path holds a merged model in the authors' layout, a folder or a single file."""
+    if path.is_dir():
+        index = path / "model_index.json"
+        return index.is_file() and read_json(index).get("_class_name") == PIPELINE_CLASS
+    return any(name.endswith(_CODEBOOK) for name in read_header(path, allow_pickle=allow_pickle).tensors)
+
+
+def read_authors_styles(path: Path, *, allow_pickle: bool = False) -> StylePrompts:
+    """Read the style prompts of what :func:`is_authors`, in float32.
+
+    Raises: UserError: it is SDXL, which is not opened yet; a file is missing or damaged; or the parts do not fit.
+    """
+    files = _unet_files(path, allow_pickle)
+    tensors, metadata = _side_car(path, files, allow_pickle)
+    num_styles, dim = tensors["embeddings"].shape
+    provenance = _read_provenance(path, metadata, num_styles)
+    names = [one["name"] for one in provenance] if provenance else [str(i) for i in range(num_styles)]
+    with torch.device("meta"):
+        skeleton = StylePrompts(names, dim)
+    check_tensors(skeleton, tensors, str(path), {ours: theirs for theirs, ours in _NAMES.items()})
+    check_finite(tensors, str(path))
+    prompts: StylePrompts = skeleton.to_empty(device="cpu")
+    prompts.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    if provenance and all(len(one) > 1 for one in provenance):
+        prompts.provenance = [Provenance(**one) for one in provenance]
+    return prompts
+
+
+def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, allow_pickle: bool = False) -> Any:
+    """Load the stock part of what :func:`is_authors`: a pipeline that paints the style-less average.
+
+    Args:
+        config: the stock pipeline folder whose configs a single file follows.
+    Raises: UserError: a file is missing or damaged, or the parts do not fit.
+    """
+    if path.is_dir():
+        pipeline = _open_folder(path, torch_dtype, allow_pickle)
+    else:
+        header = read_header(path, allow_pickle=allow_pickle)
+        stock = {name: tensor for name, tensor in header.tensors.items() if not name.endswith(tuple(_NAMES))}
+        check_single_file(path, Header(stock, header.metadata), config, SD1)
+        assert config is not None  # check_single_file saw to it
+        pipeline = open_single_file(path, SD1, config=config, torch_dtype=torch_dtype)
+    for component in SD1.components:
+        check_finite(getattr(pipeline, component.name).state_dict(), f"{path}: {component.name}")
+    return pipeline
+
+
+def rewrite_folder(folder: Path, prompts: StylePrompts) -> None:
+    """Turn a stock pipeline folder, in place, into one of the authors' layout with these styles."""
+    _edit_json(folder / "model_index.json", {"_class_name": PIPELINE_CLASS, "unet": [UNET_MODULE, UNET_CLASS]})
+    _edit_json(
+        folder / "unet" / "config.json",
+        {"_class_name": UNET_CLASS, "addition_embed_type": _EMBED_TYPE, "num_models": len(prompts.names)},
+    )
+    (file,) = _unet_files(folder, allow_pickle=False)
+    rewrite_file(file, prompts, prefix="")
+
+
+def rewrite_file(file: Path, prompts: StylePrompts, prefix: str) -> None:
+    """Add the side-car to a file of UNet weights, in place, and tell of the styles in its metadata.
+
+    Args:
+        prefix: of the UNet's tensors there.
+    """
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    dtype = next(tensor.dtype for name, tensor in tensors.items() if name.startswith(prefix))
+    ours = prompts.state_dict()
+    tensors |= {prefix + theirs: ours[name].to(dtype) for theirs, name in _NAMES.items()}
+    styles = [asdict(one) for one in prompts.provenance] or [{"name": name} for name in prompts.names]
+    write_tensors(file, tensors, metadata | {STYLES_KEY: json.dumps(styles, ensure_ascii=False)})
+
+
+def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> Any:
+    unet_component, *others = SD1.components
+    for component in others:
+        at = folder / component.name
+        check_component(at, component, build_skeleton(at, component, SD1), allow_pickle=allow_pickle)
+    config = read_json(folder / "unet" / "config.json")
+    stock = {name: value for name, value in config.items() if name not in ("addition_embed_type", "num_models")}
+    try:
+        with torch.device("meta"):
+            unet = unet_component.model_class.from_config(stock | {"_class_name": unet_component.model_class.__name__})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'unet' / 'config.json'} describes no UNet: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    for file in _unet_files(folder, allow_pickle):
+        read_header(file, allow_pickle=allow_pickle)
+        tensors |= {name: tensor for name, tensor in read_tensors(file).items() if name not in _NAMES}
+    check_tensors(unet, tensors, str(folder / "unet"))
+    unet.load_state_dict({name: tensor.to(torch_dtype) for name, tensor in tensors.items()}, assign=True)
+    parts: dict[str, Any] = {"unet": unet.eval()}
+    # one by one: diffusers refuses a pipeline folder that names a class of a library that it does not know
+    for component in others:
+        at = folder / component.name
+        parts[component.name] = component.model_class.from_pretrained(
+            at,
+            variant=weight_files(at, component, allow_pickle)[1],
+            use_safetensors=None if allow_pickle else True,
+            local_files_only=True,
+        ).to(torch_dtype)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        parts["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
+        parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder} has no tokenizer or scheduler that can be opened: {error}") from error
+    return SD1.pipeline_class(**parts, **dict.fromkeys(UNUSED_COMPONENTS), requires_safety_checker=False)
+
+
+def _unet_files(path: Path, allow_pickle: bool) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    config = path / "unet" / "config.json"
+    found = read_json(config).get("addition_embed_type")
+    if found != _EMBED_TYPE:
+        kind = "SDXL" if found == f"{_EMBED_TYPE}_xl" else f"of addition_embed_type {found}"
+        raise UserError(f"{config}: this merge in the authors' layout is {kind}; {SD1.title} was expected.")
+    return weight_files(path / "unet", SD1.components[0], allow_pickle)[0]
+
+
+def _side_car(path: Path, files: list[Path], allow_pickle: bool) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """The side-car's tensors by our names, and the metadata of the file that holds the codebook."""
+    found: dict[str, Tensor] = {}
+    metadata: Mapping[str, str] = {}
+    for file in files:
+        header = read_header(file, allow_pickle=allow_pickle)
+        theirs = {name: _NAMES[key] for name in header.tensors for key in _NAMES if name.endswith(key)}
+        if any("add_embedding2." in name or name.startswith("conditioner.") for name in header.tensors):
+            raise UserError(f"{path}: this merge in the authors' layout is SDXL; {SD1.title} was expected.")
+        if theirs and file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:  # five of gigabytes
+                found |= {ours: tensors.get_tensor(name) for name, ours in theirs.items()}
+        elif theirs:
+            pickled = read_tensors(file)
+            found |= {ours: pickled[name] for name, ours in theirs.items()}
+        if any(name.endswith(_CODEBOOK) for name in theirs):
+            metadata = header.metadata
+    if "embeddings" not in found or found["embeddings"].ndim != 2:
+        raise UserError(f"{path} has no '{_CODEBOOK}' of two dimensions. The file is incomplete; download it again.")
+    return found, metadata
+
+
+def _read_provenance(path: Path, metadata: Mapping[str, str], num_styles: int) -> list[dict[str, str]]:
+    """What a file that we wrote says of its styles; empty for the authors' own."""
+    try:
+        found = json.loads(metadata.get(STYLES_KEY, "[]"))
+        names = [one["name"] for one in found]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: its metadata '{STYLES_KEY}' cannot be read. Export the model again.") from error
+    if found and len(set(names)) != num_styles:
+        raise UserError(
+            f"{path}: its metadata '{STYLES_KEY}' names {len(set(names))} styles, its codebook has {num_styles}. "
+            "Export the model again."
+        )
+    return found
+
+
+def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+    path.write_text(json.dumps(read_json(path) | changes, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,208 @@
+"""Style prompts: the only new parameters of a merged model, and how they reach a stock one.
+
+A merged model is a stock diffusers model plus a side-car of N learned vectors e_i, the style prompts,
+and an MLP. To paint in a style, or a mix with weights w, the vector
+
+    MLP(sum_i w_i e_i)
+
+is added to the embedding of the timestep (DMM §3.3, §A.1). For fixed weights it is a constant, so it
+can also be baked into a bias, which leaves an ordinary checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from dmm.errors import UserError, nearest
+
+Mix = str | Mapping[str, float]
+"""One style by name, or several with weights that sum to 1."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a style came from."""
+
+    name: str
+    """Of the style."""
+    source: str
+    """Its teacher: the file, folder or hub id."""
+    sha256: str
+    """Of the teacher's file, or of its folder's UNet weights."""
+    family: str
+    """A key of ``dmm.families.FAMILIES``."""
+    prediction_type: str
+    """What the teacher predicts."""
+
+
+class StylePrompts(ModelMixin, ConfigMixin):
+    """A codebook of N style prompts and the MLP that aligns them with the timestep embedding.
+
+    The codebook starts as N(0, 1), the MLP as PyTorch's default: the paper's rows have norms of about
+    36, the square root of 1280, after training as such a start has before it (seed for seed).
+
+    Args:
+        names: of the N styles, in the order of the codebook's rows.
+        dim: D, the width of the model's timestep embedding; 1280 in SD 1.x and SDXL.
+    Source: DMM §3.3, §A.1.
+    """
+
+    provenance: Sequence[Provenance] = ()
+    """Where each style came from, in the order of the names; empty where that is not known."""
+
+    @register_to_config
+    def __init__(self, names: Sequence[str], dim: int = 1280) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.randn(len(names), dim))
+        self.linear_1 = nn.Linear(dim, dim)
+        self.act = nn.SiLU()
+        self.linear_2 = nn.Linear(dim, dim)
+
+    @property
+    def names(self) -> list[str]:
+        """The styles' names, in the order of the codebook's rows."""
+        return list(self.config.names)
+
+    def forward(self, style_weights: Tensor) -> Tensor:
+        """The style term of each mix.
+
+        The mix is taken before the MLP: the midpoint of two styles is the term of the mean of their prompts.
+
+        Args:
+            style_weights: (..., N), each row summing to 1.
+        Returns: (..., D).
+        """
+        mixed = style_weights.to(self.embeddings.dtype) @ self.embeddings
+        return self.linear_2(self.act(self.linear_1(mixed)))
+
+
+class StyledTimestepEmbedding(TimestepEmbedding):
+    """A model's own timestep embedding, which also adds the current style term.
+
+    Its parameters are those of the module that it replaces, under the same names, so that the model
+    saves, loads and trains as if it were stock. The side-car and the term are plain attributes: what
+    is no submodule is not saved with the model, and what is no buffer is not made equal across
+    processes by DDP.
+    """
+
+    style_prompts: StylePrompts
+    term: Tensor | None
+
+    @classmethod
+    def replace(cls, plain: TimestepEmbedding, style_prompts: StylePrompts) -> "StyledTimestepEmbedding":
+        """A styled embedding on the parameters of ``plain``, with no style set."""
+        styled = cls.__new__(cls)
+        nn.Module.__init__(styled)
+        styled.__dict__.update(plain.__dict__)
+        # __setattr__ would register the side-car as a submodule
+        styled.__dict__["style_prompts"] = style_prompts
+        styled.__dict__["term"] = None
+        return styled
+
+    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Embed (B, ...) timesteps; (B, D), with the style term where one is set.
+
+        Raises: ValueError: the term is of S styles and B is not S, 2 S or 3 S (guidance makes blocks of S).
+        """
+        embedding = super().forward(sample, condition)
+        if self.term is None:
+            return embedding
+        term = self.term.to(embedding)  # its device, too: offloading moves parameters only
+        if term.ndim == 2:
+            blocks, rest = divmod(len(embedding), len(term))
+            if rest or not 1 <= blocks <= 3:
+                raise ValueError(
+                    f"{len(term)} styles were set, one for each image, and the model is given a batch of "
+                    f"{len(embedding)}: set one style for all, or as many as images in a batch."
+                )
+            term = term.repeat(blocks, 1)
+        return embedding + term
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "StyledTimestepEmbedding":
+        super()._apply(fn, recurse)
+        if self.term is not None:
+            self.__dict__["term"] = fn(self.term)
+        self.style_prompts._apply(fn, recurse)
+        return self
+
+
+def attach_styles(model: Any, style_prompts: StylePrompts, time_embedding: str = "time_embedding") -> None:
+    """Let a diffusers model take style terms; until one is set its output does not change by a bit.
+
+    Args:
+        model: a UNet or a ControlNet; any model one of whose modules embeds time.
+        time_embedding: the name of that module.
+    Raises: UserError: the module's width is not that of the style prompts.
+    """
+    plain = model.get_submodule(time_embedding)
+    dim = plain.linear_2.out_features
+    if dim != style_prompts.config.dim:
+        raise UserError(
+            f"The style prompts are {style_prompts.config.dim} wide, the model's timestep embedding {dim}: "
+            "they belong to another model."
+        )
+    model.set_submodule(time_embedding, StyledTimestepEmbedding.replace(plain, style_prompts))
+
+
+def styled_embedding(model: nn.Module) -> StyledTimestepEmbedding | None:
+    """The module of ``model`` that takes style terms; None where :func:`attach_styles` has not been."""
+    return next((module for module in model.modules() if isinstance(module, StyledTimestepEmbedding)), None)
+
+
+def style_weights(names: Sequence[str], style: Mix | Sequence[Mix]) -> Tensor:
+    """Styles by name as weights.
+
+    Args:
+        names: the N styles that there are.
+        style: one style, or a mix; or a list of these, one for each image.
+    Returns: (N,), or (S, N) for a list of S; float32.
+    Raises: UserError: there is no style of that name; weights are not finite numbers that sum to 1; an empty list.
+    """
+    if not isinstance(style, str | Mapping):
+        if not style:
+            raise UserError("A list of styles needs one style for each image; this one is empty.")
+        return torch.stack([style_weights(names, one) for one in style])
+    mix = {style: 1.0} if isinstance(style, str) else style
+    for name in mix:
+        if name not in names:
+            raise UserError(f"There is no style '{name}'{nearest(name, names)}; the styles are {', '.join(names)}.")
+    total = sum(mix.values())
+    if not abs(total - 1) <= 1e-4:  # false for NaN, too
+        told = ", ".join(f"{name}={weight:g}" for name, weight in mix.items()) or "none"
+        raise UserError(f"The weights of a mix must sum to 1; these ({told}) sum to {total:g}.")
+    return torch.tensor([float(mix.get(name, 0.0)) for name in names])
+
+
+@torch.no_grad()
+def bake(model: Any, term: Tensor, time_embedding: str = "time_embedding") -> None:
+    """Add a style term to the bias after which it would be added; the model is then stock and paints that style.
+
+    Args:
+        model: a diffusers model as for :func:`attach_styles`, changed in place; attached styles are taken off.
+        term: (D,), of :class:`StylePrompts`.
+    """
+    module = model.get_submodule(time_embedding)
+    if isinstance(module, StyledTimestepEmbedding):
+        module = _plain(module)
+        model.set_submodule(time_embedding, module)
+    module.linear_2.bias.add_(term.to(module.linear_2.bias))
+
+
+def detach_styles(model: Any, time_embedding: str = "time_embedding") -> None:
+    """Undo :func:`attach_styles`: the model is stock again."""
+    module = model.get_submodule(time_embedding)
+    if isinstance(module, StyledTimestepEmbedding):
+        model.set_submodule(time_embedding, _plain(module))
+
+
+def _plain(styled: StyledTimestepEmbedding) -> TimestepEmbedding:
+    plain = TimestepEmbedding.__new__(TimestepEmbedding)
+    nn.Module.__init__(plain)
+    plain.__dict__.update({k: v for k, v in styled.__dict__.items() if k not in ("style_prompts", "term")})
+    return plain

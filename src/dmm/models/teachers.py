@@ -1,0 +1,229 @@
+"""Teachers: models of any format, opened, checked and frozen."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+
+from dmm.errors import UserError
+from dmm.families import FAMILIES, SD1
+from dmm.formats.detect import LORA_FILE
+from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
+from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
+from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
+from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header, read_json
+from dmm.formats.vae import check_vae, fetch_vae, open_vae
+from dmm.maths.diffusion import PredictionType
+from dmm.models.side_car import STYLES_FOLDER
+
+PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from."""
+
+    model: str | Path
+    """A stock diffusers folder, a single file (.safetensors; a pickle only with ``allow_pickle``), or a hub id."""
+    config: Path | None = None
+    """A stock pipeline folder whose configs and tokenizer a single file follows; a folder has its own."""
+    lora: Path | None = None
+    """A LoRA that is put on ``model``, in kohya's layout or that of diffusers or PEFT."""
+    lora_scale: float = 1.0
+    """How strongly."""
+    vae: str | Path | None = None
+    """A VAE in place of the model's own: a folder, a single file or a hub id."""
+    prediction_type: str | None = None
+    """``epsilon`` or ``v_prediction``; by default what the file or the folder says."""
+    allow_pickle: bool = False
+    """Open pickles too, with ``weights_only``."""
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in (None, *PREDICTION_TYPES):
+            raise UserError(
+                f"{self.model}: the prediction type is '{self.prediction_type}'; one of {', '.join(PREDICTION_TYPES)} "
+                "was expected."
+            )
+
+
+@dataclass(frozen=True)
+class CheckedModel:
+    """What is known of a model before its weights are loaded."""
+
+    path: Path
+    """Where it is here."""
+    skeletons: dict[str, Any]
+    """Its components, without weights."""
+    scheduler_config: dict[str, Any]
+    prediction_type: PredictionType
+    lora: list[LoraLayerWeights]
+    """What is to be fused into the weights."""
+    vae: Path | None
+    """What stands in for its own VAE."""
+    unet_files: tuple[Path, ...]
+    """What holds the UNet's weights; of a LoRA, its file."""
+
+
+def check_model(source: ModelSource, *, family: str | None = None, name: str | None = None) -> CheckedModel:
+    """Check everything about a model that can be known without loading its weights.
+
+    Args:
+        family: which is expected, a key of ``dmm.families.FAMILIES``; by default SD 1.x.
+        name: what error messages call the model, such as ``teacher 'noto'``; by default they begin with its path.
+    Raises: UserError: whatever is wrong with the files: missing, cut short, pickled, of another family or
+        architecture, incomplete, or a LoRA that does not fit.
+    """
+    with naming(name):
+        expected = FAMILIES[family] if family else SD1
+        path = locate(source)
+        said = None
+        if path.is_dir():
+            skeletons = check_folder(path, expected, allow_pickle=source.allow_pickle)
+            files, _ = weight_files(path / "unet", expected.components[0], source.allow_pickle)
+        else:
+            header = read_header(path, allow_pickle=source.allow_pickle)
+            skeletons = check_single_file(path, header, source.config, expected)
+            said = prediction_type_of(path, header)
+            files = [path]
+        lora: list[LoraLayerWeights] = []
+        if source.lora:
+            lora = read_lora(source.lora, skeletons, allow_pickle=source.allow_pickle)
+            files = [source.lora / LORA_FILE if source.lora.is_dir() else source.lora]
+        vae = None if source.vae is None else _locate_vae(source.vae)
+        if vae is not None:
+            check_vae(vae, skeletons, expected, allow_pickle=source.allow_pickle)
+        configs = path if path.is_dir() else source.config
+        assert configs is not None  # check_single_file saw to it
+        scheduler_config = read_json(configs / "scheduler" / "scheduler_config.json")
+        found = source.prediction_type or said or scheduler_config.get("prediction_type", "epsilon")
+        prediction_type = next((known for known in PREDICTION_TYPES if known == found), None)
+        if prediction_type is None:
+            raise UserError(
+                f"{path}: its scheduler's prediction type is '{found}'; one of {', '.join(PREDICTION_TYPES)} was "
+                "expected. Models of other prediction types cannot be merged."
+            )
+        return CheckedModel(path, skeletons, scheduler_config, prediction_type, lora, vae, tuple(files))
+
+
+def open_pipeline(
+    source: ModelSource,
+    *,
+    torch_dtype: torch.dtype = torch.float32,
+    family: str | None = None,
+    name: str | None = None,
+) -> StableDiffusionPipeline:
+    """Open a model of any format as a stock pipeline.
+
+    Everything that can be checked without loading weights is, before any are. A LoRA is fused into the weights, so
+    that what comes back is plain. There is no safety checker.
+
+    Args:
+        torch_dtype: of the weights in memory, whatever their dtype on disk.
+        family, name: see :func:`check_model`.
+    Raises: UserError: as :func:`check_model`; or values that are not finite.
+    """
+    expected = FAMILIES[family] if family else SD1
+    checked = check_model(source, family=family, name=name)
+    with naming(name):
+        path = checked.path
+        if path.is_dir():
+            pipeline = open_folder(path, expected, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
+        else:
+            assert source.config is not None  # check_single_file saw to it
+            pipeline = open_single_file(path, expected, config=source.config, torch_dtype=torch_dtype)
+        fuse_lora(pipeline, checked.lora, source.lora_scale)
+        if checked.vae is not None:
+            config = path if path.is_dir() else source.config
+            assert config is not None
+            pipeline.register_modules(
+                vae=open_vae(checked.vae, config=config, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
+            )
+        scheduler = pipeline.scheduler
+        if scheduler.config.prediction_type != checked.prediction_type:
+            pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=checked.prediction_type)
+        for component in expected.components:
+            tensors = getattr(pipeline, component.name).state_dict()
+            assert not any(tensor.is_meta for tensor in tensors.values()), f"{component.name} is not wholly loaded"
+            check_finite(tensors, f"{path}: {component.name}")
+        return pipeline
+
+
+def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
+    """The cumulative signal power at every timestep, (T,), that a model's scheduler config tells of."""
+    alphas_cumprod: Tensor = DDPMScheduler.from_config(scheduler_config).alphas_cumprod
+    return alphas_cumprod
+
+
+def freeze(module: Module) -> Module:
+    """Put a module in ``eval`` for good: no parameter asks for a gradient any more. Returns it."""
+    return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def naming(name: str | None) -> Iterator[None]:
+    """Within the block, a :class:`UserError` begins with ``name``."""
+    try:
+        yield
+    except UserError as error:
+        if name is None:
+            raise
+        raise UserError(f"{name}: {error}") from error
+
+
+def locate(source: ModelSource) -> Path:
+    """The local path of a model; a hub id's files are fetched, a merged model's ``styles/`` among them.
+
+    Raises: UserError: there is no such file or folder, and the hub did not give it.
+    """
+    path = _local(source.model)
+    if path is not None:
+        return path
+    hub_id = str(source.model)
+    try:
+        downloaded = StableDiffusionPipeline.download(
+            hub_id, use_safetensors=None if source.allow_pickle else True, **dict.fromkeys(UNUSED_COMPONENTS)
+        )
+        # diffusers fetches only what model_index.json names; the snapshot's folder is named by its revision
+        snapshot_download(hub_id, revision=Path(downloaded).name, allow_patterns=f"{STYLES_FOLDER}/*")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{source.model}: no such folder here, and the hub did not give it: {reason} Check the id, or download "
+            "the model and pass its folder."
+        ) from error
+    return Path(downloaded)
+
+
+def _locate_vae(vae: str | Path) -> Path:
+    path = _local(vae)
+    if path is not None:
+        return path
+    try:
+        return fetch_vae(str(vae))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{vae}: no such folder here, and the hub did not give it: {str(error).splitlines()[0]} Check the id."
+        ) from error
+
+
+def _local(model: str | Path) -> Path | None:
+    """The path of what is here; None for a hub id.
+
+    Raises: UserError: it is neither.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    looks_like_id = isinstance(model, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
+    if not looks_like_id or path.suffix in (".safetensors", *PICKLE_SUFFIXES) or path.parent.exists():
+        raise UserError(f"{model}: no such file or folder. Check the path.")
+    return None

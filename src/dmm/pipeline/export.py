@@ -1,0 +1,173 @@
+"""Export: a style of a merged model, or all of them, as checkpoints that other tools open.
+
+For a fixed style, or mix, the style term is a constant vector, which is baked into the one bias after which it would be
+added. What is left is an ordinary checkpoint.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+import dmm
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.files.outputs import new_file, new_folder
+from dmm.formats.single_file import original_names, save_single_file
+from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
+from dmm.models.authors import rewrite_file, rewrite_folder
+from dmm.models.styles import Mix, StylePrompts
+from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
+
+SINGLE_FILE = ".safetensors"
+"""An output of this suffix is a single file of the original layout; any other is a folder."""
+CHECKPOINT_FILE = "model.safetensors"
+PATCH_FOLDER = "styles"
+
+_BIAS = f"{SD1.time_embedding}.linear_2.bias"
+
+
+def export_style(
+    pipe: Any, style: Mix, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False
+) -> None:
+    """Write one style, or mix, as an ordinary checkpoint: what it paints is what ``pipe`` paints in that style.
+
+    Args:
+        pipe: from ``dmm.load_pipeline``, in float32, so that the bias is rounded once.
+        output: a .safetensors file of the original layout, or a stock diffusers folder.
+        dtype: of the written weights.
+    Raises: UserError: there is no such style; a weight is too large for the dtype; the pipeline has an adapter on it;
+        the output exists, or cannot be written.
+    """
+    mix = {style: 1.0} if isinstance(style, str) else dict(style)
+    baked = stock_twin(pipe, mix)
+    metadata = describe(pipe, mix)
+    if output.suffix == SINGLE_FILE:
+        with new_file(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
+            _write_single_file(baked, temporary, dtype, metadata)
+    else:
+        with new_folder(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
+            _write_folder(baked, temporary, dtype, metadata)
+
+
+def export_all(
+    pipe: Any, folder: Path, *, single_file: bool = False, dtype: torch.dtype = torch.float32, overwrite: bool = False
+) -> None:
+    """Write every style at once: one checkpoint, and for each style a patch of a few kilobytes.
+
+    The checkpoint is the style-less average; a patch is the one bias of it that the style changes, by the name that it
+    has in the checkpoint: ``styles/NAME.safetensors``.
+
+    Args:
+        folder: becomes a stock diffusers folder.
+        single_file: put ``model.safetensors``, of the original layout, in it instead.
+    Raises: UserError: see :func:`export_style`.
+    """
+    stock = stock_twin(pipe)
+    models = {component.name: getattr(stock, component.name) for component in SD1.components}
+    name = original_names(models, SD1)["unet"][_BIAS] if single_file else _BIAS
+    with new_folder(folder, overwrite=overwrite) as temporary, told_of_full_disk(folder):
+        if single_file:
+            _write_single_file(stock, temporary / CHECKPOINT_FILE, dtype, describe(pipe, None))
+        else:
+            _write_folder(stock, temporary, dtype, describe(pipe, None))
+        (temporary / PATCH_FOLDER).mkdir()
+        for style, file in zip(style_prompts_of(pipe).names, patch_files(pipe), strict=True):
+            bias: Tensor = stock_twin(pipe, style).unet.get_parameter(_BIAS)
+            patch = {name: bias.detach().to(dtype)}
+            check_finite(patch, f"the style '{style}'")
+            write_tensors(temporary / PATCH_FOLDER / file, patch, {"format": "pt", **describe(pipe, {style: 1.0})})
+
+
+def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
+    """Write a merged model, all its styles in it, in the layout that DMM's authors released.
+
+    Args:
+        output: a folder; or a .safetensors file, the original layout with the side-car's five tensors beside it.
+    Raises: UserError: see :func:`export_style`.
+    """
+    prompts: StylePrompts = style_prompts_of(pipe)
+    stock, metadata = stock_twin(pipe), describe(pipe, None)
+    if output.suffix == SINGLE_FILE:
+        with new_file(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
+            _write_single_file(stock, temporary, dtype, metadata)
+            rewrite_file(temporary, prompts, SD1.components[0].original_prefix)
+    else:
+        with new_folder(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
+            _write_folder(stock, temporary, dtype, metadata)
+            rewrite_folder(temporary, prompts)
+
+
+def patch_files(pipe: Any) -> list[str]:
+    """The patches' file names, in the order of the styles; what a file system may not take is a hyphen."""
+    names = [re.sub(r"[^\w .-]+", "-", name) for name in style_prompts_of(pipe).names]
+    return [f"{name}{f'-{i}' if name in names[:i] else ''}.safetensors" for i, name in enumerate(names)]
+
+
+def describe(pipe: Any, mix: Mapping[str, float] | None) -> dict[str, str]:
+    """What a weight file's header says of where it came from, in the words that other tools read.
+
+    Args:
+        mix: what is baked; None of the style-less average.
+    Returns: ``modelspec.*`` and ``sd_merge_*``. Sources stand by their sha256 and the last part of their name: the
+        rest of a path is nobody's business.
+    """
+    provenance = style_prompts_of(pipe).provenance
+    told = "style-less average" if mix is None else ", ".join(f"{name}={weight:g}" for name, weight in mix.items())
+    size = pipe.unet.config.sample_size
+    height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
+    metadata = {
+        "modelspec.title": f"DMM merge: {told}",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.merged_from": ", ".join(_source_name(one.source) for one in provenance),
+        "sd_merge_recipe": json.dumps({"type": "dmm", "version": dmm.__version__, "style": mix}, ensure_ascii=False),
+        "sd_merge_models": json.dumps(
+            {
+                one.sha256: {"name": _source_name(one.source), "style": one.name, "legacy_hash": None}
+                for one in provenance
+            },
+            ensure_ascii=False,
+        ),
+    }
+    if not provenance:
+        del metadata["modelspec.merged_from"], metadata["sd_merge_models"]
+    return metadata
+
+
+def _source_name(source: str) -> str:
+    return re.split(r"[\\/]", source.rstrip("\\/"))[-1]
+
+
+def _write_single_file(pipe: Any, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    _check_in(pipe, dtype)
+    save_single_file(pipe, path, dtype=dtype, metadata=metadata)
+
+
+def _write_folder(pipe: Any, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    _check_in(pipe, dtype)
+    write_stock_folder(pipe, folder)
+    for component in SD1.components:
+        for file in (folder / component.name).glob("*.safetensors"):
+            tensors = {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in read_tensors(file).items()
+            }
+            more = metadata if component.name == "unet" else {}
+            write_tensors(file, tensors, {**read_header(file).metadata, **more})
+
+
+def _check_in(pipe: Any, dtype: torch.dtype) -> None:
+    for component in SD1.components:
+        model = getattr(pipe, component.name)
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise UserError(
+                f"The {component.name} has an adapter on it. Fuse it into the weights and unload it before exporting."
+            )
+        if dtype != torch.float32:
+            check_finite({name: t.to(dtype) for name, t in model.state_dict().items()}, f"the {component.name}")

@@ -1,0 +1,39 @@
+"""A merged model without one of its styles."""
+
+import shutil
+from pathlib import Path
+
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.files.outputs import check_folder, new_folder
+from dmm.models.side_car import STYLES_FOLDER, read_side_car, write_side_car
+from dmm.models.student import shrink
+from dmm.models.teachers import ModelSource, locate
+
+_PARTS = ("model_index.json", "scheduler", "tokenizer", *(component.name for component in SD1.components))
+
+
+def remove_style(merged: str | Path, name: str, output: Path, *, overwrite: bool = False) -> list[str]:
+    """Copy a merged model without the prompt of one style; all other bits stay as they are.
+
+    Args:
+        merged: a folder, or a hub id.
+        name: of the style.
+        output: the new model's folder.
+    Returns: the styles that are left.
+    Raises: UserError: no merged model, no such style, no other style, or the output is not empty.
+    """
+    check_folder(output, overwrite=overwrite)
+    folder = locate(ModelSource(merged))
+    style_prompts = read_side_car(folder)
+    if style_prompts is None:
+        raise UserError(f"{merged} has no {STYLES_FOLDER}/ folder, so it is a stock model without styles.")
+    left = shrink(style_prompts, name)
+    with new_folder(output, overwrite=overwrite) as building:
+        for part in _PARTS:
+            if (folder / part).is_dir():
+                shutil.copytree(folder / part, building / part)
+            elif (folder / part).is_file():
+                shutil.copy(folder / part, building / part)
+        write_side_car(left, building)
+    return left.names

@@ -1,0 +1,366 @@
+"""Merged models as pipelines: load, choose styles, share between threads, save.
+
+A pipeline from :func:`load_pipeline` is a stock diffusers pipeline whose UNet takes style terms; the
+current style is state of that UNet, as adapters are.
+"""
+
+import copy
+import functools
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.func import functional_call
+
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.files.outputs import new_folder
+from dmm.formats.lora import fuse_lora, read_lora
+from dmm.formats.tensors import read_tensors, write_tensors
+from dmm.models.authors import is_authors, open_authors, read_authors_styles
+from dmm.models.side_car import STYLES_FOLDER, read_side_car, write_side_car
+from dmm.models.styles import (
+    Mix,
+    Provenance,
+    StyledTimestepEmbedding,
+    StylePrompts,
+    attach_styles,
+    bake,
+    detach_styles,
+    style_weights,
+    styled_embedding,
+)
+from dmm.models.teachers import ModelSource, locate, open_pipeline
+from dmm.pipeline.style_schedule import StyleSchedule
+
+
+def load_pipeline(
+    path_or_hub_id: str | Path,
+    *,
+    config: str | Path | None = None,
+    torch_dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> StableDiffusionPipeline:
+    """Load a merged model; no style is set.
+
+    Args:
+        path_or_hub_id: what :func:`save_pipeline` wrote; or a merge in the layout that DMM's authors released, a folder
+            or a single file, whose styles are named "0", "1" and so on where it names none.
+        config: the pipeline folder whose configs and tokenizer a single file follows.
+        torch_dtype: of the weights in memory, whatever their dtype on disk.
+        device: where to put them; by default they stay on the CPU.
+    Raises: UserError: a stock model, which has no styles; or whatever is wrong with the files.
+    """
+    path = locate(ModelSource(path_or_hub_id))
+    style_prompts = read_styles(path)
+    if style_prompts is None:
+        raise UserError(
+            f"{path_or_hub_id} has no {STYLES_FOLDER}/ folder, so it is a stock model without styles. Open it with "
+            "diffusers, or paint with `dmm generate` without --style."
+        )
+    source = ModelSource(path, config=None if config is None else Path(config))
+    pipe = open_styled(source, style_prompts, torch_dtype=torch_dtype)
+    return pipe if device is None else pipe.to(device)
+
+
+def read_styles(path: Path, *, allow_pickle: bool = False) -> StylePrompts | None:
+    """Read the style prompts of a model on disk, of our layout or the authors'; None of a stock model.
+
+    Raises: UserError: a file is missing, damaged or does not fit the others.
+    """
+    if is_authors(path, allow_pickle=allow_pickle):
+        return read_authors_styles(path, allow_pickle=allow_pickle)
+    return read_side_car(path)
+
+
+def open_styled(
+    source: ModelSource, style_prompts: StylePrompts, *, torch_dtype: torch.dtype = torch.float32
+) -> StableDiffusionPipeline:
+    """Open a merged model on disk with the styles that :func:`read_styles` found there; none is set.
+
+    Raises: UserError: something is wrong with the files.
+    """
+    path = locate(source)
+    if is_authors(path, allow_pickle=source.allow_pickle):
+        pipe = open_authors(path, config=source.config, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
+        if source.lora is not None:
+            models = {name: getattr(pipe, name) for name in ("unet", "text_encoder")}
+            fuse_lora(pipe, read_lora(source.lora, models, allow_pickle=source.allow_pickle), source.lora_scale)
+    else:
+        pipe = open_pipeline(source, torch_dtype=torch_dtype)
+    add_styles(pipe, style_prompts)
+    return pipe
+
+
+def add_styles(pipe: Any, style_prompts: StylePrompts) -> None:
+    """Make a stock pipeline one whose styles :func:`set_style` chooses; none is set.
+
+    Raises: UserError: the style prompts belong to a model of another width.
+    """
+    attach_styles(pipe.unet, style_prompts, SD1.time_embedding)
+    _warn_when_saved(pipe.unet)
+
+
+def style_names(pipe: Any) -> list[str]:
+    """The styles of a pipeline, in the order of the codebook.
+
+    Raises: UserError: it has none.
+    """
+    return style_prompts_of(pipe).names
+
+
+@torch.no_grad()
+def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
+    """Choose what a merged pipeline paints in, until the next call.
+
+    Args:
+        pipe: from :func:`load_pipeline`, or made of such a one by diffusers' ``from_pipe``, which shares its style.
+        style: the name of one; a mix, names with weights that sum to 1; a list of these, one for each image (prompts
+            x images per prompt, in the pipeline's order: p0, p0, p1, p1), None for an image without; or None for none.
+    Raises: UserError: the pipeline has no styles, there is none of that name, weights do not sum to 1, or the list is
+        empty. A list that does not fit the batch is a ``ValueError`` once it is painted.
+    """
+    embedding = _embedding(pipe)
+    prompts = embedding.style_prompts
+    if style is None:
+        embedding.term = None
+        return
+    if isinstance(style, str | Mapping):
+        term = _term(prompts, style)
+    elif style:
+        term = torch.stack([_term(prompts, one) for one in style])
+    else:
+        raise UserError("A list of styles needs one style for each image; this one is empty.")
+    # on the device of the style prompts, not of the UNet: weights that are offloaded may be on none
+    embedding.term = term.to(embedding.linear_2.bias.dtype)
+
+
+@contextmanager
+def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iterator[None]:
+    """:func:`set_style` for the length of a block; the style that was set before is set again after it."""
+    embedding = _embedding(pipe)
+    before = embedding.term
+    set_style(pipe, style)
+    try:
+        yield
+    finally:
+        embedding.term = before
+
+
+@contextmanager
+def style_over_time(
+    pipe: Any, schedule: StyleSchedule | Sequence[StyleSchedule | Mix | None]
+) -> Iterator[Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]]:
+    """A ``callback_on_step_end`` that changes the style while a run goes on.
+
+    ::
+
+        schedule = dmm.StyleSchedule([(0, 0.4, "ink"), (0.4, 1, "photo")])
+        with dmm.style_over_time(pipe, schedule) as callback:
+            pipe("a red cat", callback_on_step_end=callback)
+
+    The style that was set before is set again after the block. Within it the pipeline, or one made of it by
+    ``from_pipe``, may run several times.
+
+    Args:
+        schedule: of all images, or one for each image, as a list for :func:`set_style`; a mix in it does not change.
+    Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
+    """
+    names = style_names(pipe)
+    one_for_all = isinstance(schedule, StyleSchedule)
+    each: Sequence[StyleSchedule | Mix | None] = [schedule] if isinstance(schedule, StyleSchedule) else schedule
+    for one in each:
+        check_style(names, one)
+
+    def style_at(fraction: float) -> Mix | Sequence[Mix | None] | None:
+        styles = [one.at(fraction) if isinstance(one, StyleSchedule) else one for one in each]
+        return styles[0] if one_for_all else styles
+
+    current = style_at(0)
+
+    def on_step_end(running: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal current
+        num_steps = running.num_timesteps
+        # what is set now is painted next; after the last step that is the first step of another run
+        coming = style_at((step + 1) % num_steps / num_steps)
+        if coming != current:
+            set_style(pipe, coming)
+            current = coming
+        return tensors
+
+    with temporary_style(pipe, current):
+        yield on_step_end
+
+
+def check_style(names: Sequence[str], style: StyleSchedule | Mix | None) -> None:
+    """Check a style, a mix or a style over time against the styles that there are.
+
+    Raises: UserError: there is no style of that name, or weights do not sum to 1.
+    """
+    for mix in [part for _, _, part in style.parts] if isinstance(style, StyleSchedule) else [style]:
+        if mix is not None:
+            style_weights(names, mix)
+
+
+def share(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """A second pipeline on the same weights, with its own style and scheduler: one for each thread.
+
+    It begins in the style that ``pipe`` has. What is done to the weights (``.to``, LoRAs) is done to both.
+
+    Args:
+        pipe: on the device and in the dtype that it shall keep. The second one's UNet is not compiled.
+    Raises: UserError: the pipeline has no styles, or is offloaded, which binds a UNet to its pipeline.
+    """
+    if any("forward" in vars(module) for module in (_uncompiled(pipe.unet), _embedding(pipe))):
+        # what offloads puts it there, bound to this very module
+        raise UserError("A pipeline cannot be shared once it is offloaded: share it first.")
+    second = copy.copy(pipe)  # from_pipe would cast the shared weights to float32
+    second.unet = _twin(pipe.unet)
+    _warn_when_saved(second.unet)
+    second.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    second.tokenizer = copy.deepcopy(pipe.tokenizer)  # its padding is state that two threads may not set at once
+    return second
+
+
+def save_pipeline(
+    pipe: StableDiffusionPipeline,
+    folder: str | Path,
+    *,
+    provenance: Sequence[Provenance] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a merged pipeline, styles and all, whole or not at all.
+
+    The folder is a stock one with ``styles/`` in it: diffusers opens it, and paints the style-less average.
+
+    Args:
+        provenance: of every style, in the order of :func:`style_names`; by default what the pipeline was loaded with.
+        overwrite: replace files of the same name in a folder that is not empty.
+    Raises: UserError: the pipeline has no styles; the folder is not empty, or cannot be written.
+    """
+    prompts = style_prompts_of(pipe)
+    if provenance is not None:
+        if [one.name for one in provenance] != prompts.names:
+            raise ValueError(
+                f"The styles are {prompts.names}, the provenance is of {[one.name for one in provenance]}."
+            )
+        prompts.provenance = provenance
+    with new_folder(Path(folder), overwrite=overwrite) as temporary, told_of_full_disk(folder):
+        write_stock_folder(stock_twin(pipe), temporary)
+        write_side_car(prompts, temporary)
+
+
+def stock_twin(pipe: StableDiffusionPipeline, style: Mix | None = None) -> StableDiffusionPipeline:
+    """A stock pipeline that shares the weights of a merged one and paints one style of it, with no code of ours.
+
+    Args:
+        style: or mix, which is baked into the one bias that the two do not share; None for the style-less average.
+    Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
+    """
+    term = None if style is None else style_term(pipe, style)
+    twin = copy.copy(pipe)
+    twin.unet = _twin(pipe.unet)
+    detach_styles(twin.unet, SD1.time_embedding)
+    if term is not None:
+        own = copy.deepcopy(twin.unet.get_submodule(SD1.time_embedding))
+        twin.unet.set_submodule(SD1.time_embedding, own)
+        bake(twin.unet, term, SD1.time_embedding)
+    return twin
+
+
+def write_stock_folder(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Fill a folder with a stock pipeline, such that other tools and plain diffusers open it, in half precision too."""
+    pipe.save_pretrained(folder)
+    _name_as_tools_do(folder / "text_encoder" / "model.safetensors")
+    # transformers loads what the config names, diffusers float32 unless told: of two dtypes no pipeline paints
+    config = folder / "text_encoder" / "config.json"
+    told = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def told_of_full_disk(output: str | Path) -> Iterator[None]:
+    """Within the block, that weights could not be written is a :class:`UserError`."""
+    try:
+        yield
+    except SafetensorError as error:  # how a full disk is told by what writes weights
+        raise UserError(f"'{output}' could not be written: {error}.") from error
+
+
+def style_prompts_of(pipe: Any) -> StylePrompts:
+    """The side-car of a merged pipeline.
+
+    Raises: UserError: it has none.
+    """
+    return _embedding(pipe).style_prompts
+
+
+@torch.no_grad()
+def style_term(pipe: Any, style: Mix) -> Tensor:
+    """What a style or mix adds to the embedding of the timestep, whatever style is set; (D,), float32.
+
+    Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
+    """
+    return _term(style_prompts_of(pipe), style)
+
+
+def _embedding(pipe: Any) -> StyledTimestepEmbedding:
+    embedding = styled_embedding(pipe.unet)
+    if embedding is None:
+        raise UserError("This pipeline has no styles: it is a stock model. Load a merged one with dmm.load_pipeline.")
+    return embedding
+
+
+def _term(prompts: StylePrompts, style: Mix | None) -> Tensor:
+    """The style term in float32, whatever the dtype of the prompts; (D,)."""
+    if style is None:  # an image without a style among others with one: adding 0 is skipping
+        return prompts.embeddings.new_zeros(prompts.config.dim, dtype=torch.float32)
+    parameters = {name: parameter.float() for name, parameter in prompts.named_parameters()}
+    weights = style_weights(prompts.names, style).to(prompts.embeddings.device)
+    term: Tensor = functional_call(prompts, parameters, weights)
+    return term
+
+
+def _twin(unet: Any) -> UNet2DConditionModel:
+    """A UNet on the same modules, but for an embedding of time that is its own."""
+    twin = copy.copy(_uncompiled(unet))
+    twin._modules = dict(twin._modules)  # copy.copy leaves both with one dict
+    twin.set_submodule(SD1.time_embedding, copy.copy(twin.get_submodule(SD1.time_embedding)))
+    vars(twin).pop("save_pretrained", None)  # bound to the first one
+    return twin
+
+
+def _uncompiled(unet: Any) -> UNet2DConditionModel:
+    return getattr(unet, "_orig_mod", unet)
+
+
+def _warn_when_saved(unet: Any) -> None:
+    # On the instance: a subclass would be saved under its own name. A bound method, which deepcopy binds to the copy.
+    unet.save_pretrained = MethodType(_save_pretrained, unet)
+
+
+@functools.wraps(UNet2DConditionModel.save_pretrained)
+def _save_pretrained(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> None:
+    warnings.warn(
+        "save_pretrained writes the style-less average of this merged model, without its styles; "
+        "dmm.save_pipeline(pipe, folder) writes both.",
+        stacklevel=2,
+    )
+    type(unet).save_pretrained(unet, *args, **kwargs)
+
+
+def _name_as_tools_do(text_encoder: Path) -> None:
+    """Give a text encoder's tensors the level of names that transformers 5.6 dropped and other tools expect."""
+    tensors = read_tensors(text_encoder)
+    level = "text_model."
+    if not all(name.startswith(level) for name in tensors):
+        named = {level + name.removeprefix(level): tensor for name, tensor in tensors.items()}
+        write_tensors(text_encoder, named, {"format": "pt"})

@@ -1,0 +1,356 @@
+"""The recipe of a merge: what is merged, from what data, how it is trained.
+
+A field's name is its key in the file, and its default is the paper's value (DMM §A.3) where the
+paper has one. What can be known without the models is checked here, before they are loaded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, StrictBool, ValidationInfo, field_validator, model_validator
+
+from dmm.errors import nearest
+from dmm.recipes.parts import (
+    Count,
+    ExistingPath,
+    File,
+    Folder,
+    Model,
+    Name,
+    Number,
+    Part,
+    Seed,
+    Whole,
+    check_model_name,
+    in_range,
+    path_or_id,
+    read_recipe,
+    write_recipe,
+)
+
+_NEW_STARTS = ("base", "average")
+
+
+class Teacher(Part):
+    """A model whose style the student learns."""
+
+    name: Name
+    """Of the style: letters, digits, spaces, '-', '_' and '.'."""
+    model: Model | None = None
+    """A stock pipeline folder, a single file or a hub id; by default the base."""
+    lora: ExistingPath | None = None
+    """A LoRA that is put on ``model``: a file, or a folder that diffusers saved one to."""
+    lora_scale: Number = 1.0
+    """How strongly."""
+    config: Folder | None = None
+    """The stock pipeline folder whose configs a single file follows; by default the base."""
+    vae: Model | None = None
+    """A VAE of its own; by default that of ``model``."""
+    clip_skip: Annotated[Whole, in_range(least=0, most=11)] = 0
+    """How many of the text encoder's last layers are left out, as diffusers counts: other tools' "clip skip 2" is 1."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """By default what the model says."""
+    allow_pickle: StrictBool = False
+    """Open pickles too, with ``weights_only``."""
+    weight: Annotated[Number, in_range(above=0)] = 1.0
+    """How much of every batch, and of the loss, beside the other teachers: more for a style that lags."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.model is None and self.lora is None:
+            raise ValueError(f"'{self.name}' has neither a model nor a lora; name at least one")
+        if self.lora is None and self.lora_scale != 1:
+            raise ValueError(f"'{self.name}' has a lora_scale but no lora for it to scale; name a lora or leave it out")
+        if self.config is not None and not (self.model is not None and Path(self.model).is_file()):
+            raise ValueError(
+                f"'{self.name}' has a config, which only a model that is a single file needs; leave it out"
+            )
+        return self
+
+
+class Synthesize(Part):
+    """Pictures that the teachers paint themselves."""
+
+    prompts: File
+    """A text file, one prompt a line."""
+    count: Count = 1500
+    """Pictures by each teacher."""
+    steps: Annotated[Whole, in_range(least=1, most=1000)] = 25
+    """Of the sampler, DPM-Solver++."""
+    guidance: Annotated[Number, in_range(least=1)] = 7.0
+    """Classifier-free guidance scale; 1 is none."""
+    seed: Seed = 0
+    """Of the starting noise."""
+    own: Annotated[Number, in_range(least=0, most=1)] = 0.0
+    """The share of each style's samples that its own teacher painted; the others are any teacher's. 1 is DMM §3.4's
+    fine-tuning."""
+    student: Annotated[Number, in_range(least=0, most=1)] = 0.0
+    """The share of each style's samples that the student painted in it, as it starts: where its own mistakes lead, and
+    what the teacher makes of it (as in DAgger, arXiv:1011.0686). For a start that has the styles."""
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.own + self.student > 1 + 1e-9:
+            raise ValueError(f"own {self.own:g} and student {self.student:g} are shares of one whole; lower one")
+        return self
+
+
+class Data(Part):
+    """What the student is trained on: one of three."""
+
+    images: Folder | None = None
+    """A captioned folder: ``metadata.jsonl`` with ``file_name`` and ``text``."""
+    dataset: Annotated[str, AfterValidator(path_or_id)] | None = None
+    """A ``datasets`` dataset: a hub id, or a path."""
+    synthesize: Synthesize | None = None
+    """None but what the teachers paint."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        fields = list(type(self).model_fields)
+        found = [name for name in fields if getattr(self, name) is not None]
+        if len(found) != 1:
+            raise ValueError(f"found {' and '.join(found) or 'nothing'}, expected one of {', '.join(fields)}")
+        return self
+
+
+class Training(Part):
+    """How the student is trained, with AdamW."""
+
+    steps: Count = 100_000
+    batch_size: Count = 320
+    """Samples of a step, over all processes."""
+    micro_batch_size: Count = 20
+    """How many samples, at most, a process computes at a time; gradients are accumulated over the rest."""
+    learning_rate: Annotated[Number, in_range(above=0, most=1)] = 1e-5
+    style_learning_rate: Annotated[Number, in_range(above=0, most=1)] | None = None
+    """Of the style prompts and their MLP; by default ``learning_rate``."""
+    lr_schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant"
+    """As diffusers names them."""
+    warmup_steps: Annotated[Whole, in_range(least=0)] = 0
+    weight_decay: Annotated[Number, in_range(least=0, most=1)] = 0.01
+    """The paper does not say; AdamW's own default."""
+    max_grad_norm: Annotated[Number, in_range(above=0)] | None = 1.0
+    """Gradients are scaled down to this norm; null: never. The paper does not say; diffusers' scripts clip at 1."""
+    caption_dropout: Annotated[Number, in_range(least=0, most=1)] = 0.1
+    """The share of samples whose caption is dropped, for classifier-free guidance."""
+    precision: Literal["fp32", "fp16", "bf16"] = "bf16"
+    """Of the computation; the student's weights are float32."""
+    gradient_checkpointing: StrictBool = False
+    """Compute activations twice rather than keep them: slower, in much less memory."""
+    compile: StrictBool = False
+    """``torch.compile`` the models."""
+    ema_decay: Annotated[Number, in_range(above=0, below=1)] | None = None
+    """Of an exponential moving average of the student, which is then the result; by default there is none."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_steps and self.lr_schedule == "constant":
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but the lr_schedule 'constant' has no warm-up; choose "
+                "'constant_with_warmup' or leave warmup_steps out"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}, expected fewer than the {self.steps} steps")
+        return self
+
+
+class Losses(Part):
+    """Weights of the terms that are added to score distillation."""
+
+    noise_weighting: Annotated[Number, in_range(least=0, most=1)] = 0.0
+    """p: a score weighs the signal's power at its timestep to the power of -p, so that noisy ones weigh more. 0 is the
+    paper's loss; 1 compares predictions of noise as velocities. For students that predict noise."""
+    feature: Annotated[Number, in_range(least=0)] = 0.001
+    """Feature imitation, over the sum of the blocks' means."""
+    adversarial: Annotated[Number, in_range(least=0)] = 0.01
+    """The multi-class adversarial loss; at 0 there is no discriminator."""
+
+
+class Checkpoint(Part):
+    """What is kept to go on from."""
+
+    every: Count = 2500
+    """Steps."""
+    keep: Count = 3
+    """How many of the newest."""
+
+
+class Logging(Part):
+    """What a run tells of itself."""
+
+    every: Count = 50
+    """Steps between two entries of the loss curves."""
+    trackers: tuple[
+        Literal["aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"],
+        ...,
+    ] = ()
+    """Where else the curves go, as accelerate names them."""
+    score_error_every: Count | None = 500
+    """Steps between two measurements of the relative score error; null: none."""
+    sample_every: Count | None = 2500
+    """Steps between two grids of samples; null: none."""
+    sample_prompts: tuple[str, ...] = ()
+    """What the samples show; by default the first captions of the data."""
+    sample_steps: Annotated[Whole, in_range(least=1, most=1000)] = 25
+    sample_guidance: Annotated[Number, in_range(least=1)] = 7.0
+
+
+class FinetuneTraining(Training):
+    """How the second stage trains: the paper's 10,000 steps of 10."""
+
+    steps: Count = 10_000
+    batch_size: Count = 10
+
+
+class FinetuneSynthesize(Synthesize):
+    """What the second stage learns on, and where its student is the first one's."""
+
+    own: Annotated[Number, in_range(least=0, most=1)] = 1.0
+    """As in the paper; lower it where ``student`` shall have a share."""
+
+
+class Finetune(Part):
+    """A second, short stage on what the teachers paint, each style on its own teacher's pictures (DMM §3.4)."""
+
+    synthesize: FinetuneSynthesize
+    """What they paint."""
+    training: FinetuneTraining = FinetuneTraining()
+
+
+class Earlier(Part):
+    """A merged model to which the teachers' styles are added, and which is kept as it is (DMM §3.5)."""
+
+    model: Model
+    """A folder or a hub id."""
+    regularization: Annotated[Number, in_range(least=0, below=1)] = 0.5
+    """The share of every batch, and of the loss, on which the student learns what the earlier model says in its own
+    styles, drawn at random; at 0 it forgets them."""
+
+
+class Recipe(Part):
+    """A merge."""
+
+    kind: Literal["unet"] = "unet"
+    """What is merged."""
+    base: Model
+    """Gives the student its VAE and text encoder and, by default, its start: a folder, a single file or a hub id."""
+    start: str = "base"
+    """Whose weights the student begins with: ``base``, or the earlier merge, where there is one; ``average``, of the
+    teachers; or any model."""
+    earlier: Earlier | None = None
+    """Set by ``dmm add``: what is merged further."""
+    teachers: tuple[Teacher, ...]
+    data: Data
+    size: Annotated[Whole, in_range(least=8)] = 512
+    """Of the pictures, in pixels a side; a multiple of 8."""
+    training: Training = Training()
+    losses: Losses = Losses()
+    finetune: Finetune | None = None
+    """A second stage, after which the result is what that has made of the first one's."""
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+    seed: Seed = 0
+    """Of everything random in training."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _refuse_controlnet(cls, kind: Any) -> Any:
+        if kind == "controlnet":
+            raise ValueError("found 'controlnet', which comes later; only 'unet' can be merged so far")
+        return kind
+
+    @field_validator("start")
+    @classmethod
+    def _locate_start(cls, start: str, info: ValidationInfo) -> str:
+        try:
+            return start if start in _NEW_STARTS else check_model_name(start, info)
+        except ValueError as error:
+            raise ValueError(f"{error}{nearest(start, _NEW_STARTS)}") from error
+
+    @field_validator("teachers")
+    @classmethod
+    def _check_teachers(cls, teachers: tuple[Teacher, ...]) -> tuple[Teacher, ...]:
+        if not teachers:
+            raise ValueError("the list is empty, expected at least one teacher")
+        names = [teacher.name for teacher in teachers]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ValueError(f"teachers {names.index(name)} and {i} are both named '{name}'; rename one")
+        return teachers
+
+    @field_validator("size")
+    @classmethod
+    def _check_size(cls, size: int) -> int:
+        if size % 8:
+            raise ValueError(
+                f"found {size}, expected a multiple of 8; {size // 8 * 8} and {size // 8 * 8 + 8} are near"
+            )
+        return size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_base_from_earlier(cls, given: Any) -> Any:
+        earlier = given.get("earlier") if isinstance(given, dict) else None
+        if isinstance(earlier, dict) and "base" not in given and "model" in earlier:
+            return {**given, "base": earlier["model"]}
+        return given
+
+    @model_validator(mode="after")
+    def _check_earlier(self) -> Self:
+        if self.earlier is None:
+            return self
+        if self.start == "average":
+            raise ValueError(
+                "start is 'average', but a merge that goes further starts from the earlier one, or from a model that "
+                "has the new styles already"
+            )
+        for teacher in self.teachers:
+            if teacher.model is None and self.base == self.earlier.model:
+                raise ValueError(
+                    f"teacher '{teacher.name}' is a LoRA, and a merged model is not what it was made for; name the "
+                    "model that it is put on, as its model or as the base"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_student_paints(self) -> Self:
+        if self.data.synthesize and self.data.synthesize.student and self.start in _NEW_STARTS:
+            raise ValueError(
+                f"data.synthesize.student is {self.data.synthesize.student:g}, but the student starts without the "
+                "styles that it should paint in; start from a merged model of them, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        least = len(self.teachers) + bool(self.earlier and self.earlier.regularization)
+        for place, size in (
+            ("training", self.training.batch_size),
+            ("finetune.training", self.finetune.training.batch_size if self.finetune else least),
+        ):
+            if size < least:
+                raise ValueError(
+                    f"{place}.batch_size is {size}, expected at least {least}: every teacher needs a sample in each "
+                    "step"
+                )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, may_be_gone: bool = False) -> Recipe:
+    """Read the recipe of a merge; see :func:`dmm.recipes.parts.read_recipe`.
+
+    Raises: UserError: the first mistake, with the line or the override that makes it.
+    """
+    return read_recipe(Recipe, path, overrides, may_be_gone=may_be_gone)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe with all it was resolved to; :func:`load_recipe` reads an equal one.
+
+    Raises: UserError: the file cannot be written.
+    """
+    write_recipe(recipe, path)

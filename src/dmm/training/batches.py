@@ -1,0 +1,166 @@
+"""Batches of a training step: draws made on stored latents and texts, noised, and cut into micro-batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dmm.data.training import STUDENT, student_in
+from dmm.maths.diffusion import add_noise
+from dmm.maths.draws import draw, draw_again
+from dmm.maths.sharing import Group
+from dmm.training.distill import Batch, Part, Rediffusion
+
+
+class CaptionedLatents(Protocol):
+    """Latents with their captions as text encoders read them."""
+
+    num_rows: int
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+
+    def latents(self, rows: Tensor) -> Tensor:
+        """(B, C, H, W) float32, scaled."""
+
+    def conditioning(self, encoder: str, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        """Keyword arguments of a UNet for B rows, as the named encoder made them; the empty caption's where dropped."""
+
+
+class Data(CaptionedLatents, Protocol):
+    """What batches are made from; :class:`dmm.data.TrainingData` is."""
+
+    def rows_of(self, painter: str) -> Tensor:
+        """(R,) int64, the rows that a style's teacher painted, or the student in it: :func:`student_in`."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a teacher supervises.
+
+    Attributes:
+        styles: indices of the styles that it teaches; where they are several, a sample's is drawn.
+        encoder: whose text encoder it reads, a name of :class:`Data`.
+        share: of every batch and of the loss; those of all roles sum to 1.
+    """
+
+    styles: Sequence[int]
+    encoder: str
+    share: float
+
+
+class Batches:
+    """All that a process trains on, by step.
+
+    Args:
+        data: latents and the encoded captions.
+        styles: names, in the order of the student's style prompts.
+        roles: of the teachers, by index.
+        groups: this process's part of every global batch.
+        alphas_cumprod: (T,), the student's noise schedule.
+        micro_batch_size: samples, at most, of one batch.
+        seed: of everything random.
+        device: where the batches are wanted.
+        own: the shares of each style's samples that its own teacher painted, and that the student painted in it before
+            it was trained; the others are of everything else.
+        noise_weighting: p, by which the scores of a sample at timestep t weigh alpha_bar_t^-p over its mean.
+        adversarial: draw, too, how a discriminator's images are diffused.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        styles: Sequence[str],
+        roles: Sequence[Role],
+        *,
+        groups: Sequence[Group],
+        alphas_cumprod: Tensor,
+        caption_dropout: float,
+        micro_batch_size: int,
+        seed: int,
+        device: torch.device,
+        own: tuple[float, float] = (0.0, 0.0),
+        noise_weighting: float = 0.0,
+        adversarial: bool = False,
+    ) -> None:
+        self._data, self._roles, self._num_styles = data, roles, len(styles)
+        self._alphas_cumprod = alphas_cumprod
+        self._caption_dropout, self._seed, self._device = caption_dropout, seed, device
+        self._adversarial = adversarial
+        self._own = own
+        kinds = [(data.rows_of(style), data.rows_of(student_in(style))) for style in styles]
+        self._num_own = [[len(rows) for rows in of_style] for of_style in kinds]
+        self._own_rows = [torch.cat(of_style) for of_style in kinds]
+        everything = torch.arange(data.num_rows)
+        self._shared_rows = everything[~torch.isin(everything, torch.cat([rows for _, rows in kinds]))]
+        score_weights = alphas_cumprod.double() ** -noise_weighting
+        self._score_weights = (score_weights / score_weights.mean()).float()
+        samples = [(group.teacher, index, group.weight) for group in groups for index in group.indices]
+        starts = range(0, len(samples), micro_batch_size)
+        self._micro_batches = [samples[start : start + micro_batch_size] for start in starts]
+
+    def __len__(self) -> int:
+        """How many micro-batches a step has."""
+        return len(self._micro_batches)
+
+    def of_step(self, step: int) -> Iterator[Batch]:
+        """The micro-batches of a step, each with its samples ordered by teacher."""
+        for samples in self._micro_batches:
+            yield self._build(step, *zip(*samples, strict=True))
+
+    def _build(self, step: int, teachers: Sequence[int], indices: Sequence[int], weights: Sequence[float]) -> Batch:
+        draws = draw(
+            self._seed,
+            step,
+            indices,
+            num_rows=len(self._shared_rows),
+            num_own=[[self._num_own[style] for style in self._roles[teacher].styles] for teacher in teachers],
+            own=self._own,
+            latent_shape=self._data.latent_shape,
+            num_timesteps=len(self._alphas_cumprod),
+            caption_dropout=self._caption_dropout,
+        )
+        alpha_bar_t = self._alphas_cumprod[draws.timesteps]
+        styles = [
+            self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
+        ]
+        own_rows = [self._own_rows[style][row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0]
+        rows = self._shared_rows[draws.rows]
+        rows[draws.own_rows >= 0] = torch.tensor(own_rows, dtype=torch.int64)
+        x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
+        parts = []
+        for teacher in dict.fromkeys(teachers):
+            samples = slice(teachers.index(teacher), teachers.index(teacher) + teachers.count(teacher))
+            # both sides see the same dropped captions: a mismatch teaches nothing
+            encoder = self._roles[teacher].encoder
+            conditioning = self._data.conditioning(encoder, rows[samples], draws.dropped[samples])
+            parts.append(Part(teacher, samples, self._to_device(conditioning)))
+        one_hot = torch.nn.functional.one_hot(torch.tensor(styles), self._num_styles)
+        return Batch(
+            x_t=x_t.to(self._device),
+            timesteps=draws.timesteps.to(self._device),
+            alpha_bar_t=alpha_bar_t.to(self._device),
+            style_weights=one_hot.float().to(self._device),
+            conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)),
+            loss_weights=torch.tensor(weights, device=self._device),
+            score_weights=self._score_weights[draws.timesteps].to(self._device),
+            parts=parts,
+            again=self._again(step, indices, draws.timesteps) if self._adversarial else None,
+        )
+
+    def _again(self, step: int, indices: Sequence[int], timesteps: Tensor) -> Rediffusion:
+        later, noise = draw_again(
+            self._seed,
+            step,
+            indices,
+            timesteps=timesteps,
+            latent_shape=self._data.latent_shape,
+            num_timesteps=len(self._alphas_cumprod),
+        )
+        return Rediffusion(later.to(self._device), self._alphas_cumprod[later].to(self._device), noise.to(self._device))
+
+    def _to_device(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self._device) for name, value in conditioning.items()}

@@ -1,0 +1,101 @@
+"""What a merge trains and learns from, built of its plan: the student, the teachers, the adversary."""
+
+import copy
+from typing import Any
+
+import torch
+
+from dmm.data.training import STUDENT
+from dmm.families import SD1
+from dmm.maths.sharing import Group
+from dmm.models.discriminator import Discriminator
+from dmm.models.student import StyledStudent, grow
+from dmm.models.styles import StylePrompts
+from dmm.models.teachers import freeze, open_pipeline
+from dmm.recipes.recipe import Recipe
+from dmm.training.batches import Role
+from dmm.training.distill import Adversary, EarlierStudent, Teacher, Teachers
+from dmm.training.preflight import Plan, shares_of
+from dmm.training.residency import place_teachers
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""By the recipe's words."""
+
+
+def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> StyledStudent:
+    """The student at its start, float32, on the CPU.
+
+    Args:
+        average: whether this process averages the teachers, where that is the start; the others' weights are made
+            equal to its when training begins.
+    """
+    unet = base.unet.to("cpu")  # the watch has asked it where the run computes
+    if plan.start is not None:
+        unet = open_pipeline(plan.start, name="start").unet
+    elif recipe.start == "average" and average:
+        mean = {name: torch.zeros_like(tensor) for name, tensor in unet.state_dict().items()}
+        for source in plan.teachers:
+            for name, tensor in open_pipeline(source).unet.state_dict().items():
+                mean[name] += tensor
+        unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
+    unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
+    prompts = plan.style_prompts
+    if prompts is None and plan.earlier is not None:
+        prompts = grow(plan.earlier, [teacher.name for teacher in recipe.teachers])
+    elif prompts is None:
+        prompts = StylePrompts(list(plan.styles), unet.get_submodule(SD1.time_embedding).linear_2.out_features)
+    return StyledStudent(unet, prompts)
+
+
+def roles_of(recipe: Recipe, styles: list[str]) -> list[Role]:
+    """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept."""
+    num_earlier = len(styles) - len(recipe.teachers)
+    shares = shares_of(recipe)
+    roles = [
+        Role([num_earlier + i], teacher.name, share)
+        for i, (teacher, share) in enumerate(zip(recipe.teachers, shares, strict=False))
+    ]
+    kept = [Role(range(num_earlier), STUDENT, share) for share in shares[len(roles) :]]
+    return roles + kept
+
+
+def build_adversary(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -> Adversary | None:
+    """The discriminator on the base's UNet, before that becomes the student; on the device before the teachers are."""
+    weight = recipe.losses.adversarial
+    if weight == 0:
+        return None
+    dtype = DTYPES[recipe.training.precision]
+    discriminator = Discriminator(base.unet, len(plan.styles), dtype=dtype, seed=recipe.seed)
+    if recipe.training.gradient_checkpointing:
+        discriminator.backbone.enable_gradient_checkpointing()
+    return Adversary(discriminator.to(device), weight, plan.prediction_type)
+
+
+def open_teachers(
+    recipe: Recipe, plan: Plan, groups: list[Group], device: torch.device, student: StyledStudent
+) -> Teachers:
+    """The teachers that this process serves: frozen, in the recipe's precision, where they can be used."""
+    teachers: dict[int, Teacher] = {}
+    for index in (group.teacher for group in groups):
+        if index == len(recipe.teachers):
+            teachers[index] = _open_earlier_student(plan, DTYPES[recipe.training.precision])
+            continue
+        name = f"teacher '{recipe.teachers[index].name}'"
+        pipeline = open_pipeline(plan.teachers[index], torch_dtype=DTYPES[recipe.training.precision], name=name)
+        unet = freeze(pipeline.unet).to(memory_format=torch.channels_last)
+        if recipe.training.compile:
+            unet.compile()
+        teachers[index] = Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
+    # float32 weights, gradients, AdamW's two moments, and their average
+    copies = 4 + (recipe.training.ema_decay is not None)
+    num_student_bytes = 4 * copies * sum(parameter.numel() for parameter in student.parameters())
+    return place_teachers(teachers, device, num_student_bytes=num_student_bytes)
+
+
+def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:
+    assert plan.earlier is not None
+    unet = open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge").unet
+    unet.to(memory_format=torch.channels_last)
+    student = StyledStudent(unet, copy.deepcopy(plan.earlier).to(dtype))
+    freeze(student)
+    return EarlierStudent(student)

@@ -1,0 +1,354 @@
+"""A merge from its recipe to its result: check, open, encode, train, save.
+
+One folder holds a run and what comes of it::
+
+    merged/recipe.yaml         the recipe with all it was resolved to
+           log.jsonl           loss curves
+           checkpoints/        what --resume goes on from
+           samples/            grids of pictures, by step
+           trackers/           what trackers write to disk
+           model_index.json    the result: a stock pipeline ...
+           unet/ vae/ ...
+           styles/             ... and its styles
+
+           first-stage/        where the recipe has a second stage: all of this, of the first
+
+Without ``model_index.json`` nothing takes the folder for a pipeline. It comes last, in one rename, so that the
+result appears whole or not at all.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs, set_seed
+
+from dmm.data import TrainingData
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.files.outputs import check_folder
+from dmm.files.pictures import grid, save_png
+from dmm.files.prompts import read_prompts
+from dmm.maths.sharing import is_uneven, share_batch
+from dmm.models.side_car import STYLES_FOLDER, read_side_car
+from dmm.models.teachers import noise_schedule, open_pipeline
+from dmm.pipeline.sampling import sample
+from dmm.pipeline.styled import save_pipeline
+from dmm.recipes.parts import MAX_SEED, exists
+from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
+from dmm.training.batches import Batches, Role
+from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
+from dmm.training.preflight import Plan, check_merge, check_space, open_source
+from dmm.training.preparing import free_memory, prepare_data_of, style_terms
+from dmm.training.processes import join_processes, on_all, on_main
+from dmm.training.trainer import CHECKPOINTS, LOG, Trainer
+from dmm.training.watch import Watch, watched_groups
+
+RECIPE = "recipe.yaml"
+SAMPLES = "samples"
+FIRST_STAGE = "first-stage"
+
+_TRACKERS = "trackers"
+_INDEX = "model_index.json"
+_RESULT = "result"
+_WRITTEN = (
+    *(_INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER),
+    *(component.name for component in SD1.components),
+    *("scheduler", "tokenizer"),
+)
+# of a recipe, what a run may not change once it has begun
+_BINDING = ("kind", "base", "start", "earlier", "teachers", "data", "size", "seed")
+_NUM_SAMPLE_PROMPTS = 4
+_WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge has come to.
+
+    Attributes:
+        styles: that it paints in.
+        was_finished: the run had ended before, and nothing was done.
+        seconds: that it took.
+    """
+
+    folder: Path
+    styles: list[str]
+    was_finished: bool
+    seconds: float
+
+
+def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Merged:
+    """Distil a recipe's teachers into one student, and save it as a pipeline.
+
+    Called in every process of a run; all prepare data, and the main one saves. Nothing is written before training
+    begins, but encoded data to the user's cache.
+
+    Args:
+        folder: of the run and its result.
+        resume: go on with the run in ``folder``, or begin one where there is none.
+        overwrite: remove what an earlier merge has written there, once everything is ready for the new one.
+    Raises: UserError: something is wrong with the recipe, its models, its data or the folder; Stopped: SIGINT or
+        SIGTERM came, and the run is saved.
+    """
+    start = time.monotonic()
+    state = join_processes()
+    if not resume:
+        on_main(lambda: check_folder(folder, overwrite=overwrite))
+    if recipe.finetune is not None:  # the second stage's check comes after the first stage's training
+        prompts = recipe.finetune.synthesize.prompts
+        on_main(lambda: read_prompts(prompts))
+    was_finished = []
+    for stage, place in _stages(recipe, folder):
+        check = partial(_check, stage, place, state.num_processes, state.device, resume, overwrite)
+        plan = on_main(check)
+        was_finished.append(plan is None)
+        if plan is not None:
+            try:
+                _run(stage, plan, place, resume=resume)
+            finally:
+                AcceleratorState._reset_state()  # so that a second merge in this process may have another precision
+    style_prompts = on_main(lambda: read_side_car(folder))
+    assert style_prompts is not None
+    return Merged(folder, style_prompts.names, was_finished=all(was_finished), seconds=time.monotonic() - start)
+
+
+def _stages(recipe: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
+    """A recipe as recipes of one stage each, and where each is run."""
+    if recipe.finetune is None:
+        return [(recipe, folder)]
+    first = recipe.model_copy(update={"finetune": None})
+    painted = Synthesize(**recipe.finetune.synthesize.model_dump())
+    then = {"start": str((folder / FIRST_STAGE).resolve()), "data": Data(synthesize=painted)}
+    training = Training(**recipe.finetune.training.model_dump())
+    # of another seed, or the second stage would draw the first one's noise again
+    second = first.model_copy(update={**then, "training": training, "seed": (recipe.seed + 1) % (MAX_SEED + 1)})
+    return [(first, folder / FIRST_STAGE), (second, folder)]
+
+
+def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
+    training = recipe.training
+    accelerator = Accelerator(
+        mixed_precision="no" if training.precision == "fp32" else training.precision,
+        log_with=list(recipe.logging.trackers) or None,
+        project_dir=folder / _TRACKERS,
+        # a cache of the weights in half precision would take as much as a teacher, and nothing reads it twice
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+    )
+    styles = list(plan.styles)
+    roles = roles_of(recipe, styles)
+    if is_uneven(len(roles), accelerator.num_processes) and accelerator.is_main_process:
+        _logger.warning(
+            "%d teachers on %d processes: some processes have more to do than others, which wait for them.",
+            len(roles),
+            accelerator.num_processes,
+        )
+    base = open_pipeline(plan.base, name="base")
+    # made once: what was sent to other processes lies otherwise in memory, and sums may round otherwise there; what
+    # they paint is found by these bits
+    terms = on_main(lambda: style_terms(plan))
+    data, captions = on_all(lambda: prepare_data_of(recipe, plan, base, terms, accelerator))
+    prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
+    new_batches = _batches_of(recipe, data, styles, roles, base, accelerator)
+    # asks the base, which then becomes the student
+    watch = _build_watch(recipe, plan, roles, base, new_batches, accelerator)
+    set_seed(recipe.seed)
+    adversary = build_adversary(recipe, plan, base, accelerator.device)
+    student = build_student(recipe, plan, base, average=accelerator.is_main_process)
+    groups = share_batch(training.batch_size, [role.share for role in roles], *_places(accelerator))
+    teachers = open_teachers(recipe, plan, groups, accelerator.device, student)
+    if watch is not None:
+        watch.ask(teachers)
+    batches = new_batches(
+        groups=groups,
+        caption_dropout=training.caption_dropout,
+        seed=recipe.seed,
+        adversarial=adversary is not None,
+    )
+
+    on_main(lambda: _begin(recipe, folder, resume=resume))
+    if recipe.logging.trackers:
+        accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
+    base.register_modules(unet=student.unet)  # the merged pipeline
+    show = (
+        partial(_show, base, recipe, styles, prompts, folder, accelerator.device)
+        if recipe.logging.sample_every
+        else None
+    )
+    trainer = Trainer(accelerator, student, teachers, batches, recipe, folder, styles, adversary, watch, show)
+    trainer.train()
+    with trainer.averaged():
+        on_main(lambda: _save_result(base, plan, folder))
+    for tracker in accelerator.trackers:  # end_training would part the processes, and another stage may come
+        tracker.finish()
+
+
+def _places(accelerator: Accelerator) -> tuple[int, int]:
+    """How many processes there are, and which of them this is."""
+    return accelerator.num_processes, accelerator.process_index
+
+
+def _batches_of(
+    recipe: Recipe,
+    data: TrainingData,
+    styles: Sequence[str],
+    roles: Sequence[Role],
+    base: Any,
+    accelerator: Accelerator,
+) -> Callable[..., Batches]:
+    """What makes batches of the training data; it lacks whose, and their randomness."""
+    painted = recipe.data.synthesize
+    return partial(
+        Batches,
+        data,
+        styles,
+        roles,
+        alphas_cumprod=noise_schedule(base.scheduler.config),
+        micro_batch_size=recipe.training.micro_batch_size,
+        device=accelerator.device,
+        own=(painted.own, painted.student) if painted else (0.0, 0.0),
+        noise_weighting=recipe.losses.noise_weighting,
+    )
+
+
+def _build_watch(
+    recipe: Recipe,
+    plan: Plan,
+    roles: Sequence[Role],
+    base: Any,
+    new_batches: Callable[..., Batches],
+    accelerator: Accelerator,
+) -> Watch | None:
+    """What measures the score error while the student trains, where the recipe wants it."""
+    if not recipe.logging.score_error_every:
+        return None
+    groups = watched_groups([len(role.styles) for role in roles], *_places(accelerator))
+    fixed = new_batches(groups=groups, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
+    return Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, list(plan.styles))
+
+
+def _check(
+    recipe: Recipe, folder: Path, num_processes: int, device: torch.device, resume: bool, overwrite: bool
+) -> Plan | None:
+    """Everything that can be checked before anything large is loaded; None where the run has ended already."""
+    is_run = (folder / RECIPE).is_file()
+    held = [path.name for path in folder.iterdir() if path.name != FIRST_STAGE] if folder.is_dir() else []
+    if (resume or overwrite) and not is_run and held:
+        raise UserError(
+            f"'{folder}' holds no {RECIPE}, so it is no merge to {'resume' if resume else 'overwrite'}. Name another "
+            "output."
+        )
+    if resume and is_run:
+        before = load_recipe(folder / RECIPE, may_be_gone=True)
+        _check_same(before, recipe, folder)
+        if before == recipe and (folder / _INDEX).is_file():
+            return None
+    else:
+        check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
+    plan = check_merge(recipe, num_processes, device)
+    open_source(recipe, plan)
+    check_space(folder, plan.num_bytes)
+    return plan
+
+
+def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
+    """Refuse to go on with a run under a recipe for another model."""
+    old, new = (_flat(recipe.model_dump(mode="json", include=set(_BINDING))) for recipe in (before, now))
+    for key in [*old, *new]:
+        if old.get(key) == new.get(key):
+            continue
+        if _has_moved(old.get(key), new.get(key)):
+            _logger.warning("%s: '%s' is gone; '%s' is taken for the same.", key, old[key], new[key])
+        else:
+            raise UserError(
+                f"The run in '{folder}' began with {key} {old.get(key, 'unset')}, the recipe now says "
+                f"{new.get(key, 'unset')}. Resume with '{folder / RECIPE}', or name another output."
+            )
+
+
+def _has_moved(before: Any, now: Any) -> bool:
+    """Whether both are paths of what has one name, and it is no longer where it was."""
+    if not (isinstance(before, str) and isinstance(now, str) and Path(before).is_absolute()):
+        return False
+    return Path(before).name == Path(now).name and not exists(Path(before))
+
+
+def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
+    """Make the folder that of this run: everything is ready for training."""
+    if not resume:
+        _remove(folder, _WRITTEN)
+    # while a run goes on, its folder is no pipeline; and what a killed one has left is swept
+    _remove(folder, (_INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, folder / RECIPE)
+
+
+@torch.no_grad()
+def _show(
+    pipeline: Any,
+    recipe: Recipe,
+    styles: list[str],
+    prompts: Sequence[str],
+    folder: Path,
+    device: torch.device,
+    step: int,
+) -> None:
+    """Paint every prompt in every style, from the same noise, into one picture."""
+    cells = [(prompt, seed, style) for seed, prompt in enumerate(prompts) for style in styles]
+    painted, seeds, in_styles = zip(*cells, strict=True)
+    readers = (pipeline.vae, pipeline.text_encoder)
+    for module in readers:
+        module.to(device)
+    # not in float16, in which some VAEs overflow
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
+        pictures = sample(
+            pipeline,
+            painted,
+            seeds,
+            styles=in_styles,
+            steps=recipe.logging.sample_steps,
+            guidance_scale=recipe.logging.sample_guidance,
+            width=recipe.size,
+            height=recipe.size,
+        )
+        picture = grid(list(pictures), len(styles), row_labels=prompts, column_labels=styles)
+    save_png(picture, folder / SAMPLES / f"step-{step:08d}.png", overwrite=True)
+    for module in readers:
+        module.to("cpu")
+    free_memory(device)
+
+
+def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:
+    pipeline.unet.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    save_pipeline(pipeline, folder / _RESULT, provenance=plan.provenance)
+    made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == _INDEX)
+    _remove(folder, (path.name for path in made))
+    for path in made:
+        path.rename(folder / path.name)
+    (folder / _RESULT).rmdir()
+
+
+def _remove(folder: Path, names: Any) -> None:
+    for path in (folder / name for name in names):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """Nested keys and values as ``teachers.0.name``."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {place: value}
+    return {name: one for key, inner in items for name, one in _flat(inner, f"{place}.{key}".strip(".")).items()}

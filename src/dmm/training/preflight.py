@@ -1,0 +1,348 @@
+"""Everything that is checked of a merge before anything large is loaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
+from dmm.errors import UserError
+from dmm.families import SD1
+from dmm.files.digest import sha256
+from dmm.files.outputs import check_disk, held_bytes
+from dmm.files.prompts import read_prompts
+from dmm.maths.diffusion import PredictionType
+from dmm.maths.sharing import share_batch
+from dmm.models.conditioning import check_clip_skip
+from dmm.models.discriminator import build_head
+from dmm.models.side_car import STYLES_FOLDER, read_side_car
+from dmm.models.styles import Provenance, StylePrompts
+from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming, noise_schedule
+from dmm.pipeline.samplers import check_multiple
+from dmm.recipes.recipe import Recipe, Teacher
+
+# of a UNet's config, what says nothing of what it computes
+_HARMLESS = ("sample_size", "upcast_attention")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that was found fit to run.
+
+    Attributes:
+        base: gives the student its VAE and text encoder; a merged model, where that is merged further.
+        teachers: where their weights are.
+        start: the model that the student begins as; None for the base, or for the teachers' average.
+        earlier: the style prompts of the merged model that is merged further.
+        style_prompts: those of the start, where it is a merged model of all the styles.
+        prediction_type: of the base, and so of the student.
+        styles: the student's.
+        provenance: of each style.
+        num_bytes: what will be written.
+    """
+
+    base: ModelSource
+    teachers: tuple[ModelSource, ...]
+    start: ModelSource | None
+    earlier: StylePrompts | None
+    style_prompts: StylePrompts | None
+    prediction_type: PredictionType
+    styles: tuple[str, ...]
+    provenance: tuple[Provenance, ...]
+    num_bytes: int
+
+
+def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Plan:
+    """Check that a recipe's models are there, whole, and of one kind, and that this machine can do what it asks.
+
+    Raises: UserError: the first thing that is wrong.
+    """
+    _check_precision(recipe.training.precision, device)
+    _check_trackers(recipe.logging.trackers)
+    _check_batch(recipe, num_processes)
+
+    base_source = ModelSource(recipe.earlier.model if recipe.earlier else recipe.base)
+    base = _check_base(base_source)
+    # what LoRAs are put on, and whose configs single files follow
+    beneath = _check_base(ModelSource(recipe.base)) if recipe.earlier else base
+    _check_noise_weighting(recipe.losses.noise_weighting, base)
+    check_multiple("size", recipe.size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
+    sources = tuple(teacher_source(teacher, recipe.base, beneath.path) for teacher in recipe.teachers)
+    teachers = []
+    for teacher, source in zip(recipe.teachers, sources, strict=True):
+        name = f"teacher '{teacher.name}'"
+        checked = check_model(source, name=name)
+        with naming(name):
+            check_clip_skip(SimpleNamespace(**checked.skeletons), teacher.clip_skip or None)
+        _check_alike(name, checked, base)
+        teachers.append(checked)
+    start = _check_start(recipe, base, teachers)
+    earlier = _read_earlier(recipe, base) if recipe.earlier else None
+    provenance = tuple(map(_provenance, recipe.teachers, sources, teachers))
+    if earlier:
+        provenance = (*_earlier_provenance(earlier, base_source, base), *provenance)
+    styles = tuple(one.name for one in provenance)
+    style_prompts = _read_start(recipe, start, styles)
+    return Plan(
+        base_source,
+        sources,
+        start,
+        earlier,
+        style_prompts,
+        base.prediction_type,
+        styles,
+        provenance,
+        _num_bytes(recipe, base.skeletons, styles),
+    )
+
+
+def _check_noise_weighting(weighting: float, base: CheckedModel) -> None:
+    # velocities weigh as a weighting of 1 would have them, and a schedule of theirs may end where there is no signal
+    if weighting and base.prediction_type != "epsilon":
+        raise UserError(
+            f"losses.noise_weighting is {weighting}, which is for a student that predicts epsilon; this base predicts "
+            f"{base.prediction_type}. Leave it out."
+        )
+
+
+def shares_of(recipe: Recipe) -> list[float]:
+    """Each teacher's share of a batch; the last is the earlier student's, where there is one to be kept."""
+    kept = recipe.earlier.regularization if recipe.earlier else 0.0
+    whole = sum(teacher.weight for teacher in recipe.teachers)
+    shares = [(1 - kept) * teacher.weight / whole for teacher in recipe.teachers]
+    return [*shares, kept] if kept else shares
+
+
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Refuse a disk that what a run writes does not fit on; checkpoints that are there already count as written.
+
+    Raises: UserError.
+    """
+    missing = num_bytes - held_bytes(folder)
+    check_disk(folder, missing, "the checkpoints and the result", "lower checkpoint.keep, or name another output")
+
+
+def num_painters(recipe: Recipe, styles: Sequence[str]) -> int:
+    """How many models paint data, each style of a merged one being one."""
+    painters = len(styles if paints_earlier(recipe) else recipe.teachers)
+    return painters + (len(styles) if paints_itself(recipe) else 0)
+
+
+def paints_itself(recipe: Recipe) -> bool:
+    """Whether the student, as it starts, paints data in each of its styles."""
+    return recipe.data.synthesize is not None and recipe.data.synthesize.student > 0
+
+
+def paints_earlier(recipe: Recipe) -> bool:
+    """Whether the earlier student, in each of its styles, paints data beside the teachers."""
+    return recipe.data.synthesize is not None and recipe.earlier is not None and recipe.earlier.regularization > 0
+
+
+def open_source(recipe: Recipe, plan: Plan) -> CaptionedImages | Synthesis:
+    """What the recipe's data are made from.
+
+    Raises: UserError: it cannot be read, or is empty.
+    """
+    data = recipe.data
+    if data.images is not None:
+        return ImageFolder(data.images)
+    if data.dataset is not None:
+        return ImageDataset(data.dataset)
+    painted = data.synthesize
+    assert painted is not None  # the recipe has one of the three
+    return Synthesis(
+        read_prompts(painted.prompts),
+        painted.count * num_painters(recipe, plan.styles),
+        steps=painted.steps,
+        guidance_scale=painted.guidance,
+        seed=painted.seed,
+    )
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("training.precision is fp16, which a CPU does not train in; set it to bf16 or fp32.")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"training.precision is bf16, which {torch.cuda.get_device_name(device)} does not compute; set it to fp16 "
+            "or fp32."
+        )
+
+
+def _check_trackers(trackers: Sequence[str]) -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    assert all(name in LOGGER_TYPE_TO_CLASS for name in trackers)  # the recipe knows accelerate's names
+    for name in trackers:
+        if name not in [str(available) for available in get_available_trackers()]:
+            raise UserError(
+                f"logging.trackers names {name}, which is not installed; install its package or leave it out."
+            )
+
+
+def _check_batch(recipe: Recipe, num_processes: int) -> None:
+    try:
+        for process in range(num_processes):
+            share_batch(recipe.training.batch_size, shares_of(recipe), num_processes, process)
+    except ValueError as error:
+        is_kept = recipe.earlier and recipe.earlier.regularization
+        last = f" (teacher {len(recipe.teachers)} is the earlier merge, of earlier.regularization)" if is_kept else ""
+        raise UserError(f"training.batch_size: {error}. Raise it, or that teacher's weight{last}.") from error
+
+
+def _check_base(source: ModelSource) -> CheckedModel:
+    path = Path(source.model)
+    if path.is_file():
+        raise UserError(
+            f"base: {path} is a single file, which carries neither configs nor a tokenizer for the result. Name a "
+            "stock pipeline folder or a hub id as the base; single files can be teachers, or the start."
+        )
+    return check_model(source, name="base")
+
+
+def teacher_source(teacher: Teacher, base: str, base_path: Path) -> ModelSource:
+    """Where a recipe's teacher comes from; what it takes from the base, by the recipe's word for it and its folder."""
+    model = base if teacher.model is None else teacher.model
+    return ModelSource(
+        model,
+        config=(teacher.config or base_path) if Path(model).is_file() else None,
+        lora=teacher.lora,
+        lora_scale=teacher.lora_scale,
+        vae=teacher.vae,
+        prediction_type=teacher.prediction_type,
+        allow_pickle=teacher.allow_pickle,
+    )
+
+
+def _check_start(recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedModel]) -> ModelSource | None:
+    if recipe.start == "average":
+        for teacher, checked in zip(recipe.teachers, teachers, strict=True):
+            if checked.prediction_type != base.prediction_type:
+                raise UserError(
+                    f"start is average, but teacher '{teacher.name}' predicts {checked.prediction_type} and the base "
+                    f"{base.prediction_type}: only weights of one prediction type can be averaged. Set start to base."
+                )
+    if recipe.start in ("base", "average"):
+        return None
+    source = ModelSource(recipe.start, config=base.path if Path(recipe.start).is_file() else None)
+    checked = check_model(source, name="start")
+    _check_alike("start", checked, base)
+    if checked.prediction_type != base.prediction_type:
+        raise UserError(
+            f"start: the model predicts {checked.prediction_type}, the base {base.prediction_type}, whose scheduler "
+            "the result gets. Start from a model that predicts what the base does."
+        )
+    return source
+
+
+def _read_earlier(recipe: Recipe, merged: CheckedModel) -> StylePrompts:
+    """The style prompts of the merged model that is merged further."""
+    assert recipe.earlier is not None
+    style_prompts = read_side_car(merged.path)
+    if style_prompts is None:
+        raise UserError(
+            f"{recipe.earlier.model} is no merged model: it has no {STYLES_FOLDER}/ folder. Merge models with `dmm "
+            "merge`, then add to what that has made."
+        )
+    for teacher in recipe.teachers:
+        if teacher.name in style_prompts.names:
+            raise UserError(
+                f"teacher '{teacher.name}': {recipe.earlier.model} has a style of that name; choose another name."
+            )
+    return style_prompts
+
+
+def _earlier_provenance(style_prompts: StylePrompts, source: ModelSource, merged: CheckedModel) -> Sequence[Provenance]:
+    """Where the earlier styles came from; where that is not known, the merged model itself."""
+    if style_prompts.provenance:
+        return style_prompts.provenance
+    told = (str(source.model), sha256(*merged.unet_files), SD1.name, merged.prediction_type)
+    return [Provenance(name, *told) for name in style_prompts.names]
+
+
+def _read_start(recipe: Recipe, start: ModelSource | None, styles: Sequence[str]) -> StylePrompts | None:
+    """The style prompts that a student starts with; None for new ones."""
+    style_prompts = None if start is None else read_side_car(locate(start))
+    if style_prompts is not None and style_prompts.names != list(styles):
+        whose = "the earlier styles and the teachers" if recipe.earlier else "the teachers"
+        raise UserError(
+            f"start: {recipe.start} is a merged model of {', '.join(style_prompts.names)}, {whose} are "
+            f"{', '.join(styles)}. To train it further, name the same in the same order; `dmm add` adds others."
+        )
+    if style_prompts is None and paints_itself(recipe):
+        raise UserError(
+            f"data.synthesize.student: {recipe.start}, from which the student starts, has no styles to paint in. Start "
+            "from a merged model, or leave it out."
+        )
+    if style_prompts is None and start is not None and recipe.earlier:
+        raise UserError(
+            f"start: {recipe.start} has no styles. What is added to a merged model starts from that model, or from one "
+            "that has the new styles already; leave it out."
+        )
+    return style_prompts
+
+
+def _check_alike(name: str, model: CheckedModel, base: CheckedModel) -> None:
+    """Refuse a model whose UNet has another architecture or another noise schedule than the base's."""
+    ours, theirs = (_structure(one.skeletons["unet"]) for one in (base, model))
+    # what tells families apart first
+    for key in dict.fromkeys(["cross_attention_dim", *ours, *theirs]):
+        if ours.get(key) != theirs.get(key):
+            advice = (
+                "SD 2.x and SD 1.x cannot be merged; choose teachers of one family."
+                if key == "cross_attention_dim"
+                else "Choose teachers of one architecture."
+            )
+            raise UserError(f"{name}: the UNet has {key} {theirs.get(key)}, the student {ours.get(key)}. {advice}")
+    powers, base_powers = (noise_schedule(one.scheduler_config) for one in (model, base))
+    if len(powers) != len(base_powers):
+        raise UserError(
+            f"{name}: its noise schedule has {len(powers)} steps, the student's {len(base_powers)}. Choose teachers "
+            "that were trained on the base's schedule."
+        )
+    if not torch.allclose(powers, base_powers, rtol=1e-4, atol=1e-8):
+        step = int((powers - base_powers).abs().argmax())
+        raise UserError(
+            f"{name}: its noise schedule is not the student's: alphas_cumprod at step {step} is {powers[step]:.6g}, "
+            f"the student's {base_powers[step]:.6g}. Choose teachers that were trained on the base's schedule."
+        )
+    if model.prediction_type == "epsilon" and base.prediction_type == "v_prediction" and (powers == 0).any():
+        raise UserError(
+            f"{name}: it predicts epsilon on a schedule that ends in pure noise, where that says nothing of the "
+            "velocity that the base predicts. Choose teachers that predict v."
+        )
+
+
+def _structure(unet: Any) -> dict[str, Any]:
+    """A UNet's config, one way of writing it for all that mean the same."""
+    config = {name: value for name, value in unet.config.items() if name[0] != "_" and name not in _HARMLESS}
+    for name, value in config.items():
+        if isinstance(value, list | tuple):
+            config[name] = value[0] if len(set(map(str, value))) == 1 and name != "block_out_channels" else tuple(value)
+    return config
+
+
+def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) -> Provenance:
+    told = str(source.model)
+    if source.lora is not None:
+        told = f"{source.lora} at {source.lora_scale:g} on {told}"
+    return Provenance(teacher.name, told, sha256(*checked.unet_files), SD1.name, checked.prediction_type)
+
+
+def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any], styles: Sequence[str]) -> int:
+    """Of the checkpoints, one more of them than are kept while the newest is written, and of the result."""
+    unet, vae, text_encoder = (
+        sum(parameter.numel() for parameter in skeletons[name].parameters()) for name in ("unet", "vae", "text_encoder")
+    )
+    with torch.device("meta"):
+        dim = skeletons["unet"].time_embedding.linear_2.out_features
+        prompts = StylePrompts(list(styles), dim)
+        head = build_head(skeletons["unet"].config.block_out_channels[-1], len(styles))
+    student = unet + sum(parameter.numel() for parameter in prompts.parameters())
+    judging = sum(parameter.numel() for parameter in head.parameters()) if recipe.losses.adversarial else 0
+    # the weights and AdamW's two moments, and an average of the student
+    state = 3 * (student + judging) + (student if recipe.training.ema_decay is not None else 0)
+    return 4 * (state * (recipe.checkpoint.keep + 1) + student + vae + text_encoder)

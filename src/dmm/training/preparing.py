@@ -1,0 +1,111 @@
+"""A merge's training data: which models are opened to paint and to read it, and where they do."""
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dmm.data import Synthesis, TrainingData, prepare_data
+from dmm.data.rows import Place
+from dmm.data.training import student_in
+from dmm.families import SD1
+from dmm.models.styles import StylePrompts, bake
+from dmm.models.teachers import ModelSource, open_pipeline
+from dmm.recipes.recipe import Recipe
+from dmm.training.building import DTYPES
+from dmm.training.preflight import Plan, open_source, paints_earlier, paints_itself
+
+Terms = tuple[list[Tensor], list[Tensor]]
+"""Of the styles of the earlier merge, and of the start, where they are merged models: (D,) each."""
+
+
+def style_terms(plan: Plan) -> Terms:
+    """What the merged models add to their time embedding for each of their styles."""
+    return _terms_of(plan.earlier), _terms_of(plan.style_prompts)
+
+
+@torch.no_grad()
+def _terms_of(prompts: StylePrompts | None) -> list[Tensor]:
+    return [] if prompts is None else [prompts(style) for style in torch.eye(len(prompts.names))]
+
+
+def prepare_data_of(
+    recipe: Recipe, plan: Plan, base: Any, terms: Terms, accelerator: Accelerator
+) -> tuple[TrainingData, Sequence[str]]:
+    """The training data, this process's share of it made, and its captions.
+
+    Args:
+        base: the pipeline whose VAE and text encoder read; they come back to the CPU.
+    """
+    source, device = open_source(recipe, plan), accelerator.device
+    readers = (base.vae, base.text_encoder)
+    for module in readers:
+        module.to(device)
+    data = prepare_data(
+        source,
+        base,
+        _openers(recipe, plan, terms, device, paints=isinstance(source, Synthesis)),
+        size=recipe.size,
+        clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
+        place=Place(accelerator.process_index, accelerator.num_processes),
+        show_progress=accelerator.is_main_process,
+    )
+    # training needs none of them; the base's wait for the samples and the result
+    for module in readers:
+        module.to("cpu")
+    free_memory(device)
+    return data, source.prompts if isinstance(source, Synthesis) else source.captions
+
+
+def _openers(
+    recipe: Recipe, plan: Plan, terms: Terms, device: torch.device, *, paints: bool
+) -> dict[str, Callable[[], Any]]:
+    """What opens each model that paints or reads, by the name of what it makes.
+
+    Args:
+        paints: whether pictures are made; if not, teachers read captions only.
+    """
+    # painting takes the whole model; reading captions is little work, and worth doing exactly
+    dtype = DTYPES[recipe.training.precision] if paints else torch.float32
+
+    def open_teacher(name: str, model: ModelSource) -> Any:
+        pipeline = open_pipeline(model, torch_dtype=dtype, name=f"teacher '{name}'")
+        if paints:
+            return pipeline.to(device)
+        pipeline.text_encoder.to(device)
+        return pipeline
+
+    def open_styled(name: str, model: ModelSource, term: Tensor) -> Any:
+        pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
+        bake(pipeline.unet, term, SD1.time_embedding)
+        return pipeline.to(device)
+
+    openers: dict[str, Callable[[], Any]] = {
+        teacher.name: partial(open_teacher, teacher.name, model)
+        for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
+    }
+    if paints_earlier(recipe):
+        assert plan.earlier is not None
+        # what the earlier student paints in each of its styles stands in for its teachers
+        open_earlier = partial(open_styled, "the earlier merge", plan.base)
+        openers = {
+            name: partial(open_earlier, term) for name, term in zip(plan.earlier.names, terms[0], strict=True)
+        } | openers
+    if paints_itself(recipe):
+        assert plan.start is not None
+        open_start = partial(open_styled, "start", plan.start)
+        openers |= {
+            student_in(name): partial(open_start, term) for name, term in zip(plan.styles, terms[1], strict=True)
+        }
+    return openers
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what dropped tensors held."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

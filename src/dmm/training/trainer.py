@@ -1,0 +1,281 @@
+"""The training loop on accelerate: batch, distil, backward, clip, step, log, save. It knows no formula."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from dmm.errors import UserError
+from dmm.files.outputs import new_file
+from dmm.models.student import StyledStudent
+from dmm.recipes.recipe import Recipe
+from dmm.training.batches import Batches
+from dmm.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sweep
+from dmm.training.curves import Curves
+from dmm.training.distill import Adversary, Batch, Distillation, Seen, Teachers, discriminate, distill
+from dmm.training.learner import Learner
+from dmm.training.processes import stop_signals, telling_of_loss
+from dmm.training.watch import Watch
+
+CHECKPOINTS = "checkpoints"
+LOG = "log.jsonl"
+STUDENT, DISCRIMINATOR = "student", "discriminator"
+
+_logger = logging.getLogger(__name__)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was asked to stop, and has saved where it is."""
+
+
+class Trainer:
+    """Trains a student to the end of its recipe, or until it is asked to stop.
+
+    Args:
+        accelerator: of the recipe's precision, its trackers set up.
+        student: float32; put on the accelerator's device, and made equal to the main process's.
+        teachers: frozen, by index.
+        batches: this process's.
+        recipe: the training, its losses, its checkpoints and its log.
+        folder: of the run; holds ``checkpoints/`` and ``log.jsonl``.
+        styles: the student's, by name.
+        adversary: on the accelerator's device; its head is trained beside the student.
+        watch: measures the student at the recipe's intervals.
+        show: called on the main process at the recipe's intervals with the step, while the student holds its
+            averaged weights.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: StyledStudent,
+        teachers: Teachers,
+        batches: Batches,
+        recipe: Recipe,
+        folder: Path,
+        styles: Sequence[str],
+        adversary: Adversary | None = None,
+        watch: Watch | None = None,
+        show: Callable[[int], None] | None = None,
+    ) -> None:
+        self.accelerator, self.student, self.teachers, self.batches = accelerator, student, teachers, batches
+        self.recipe, self.folder, self.adversary, self.show = recipe, folder, adversary, show
+        self.watch = watch
+        training = recipe.training
+        if training.gradient_checkpointing:
+            student.unet.enable_gradient_checkpointing()
+        if training.compile:
+            student.unet.compile()
+        style_rate = training.style_learning_rate or training.learning_rate
+        groups = [(student.unet, training.learning_rate), (student.style_prompts, style_rate)]
+        self.learners = {STUDENT: Learner(accelerator, student, groups, training)}
+        self.parameters = self.learners[STUDENT].parameters
+        if adversary is not None:
+            head = adversary.discriminator.head
+            self.learners[DISCRIMINATOR] = Learner(accelerator, head, [(head, training.learning_rate)], training)
+        # of the weights as they now are: where there are several processes, the main one's in all of them
+        self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
+        self.sample_every = recipe.logging.sample_every or math.inf
+        self.watch_every = recipe.logging.score_error_every or math.inf
+        self.curves = Curves(styles, accelerator.device)
+
+    def train(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one, to the last step; saved at the end.
+
+        Raises: Stopped: SIGINT or SIGTERM came; UserError: the loss or a weight is no longer finite.
+        """
+        first = self._resume()
+        training = self.recipe.training
+        with (
+            stop_signals() as asked_to_stop,
+            tqdm(
+                total=training.steps * training.batch_size,
+                initial=first * training.batch_size,
+                unit=" samples",
+                unit_scale=True,
+                disable=not self.accelerator.is_main_process,
+            ) as bar,
+        ):
+            for step in range(first, training.steps):
+                with telling_of_loss(step):
+                    self.student.train()
+                    self._step(step)
+                    done = step + 1
+                    bar.update(training.batch_size)
+                    is_last = done == training.steps
+                    measured = self._measure() if is_last or done % self.watch_every == 0 else {}
+                    if measured or is_last or done % self.recipe.logging.every == 0:
+                        self._log(done, bar, measured)
+                    stop = self._any(asked_to_stop())
+                    if stop or done % self.recipe.checkpoint.every == 0 or done == training.steps:
+                        self._save(done)
+                    if self.show and (done == training.steps or done % self.sample_every == 0):
+                        self._show(done)
+                    if stop and done < training.steps:
+                        raise Stopped(f"step {done} of {training.steps} is saved in '{self.folder}'; --resume goes on")
+
+    def _step(self, step: int) -> None:
+        student = self.learners[STUDENT]
+        seen = []
+        for i, batch in enumerate(self.batches.of_step(step)):
+            with self._accumulating(student, i):
+                result = distill(
+                    student.model,
+                    self.teachers,
+                    batch,
+                    feature_weight=self.recipe.losses.feature,
+                    adversary=self.adversary,
+                )
+            self._learn_from(result, batch)
+            seen.append(result.seen)
+        student.step(step)
+        if self.ema:
+            self.ema.step(self.parameters.values())
+        if self.adversary is not None:
+            self._step_discriminator(step, seen)
+
+    def _step_discriminator(self, step: int, seen: Sequence[Seen | None]) -> None:
+        discriminator = self.learners[DISCRIMINATOR]
+        for i, one in enumerate(seen):
+            assert one is not None
+            with self._accumulating(discriminator, i):
+                result = discriminate(discriminator.model, one)
+            self._learn_from(result, one.batch)
+        discriminator.step(step)
+
+    @contextmanager
+    def _accumulating(self, learner: Learner, micro_batch: int) -> Iterator[None]:
+        # gradients are synchronised once a step, with the last micro-batch's
+        is_last = micro_batch == len(self.batches) - 1
+        with nullcontext() if is_last else self.accelerator.no_sync(learner.model), self.accelerator.autocast():
+            yield
+
+    def _learn_from(self, result: Distillation, batch: Batch) -> None:
+        self.curves.add(batch, result.terms)
+        # DDP takes the mean over processes; the loss weights want the sum
+        self.accelerator.backward(result.loss * self.accelerator.num_processes)
+
+    def _measure(self) -> Mapping[str, float]:
+        if self.watch is None:
+            return {}
+        with self.averaged(), self.accelerator.autocast():
+            return self.watch.measure(self.student, self.accelerator)
+
+    def _log(self, done: int, bar: Any, measured: Mapping[str, float]) -> None:
+        scalars = self.curves.take(self.accelerator)
+        scalars |= {"learning_rate": self.learners[STUDENT].learning_rate, **measured}
+        if not self.accelerator.is_main_process:
+            return
+        bar.set_postfix({name: f"{scalars[name]:.4f}" for name in ("score", "score_error") if name in scalars})
+        with (self.folder / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": done, "time": round(time.time(), 3), **scalars}) + "\n")
+        self.accelerator.log(scalars, step=done)
+
+    def _save(self, done: int) -> None:
+        if self.accelerator.is_main_process:
+            tensors: dict[str, Mapping[str, Tensor]] = {}
+            info: dict[str, Any] = {}
+            for name, learner in self.learners.items():
+                state, told = learner.state(name)
+                tensors |= state
+                info |= told
+            if self.ema:
+                tensors["ema"] = dict(zip(self.parameters, self.ema.shadow_params, strict=True))
+            scaler = self.accelerator.scaler
+            save_checkpoint(
+                self.folder / CHECKPOINTS,
+                done,
+                tensors,
+                {
+                    **info,
+                    "ema_step": self.ema.optimization_step if self.ema else 0,
+                    "scaler": scaler.state_dict() if scaler else {},
+                    "num_threads": torch.get_num_threads(),
+                    "num_processes": self.accelerator.num_processes,
+                },
+                keep=self.recipe.checkpoint.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        root = self.folder / CHECKPOINTS
+        if self.accelerator.is_main_process:
+            sweep(root)
+        self.accelerator.wait_for_everyone()
+        newest = newest_checkpoint(root)
+        if newest is None:
+            self._cut_log(0)
+            return 0
+        checkpoint = load_checkpoint(newest)
+        if checkpoint.step > self.recipe.training.steps:
+            raise UserError(
+                f"The run in '{self.folder}' has trained {checkpoint.step} steps already, more than the recipe's "
+                f"training.steps of {self.recipe.training.steps}."
+            )
+        info = checkpoint.info
+        for what, now in (
+            ("num_threads", torch.get_num_threads()),
+            ("num_processes", self.accelerator.num_processes),
+        ):
+            if info[what] != now:
+                _logger.warning("The run had %s %d and now has %d: its last bits may differ.", what, info[what], now)
+        for name, learner in self.learners.items():
+            if name in info:  # a discriminator may be new
+                learner.load_state(name, checkpoint)
+        if self.ema:
+            # a run that had no average begins one here
+            averages = checkpoint.tensors.get("ema", checkpoint.tensors["student"])
+            for shadow, name in zip(self.ema.shadow_params, self.parameters, strict=True):
+                shadow.copy_(averages[name])
+            self.ema.optimization_step = info["ema_step"]
+        if self.accelerator.scaler is not None and info["scaler"]:  # it may have trained in another precision
+            self.accelerator.scaler.load_state_dict(info["scaler"])
+        self._cut_log(checkpoint.step)
+        return checkpoint.step
+
+    def _cut_log(self, done: int) -> None:
+        """Take out of the log what was logged after the checkpoint that a run goes on from."""
+        log = self.folder / LOG
+        if not self.accelerator.is_main_process or not log.exists():
+            return
+        # a line that a kill has cut short is the last, and so later than any checkpoint
+        lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        with new_file(log, overwrite=True) as temporary:
+            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the block, the student holds its averaged weights, where there are any, and is in ``eval``."""
+        self.student.eval()
+        if self.ema:
+            self.ema.store(self.parameters.values())
+            self.ema.copy_to(self.parameters.values())
+        try:
+            yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.parameters.values())
+
+    def _show(self, done: int) -> None:
+        assert self.show is not None
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                self.show(done)
+        self.accelerator.wait_for_everyone()
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says so: all of them stop at the same step, or none does."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
