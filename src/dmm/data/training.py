@@ -32,6 +32,7 @@ def student_in(style: str) -> str:
     """Name, which no teacher can have, of the student as it paints in a style."""
     return f"{STUDENT}/{style}"
 
+
 class TrainingData:
     """M latents with captions, embedded as each text encoder does, read at random from disk.
 
