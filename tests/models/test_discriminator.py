@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import tiny_unet
-from test_distill import NAMES, new_batch, new_teachers
+from distill_helpers import NAMES, new_batch, new_teachers
 from toy import ALPHAS_CUMPROD
 
 from dmm.maths.diffusion import add_noise, epsilon_to_velocity, predict_x0, rediffuse

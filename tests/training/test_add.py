@@ -10,8 +10,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_pipeline, tiny_unet
+from distill_helpers import NAMES, new_batch, new_teachers
 from safetensors.torch import load_file
-from test_distill import NAMES, new_batch, new_teachers
 from toy import ALPHAS_CUMPROD, ToyData
 
 import dmm
