@@ -63,7 +63,7 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     quiet_libraries()
     import torch
 
-    from dmm.models.styles import style_weights
+    from dmm.maths.mixes import mix_weights
     from dmm.models.teachers import ModelSource, locate
     from dmm.pipeline.export import export_all, export_authors, export_style
     from dmm.pipeline.styled import load_pipeline, read_styles, style_names
@@ -72,7 +72,7 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     path = locate(ModelSource(args.model))
     prompts = read_styles(path)
     if prompts is not None and args.style:
-        style_weights(prompts.names, args.style)  # before the weights are loaded
+        mix_weights(prompts.names, args.style)  # before the weights are loaded
     pipe = load_pipeline(path, config=args.config)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     if args.style:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from dmm.errors import UserError
-from dmm.pipeline.style_schedule import StyleSchedule
+from dmm.pipeline.style_schedule import StyleSchedule, check_style
 
 Mix = dict[str, float]
 """Names with weights that sum to 1; a style by itself is a mix of one."""
@@ -47,10 +47,6 @@ def choose_styles(args: argparse.Namespace, names: list[str]) -> list[Style]:
         names: of the model's styles, in its order.
     Raises: UserError: the model has no such style, weights do not sum to 1, or a style is asked for twice.
     """
-    from dmm.pipeline.styled import (
-        check_style,  # here, so that a mistake in other options is told without waiting for torch
-    )
-
     styles: list[Style]
     if args.strip:
         first, last = args.strip

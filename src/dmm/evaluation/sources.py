@@ -12,7 +12,8 @@ from dmm.evaluation.held_out import Model
 from dmm.files.digest import sha256
 from dmm.formats.detect import LORA_FILE, is_lora
 from dmm.formats.tensors import read_header
-from dmm.models.side_car import STYLES_FOLDER, read_side_car
+from dmm.models.side_car import read_side_car
+from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.teachers import ModelSource, check_model, locate, open_pipeline
 from dmm.pipeline.styled import load_pipeline
 from dmm.recipes.recipe import Recipe, load_recipe

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Component, Family, title_of_folder
+from dmm.files.json import read_json
 from dmm.formats.detect import LORA_FILE
 from dmm.formats.skeleton import build_skeletons, check_tensors
-from dmm.formats.tensors import read_header, read_json
+from dmm.formats.tensors import read_header
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a stock pipeline that are neither fetched nor loaded: nothing of ours calls them."""

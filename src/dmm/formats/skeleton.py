@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dmm.errors import UserError
 from dmm.families import Component, Family
-from dmm.formats.tensors import read_json
+from dmm.files.json import read_json
 
 
 def build_skeletons(folder: Path, family: Family) -> dict[str, Any]:

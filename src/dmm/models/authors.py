@@ -20,10 +20,11 @@ from transformers import CLIPTokenizer
 
 from dmm.errors import UserError
 from dmm.families import SD1
+from dmm.files.json import read_json
 from dmm.formats.folder import UNUSED_COMPONENTS, check_component, weight_files
 from dmm.formats.single_file import check_single_file, open_single_file
 from dmm.formats.skeleton import build_skeleton, check_tensors
-from dmm.formats.tensors import Header, check_finite, read_header, read_json, read_tensors, write_tensors
+from dmm.formats.tensors import Header, check_finite, read_header, read_tensors, write_tensors
 from dmm.models.styles import Provenance, StylePrompts
 
 PIPELINE_CLASS = "StableDiffusionDMMPipeline"

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from dmm.errors import UserError
+from dmm.files.json import read_json
 from dmm.formats.skeleton import check_tensors
-from dmm.formats.tensors import check_finite, read_header, read_json
+from dmm.formats.tensors import check_finite, read_header
+from dmm.models.style_names import STYLES_FOLDER, read_style_config
 from dmm.models.styles import Provenance, StylePrompts
 
-STYLES_FOLDER = "styles"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PROVENANCE_FILE = "styles.json"
 
@@ -33,7 +34,7 @@ def read_side_car(folder: Path) -> StylePrompts | None:
     styles = folder / STYLES_FOLDER
     if not styles.is_dir():
         return None
-    names, dim = _read_config(styles / "config.json")
+    names, dim = read_style_config(styles / "config.json")
     with torch.device("meta"):
         skeleton = StylePrompts(names, dim)
     check_tensors(skeleton, read_header(styles / WEIGHTS_FILE).tensors, str(styles / WEIGHTS_FILE))
@@ -52,20 +53,6 @@ def write_side_car(prompts: StylePrompts, folder: Path) -> None:
         written = {"styles": [asdict(one) for one in prompts.provenance]}
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (styles / PROVENANCE_FILE).write_text(text, encoding="utf-8")
-
-
-def _read_config(path: Path) -> tuple[list[str], int]:
-    config = read_json(path)
-    names, dim = config.get("names"), config.get("dim")
-    if config.get("_class_name") != StylePrompts.__name__:
-        raise UserError(f"{path} describes a {config.get('_class_name')}; a {StylePrompts.__name__} was expected.")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path}: its names are {names}; a list of the styles' names was expected.")
-    if len(set(names)) < len(names):
-        raise UserError(f"{path} names a style twice: {', '.join(names)}. Every style needs a name of its own.")
-    if not isinstance(dim, int) or dim < 1:
-        raise UserError(f"{path}: its dim is {dim}; the width of the style prompts was expected.")
-    return names, dim
 
 
 def _read_provenance(path: Path, names: list[str]) -> list[Provenance]:

@@ -19,10 +19,8 @@ from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from dmm.errors import UserError, nearest
-
-Mix = str | Mapping[str, float]
-"""One style by name, or several with weights that sum to 1."""
+from dmm.errors import UserError
+from dmm.maths.mixes import Mix, mix_weights
 
 
 @dataclass(frozen=True)
@@ -168,15 +166,7 @@ def style_weights(names: Sequence[str], style: Mix | Sequence[Mix]) -> Tensor:
         if not style:
             raise UserError("A list of styles needs one style for each image; this one is empty.")
         return torch.stack([style_weights(names, one) for one in style])
-    mix = {style: 1.0} if isinstance(style, str) else style
-    for name in mix:
-        if name not in names:
-            raise UserError(f"There is no style '{name}'{nearest(name, names)}; the styles are {', '.join(names)}.")
-    total = sum(mix.values())
-    if not abs(total - 1) <= 1e-4:  # false for NaN, too
-        told = ", ".join(f"{name}={weight:g}" for name, weight in mix.items()) or "none"
-        raise UserError(f"The weights of a mix must sum to 1; these ({told}) sum to {total:g}.")
-    return torch.tensor([float(mix.get(name, 0.0)) for name in names])
+    return torch.tensor(mix_weights(names, style))
 
 
 @torch.no_grad()

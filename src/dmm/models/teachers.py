@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, SD1
+from dmm.files.json import read_json
 from dmm.formats.detect import LORA_FILE
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
 from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
-from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header, read_json
+from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header
 from dmm.formats.vae import check_vae, fetch_vae, open_vae
 from dmm.maths.diffusion import PredictionType
-from dmm.models.side_car import STYLES_FOLDER
+from dmm.models.style_names import STYLES_FOLDER
 
 PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
 

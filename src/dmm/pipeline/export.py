@@ -20,8 +20,9 @@ from dmm.families import SD1
 from dmm.files.outputs import new_file, new_folder
 from dmm.formats.single_file import original_names, save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
+from dmm.maths.mixes import Mix
 from dmm.models.authors import rewrite_file, rewrite_folder
-from dmm.models.styles import Mix, StylePrompts
+from dmm.models.styles import StylePrompts
 from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
 
 SINGLE_FILE = ".safetensors"

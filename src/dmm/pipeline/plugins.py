@@ -23,7 +23,8 @@ from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from dmm.errors import UserError
-from dmm.formats.tensors import read_header, read_json
+from dmm.files.json import read_json
+from dmm.formats.tensors import read_header
 
 IMAGE_ENCODER_FOLDER = "image_encoder"
 """Where an IP-Adapter's image encoder is, beside its file, unless told otherwise."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files.outputs import check_folder, new_folder
-from dmm.models.side_car import STYLES_FOLDER, read_side_car, write_side_car
+from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.student import shrink
+from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.teachers import ModelSource, locate
 
 _PARTS = ("model_index.json", "scheduler", "tokenizer", *(component.name for component in SD1.components))

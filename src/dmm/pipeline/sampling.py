@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.maths.mixes import Mix
 from dmm.models.conditioning import check_clip_skip, encode_tokens, tokenize
-from dmm.models.styles import Mix
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
-from dmm.pipeline.style_schedule import StyleSchedule
-from dmm.pipeline.styled import check_style, style_names, style_over_time
+from dmm.pipeline.style_schedule import StyleSchedule, check_style
+from dmm.pipeline.styled import style_names, style_over_time
 
 
 def sample(

@@ -25,10 +25,11 @@ from dmm.families import SD1
 from dmm.files.outputs import new_folder
 from dmm.formats.lora import fuse_lora, read_lora
 from dmm.formats.tensors import read_tensors, write_tensors
+from dmm.maths.mixes import Mix
 from dmm.models.authors import is_authors, open_authors, read_authors_styles
-from dmm.models.side_car import STYLES_FOLDER, read_side_car, write_side_car
+from dmm.models.side_car import read_side_car, write_side_car
+from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.styles import (
-    Mix,
     Provenance,
     StyledTimestepEmbedding,
     StylePrompts,
@@ -39,7 +40,7 @@ from dmm.models.styles import (
     styled_embedding,
 )
 from dmm.models.teachers import ModelSource, locate, open_pipeline
-from dmm.pipeline.style_schedule import StyleSchedule
+from dmm.pipeline.style_schedule import StyleSchedule, check_style
 
 
 def load_pipeline(
@@ -198,16 +199,6 @@ def style_over_time(
 
     with temporary_style(pipe, current):
         yield on_step_end
-
-
-def check_style(names: Sequence[str], style: StyleSchedule | Mix | None) -> None:
-    """Check a style, a mix or a style over time against the styles that there are.
-
-    Raises: UserError: there is no style of that name, or weights do not sum to 1.
-    """
-    for mix in [part for _, _, part in style.parts] if isinstance(style, StyleSchedule) else [style]:
-        if mix is not None:
-            style_weights(names, mix)
 
 
 def share(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from dmm.files.digest import sha256
+from dmm.files.json import read_json
 from dmm.files.outputs import check_disk, check_file, check_folder, new_file, new_folder
 from dmm.formats.folder import UNUSED_COMPONENTS
-from dmm.formats.tensors import read_json
 from dmm.soup.ledger import check_digests, describe, labelled_digests
 from dmm.soup.models import Layout
 from dmm.soup.plan import Plan, plan_soup

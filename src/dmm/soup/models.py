@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import SD1, Component, title_of_folder, title_of_keys
+from dmm.files.json import read_json
 from dmm.formats.detect import is_lora
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, weight_files
 from dmm.formats.lora import LoraLayerWeights
@@ -22,7 +23,7 @@ from dmm.formats.single_file import (
     original_names,
     prediction_type_of,
 )
-from dmm.formats.tensors import Header, read_json
+from dmm.formats.tensors import Header
 from dmm.soup.reading import WeightFile
 
 Layout = Literal["file", "folder"]

@@ -38,7 +38,8 @@ from dmm.files.outputs import check_folder
 from dmm.files.pictures import grid, save_png
 from dmm.files.prompts import read_prompts
 from dmm.maths.sharing import is_uneven, share_batch
-from dmm.models.side_car import STYLES_FOLDER, read_side_car
+from dmm.models.side_car import read_side_car
+from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.teachers import noise_schedule, open_pipeline
 from dmm.pipeline.sampling import sample
 from dmm.pipeline.styled import save_pipeline

@@ -18,7 +18,8 @@ from dmm.maths.diffusion import PredictionType
 from dmm.maths.sharing import share_batch
 from dmm.models.conditioning import check_clip_skip
 from dmm.models.discriminator import build_head
-from dmm.models.side_car import STYLES_FOLDER, read_side_car
+from dmm.models.side_car import read_side_car
+from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.styles import Provenance, StylePrompts
 from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming, noise_schedule
 from dmm.pipeline.samplers import check_multiple
