@@ -1,6 +1,7 @@
 """What the base and its experts share: captions, cached latents and the denoising loss."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -28,6 +29,16 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = unet.to(memory_format=torch.channels_last)
         self.text_encoder = text_encoder
+
+    def read(self, tokenizer: CLIPTokenizer, texts: Sequence[str]) -> dict[str, Any]:
+        """What the UNet is given of B captions, as its keyword arguments."""
+        return {"encoder_hidden_states": self.text_encoder(tokenize(tokenizer, texts)).last_hidden_state}
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """(B, T) token ids, padded to the T that a text encoder reads."""
+    ids: Tensor = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids
 
 
 def captions(texts: Sequence[str], generator: torch.Generator) -> list[str]:
@@ -65,9 +76,8 @@ def denoising_loss(
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    tokens = tokenizer(captions(texts, generator), padding="max_length", truncation=True, return_tensors="pt")
-    states = model.text_encoder(tokens.input_ids).last_hidden_state
-    output = model.unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, states).sample
+    conditions = model.read(tokenizer, captions(texts, generator))
+    output = model.unet(noisy.contiguous(memory_format=torch.channels_last), timesteps, **conditions).sample
     is_velocity = scheduler.config.prediction_type == "v_prediction"
     target = scheduler.get_velocity(latents, noise, timesteps) if is_velocity else noise
     return F.mse_loss(output, target)

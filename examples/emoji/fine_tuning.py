@@ -1,17 +1,18 @@
-"""Fine-tuning a Stable Diffusion pipeline on drawings: what all experts and shards here go through."""
+"""Fine-tuning a pipeline on drawings: what all experts and shards here go through."""
 
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from denoising import SCHEDULE, Denoiser, denoising_loss
 from training import fit
+from xl import DenoiserXL
 
 
 def fine_tune(
-    pipeline: StableDiffusionPipeline,
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline,
     latents: Tensor,
     texts: list[str],
     folder: Path,
@@ -20,6 +21,7 @@ def fine_tune(
     batch_size: int,
     learning_rate: float,
     prediction_type: str = "epsilon",
+    zero_terminal_snr: bool = False,
     seed: int = 0,
 ) -> None:
     """Train what requires a gradient in a pipeline's UNet and text encoder, in place.
@@ -29,9 +31,12 @@ def fine_tune(
         texts: N names of concepts.
         folder: of the run, which goes on where it stopped.
         prediction_type: what the UNet learns to predict.
+        zero_terminal_snr: rescale the schedule so that its last step is pure noise (arXiv:2305.08891).
     """
-    model = Denoiser(pipeline.unet, pipeline.text_encoder)
-    scheduler = DDPMScheduler(**SCHEDULE, prediction_type=prediction_type)
+    is_xl = isinstance(pipeline, StableDiffusionXLPipeline)
+    text_encoders = [pipeline.text_encoder, pipeline.text_encoder_2] if is_xl else [pipeline.text_encoder]
+    model = (DenoiserXL if is_xl else Denoiser)(pipeline.unet, *text_encoders)
+    scheduler = DDPMScheduler(**SCHEDULE, prediction_type=prediction_type, rescale_betas_zero_snr=zero_terminal_snr)
 
     def step(_step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = torch.randint(len(texts), (batch_size,), generator=generator)

@@ -1,6 +1,7 @@
 """Train the base: tokenizer, text encoder and UNet, on all eight hands at once.
 
-The captions hold no word of style, so that the base is, like SD 1.5, a blur of them all.
+The captions hold no word of style, so that the base is, like SD 1.5, a blur of them all. ``--family sdxl`` trains a
+small SDXL instead, ``sdxl-base/`` for ``base/``.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import xl
 from denoising import SCHEDULE, TEMPLATES, Denoiser, denoising_loss, encode_views
 from drawings import SIZE, read_drawings
 from training import fit
@@ -72,10 +74,25 @@ def new_unet(latent_channels: int) -> UNet2DConditionModel:
     )
 
 
+def new_pipeline(model: Denoiser, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """The stock pipeline of what was trained."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="where train_vae.py left vae/")
+    parser.add_argument("--family", choices=("sd1", "sdxl"), default="sd1")
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -88,7 +105,13 @@ def main() -> None:
     # eight times each: a published concept's name should be whole words
     tokenizer = new_tokenizer(sorted(set(drawings.texts)) + 8 * sorted(set(published.texts)))
     torch.manual_seed(0)
-    model = Denoiser(new_unet(vae.config.latent_channels), new_text_encoder(tokenizer))
+    channels = vae.config.latent_channels
+    is_xl = args.family == "sdxl"
+    model = (
+        xl.DenoiserXL(xl.new_unet(channels), *xl.new_text_encoders(tokenizer))
+        if is_xl
+        else Denoiser(new_unet(channels), new_text_encoder(tokenizer))
+    )
     scheduler = DDPMScheduler(**SCHEDULE)
 
     def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -97,18 +120,13 @@ def main() -> None:
         texts = [published.texts[i] for i in rows.tolist()]
         return denoising_loss(model, tokenizer, scheduler, latents[rows, views], texts, generator), {}
 
-    fit(model, step, args.work / "base-run", steps=args.steps, learning_rate=args.learning_rate)
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        unet=model.unet,
-        scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(args.work / "base")
+    name = "sdxl-base" if is_xl else "base"
+    fit(model, step, args.work / f"{name}-run", steps=args.steps, learning_rate=args.learning_rate)
+    if isinstance(model, xl.DenoiserXL):
+        pipeline = xl.new_pipeline(model, vae, tokenizer)
+    else:
+        pipeline = new_pipeline(model, vae, tokenizer)
+    pipeline.save_pretrained(args.work / name)
 
 
 if __name__ == "__main__":
