@@ -34,10 +34,10 @@ import dmm.training.merge  # noqa: F401
 from dmm.cli import main as dmm_command
 from dmm.demo import expert_sources
 from dmm.files.digest import sha256
+from dmm.files.runs import CHECKPOINTS, LOG
 from dmm.files.yaml import write_yaml
 from dmm.models.teachers import ModelSource
 from dmm.training.checkpoint import MANIFEST, newest_checkpoint
-from dmm.training.trainer import CHECKPOINTS, LOG
 
 TEACHERS = ("noto", "twemoji", "openmoji")
 STEPS, EVERY = 20, 2

@@ -171,7 +171,7 @@ def test_a_finished_run_is_left_alone(finished, merge, capsys):
     assert merge(finished, "--resume") == 0
     assert "is finished already" in capsys.readouterr().out
     assert merge(finished) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert f"'{finished}' holds a merge. Name another output, or add --overwrite" in capsys.readouterr().err
     assert result_of(finished) == before
 
 
@@ -224,6 +224,22 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(finished, merge, tmp_path,
         assert merge(folder) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"dmm: interrupted: step 1 of 4 is saved in '{folder}'; --resume goes on"
+    assert merge(folder) == 2
+    assert (
+        f"'{folder}' holds a merge that has not ended: step 1 of 4 is saved. --resume goes on with it, --overwrite "
+        "begins anew; or name another output." in capsys.readouterr().err
+    )
+    go_on = f"step 1 of 4 is saved. Go on with `dmm merge {folder / 'recipe.yaml'} --output {folder} --resume`; `dmm "
+    soup = tmp_path / "soup.yaml"
+    soup.write_text(f"method: soup\nteachers: [{{name: a, model: {folder}}}, {{name: b, model: {folder}}}]\n")
+    for command in (
+        ["generate", str(folder), "a cat", "--style", "lora"],
+        ["remove", str(folder), "lora", "--output", str(tmp_path / "removed")],
+        ["export", str(folder), "--style", "lora", "--output", str(tmp_path / "lora.safetensors")],
+        ["soup", str(soup), "--output", str(tmp_path / "soup.safetensors")],
+    ):
+        assert main(command) == 2
+        assert f"{folder} is a merge that has not ended: {go_on}" in capsys.readouterr().err
     assert merge(folder, "--resume") == 0
     assert result_of(folder) == result_of(finished)
 

@@ -15,8 +15,9 @@ from accelerate.state import AcceleratorState
 from toy import STYLES, toy_recipe, toy_student, toy_trainer
 
 from dmm.errors import UserError
+from dmm.files.runs import CHECKPOINTS, LOG
 from dmm.training.checkpoint import load_checkpoint, newest_checkpoint
-from dmm.training.trainer import CHECKPOINTS, LOG, Stopped, Trainer
+from dmm.training.trainer import Stopped, Trainer
 
 TOY = Path(__file__).parents[1] / "toy.py"
 LAUNCH_SECONDS = 120  # on a busy machine

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmm.errors import UserError
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE
 from dmm.recipes.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     quiet_libraries()
     import torch
 
-    from dmm.training.merge import FIRST_STAGE, merge
+    from dmm.training.merge import merge
     from dmm.training.processes import is_main_process, leave
-    from dmm.training.trainer import CHECKPOINTS, Stopped
+    from dmm.training.trainer import Stopped
 
     try:
         recipe = load_recipe(args.recipe, overrides)
@@ -116,8 +117,6 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _told(merged: "Merged") -> str:
-    from dmm.training.trainer import CHECKPOINTS
-
     folder, styles = merged.folder, ", ".join(merged.styles)
     if merged.was_finished:
         return f"{folder} is finished already: a pipeline with the styles {styles}."

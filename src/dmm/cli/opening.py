@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import read_scaled_path
 from dmm.errors import UserError
+from dmm.files.runs import check_finished
 
 if TYPE_CHECKING:
     from dmm.models.styles import StylePrompts
@@ -43,6 +44,7 @@ def check_opening(args: argparse.Namespace) -> None:
     might_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.model) and not model.parent.exists()
     if not model.exists() and not might_be_hub_id:
         raise UserError(f"{args.model}: no such file or folder. Check the path.")
+    check_finished(model)
     if args.config is not None and not args.config.is_dir():
         raise UserError(f"--config {args.config}: no such folder. Name a stock pipeline folder.")
     if args.lora is not None and not args.lora[0].is_file():

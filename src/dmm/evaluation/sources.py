@@ -10,6 +10,7 @@ import torch
 from dmm.errors import UserError
 from dmm.evaluation.held_out import Model
 from dmm.files.digest import sha256
+from dmm.files.runs import RECIPE
 from dmm.formats.detect import LORA_FILE, is_lora
 from dmm.formats.tensors import read_header
 from dmm.models.side_car import read_side_car
@@ -17,7 +18,6 @@ from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.teachers import ModelSource, check_model, locate, open_pipeline
 from dmm.pipeline.styled import load_pipeline
 from dmm.recipes.recipe import Recipe, load_recipe
-from dmm.training.merge import RECIPE
 from dmm.training.preflight import teacher_source
 
 

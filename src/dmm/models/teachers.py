@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dmm.errors import UserError
 from dmm.families import FAMILIES, SD1
 from dmm.files.json import read_json
+from dmm.files.runs import check_finished
 from dmm.formats.detect import LORA_FILE
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
@@ -183,10 +184,11 @@ def naming(name: str | None) -> Iterator[None]:
 def locate(source: ModelSource) -> Path:
     """The local path of a model; a hub id's files are fetched, a merged model's ``styles/`` among them.
 
-    Raises: UserError: there is no such file or folder, and the hub did not give it.
+    Raises: UserError: there is no such file or folder, and the hub did not give it; or a merge that has not ended.
     """
     path = _local(source.model)
     if path is not None:
+        check_finished(path)
         return path
     hub_id = str(source.model)
     try:

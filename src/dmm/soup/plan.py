@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.files.runs import check_finished
 from dmm.formats.detect import LORA_FILE
 from dmm.formats.lora import read_lora
 from dmm.formats.single_file import V_PREDICTION_MARK
@@ -318,6 +319,7 @@ def _check_alike(models: Sequence[OpenModel]) -> None:
 def _locate(model: str) -> Path:
     path = Path(model)
     if path.exists():
+        check_finished(path)
         return path
     from dmm.models.teachers import ModelSource, locate  # fetching from the hub takes all the libraries
 

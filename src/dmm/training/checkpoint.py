@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 
 from dmm.errors import UserError
 from dmm.files.digest import sha256
+from dmm.files.runs import checkpoints, step_of
 from dmm.formats.tensors import DTYPE_NAMES
 
 MANIFEST = "manifest.json"
@@ -100,7 +100,7 @@ def newest_checkpoint(root: Path) -> Path | None:
 
     Returns: its folder; None where there is none.
     """
-    for folder in reversed(_checkpoints(root)):
+    for folder in reversed(checkpoints(root)):
         defect = _defect(folder)
         if defect is None:
             return folder
@@ -308,21 +308,9 @@ def _put_in_place(temporary: Path, root: Path, step: int) -> Path:
         attempt += 1
 
 
-def _order(folder: Path) -> tuple[int, int] | None:
-    """A checkpoint's step, and which save of that step it is; None for what is no checkpoint."""
-    match = re.fullmatch(r"step-(\d{8,})(?:\.(\d+))?", folder.name)
-    return (int(match[1]), int(match[2] or 1)) if match else None
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    """All that were put in place, the oldest first."""
-    orders = {folder: order for folder in root.glob("step-*") if (order := _order(folder))}
-    return sorted(orders, key=orders.__getitem__)
-
-
 def _prune(root: Path, saved: Path, keep: int) -> None:
     """Remove checkpoints before ``saved`` until ``keep`` are left with it; later ones, which are broken, stay."""
-    folders = _checkpoints(root)
+    folders = checkpoints(root)
     older = folders[: folders.index(saved)] if saved in folders else []
     for folder in older[: max(len(older) + 1 - keep, 0)]:
         # renamed first: one that is half removed must not look like one that is broken
@@ -342,8 +330,7 @@ def _defect(folder: Path) -> str | None:
         step = int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} is missing or cannot be read"
-    order = _order(folder)
-    if order is None or order[0] != step or INFO not in files:
+    if step_of(folder) != step or INFO not in files:
         return f"its {MANIFEST} is damaged"
     for name, (size, digest) in files.items():
         path = folder / name

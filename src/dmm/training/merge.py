@@ -37,6 +37,7 @@ from dmm.families import SD1
 from dmm.files.outputs import check_folder
 from dmm.files.pictures import grid, save_png
 from dmm.files.prompts import read_prompts
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, find_run
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER
@@ -50,18 +51,13 @@ from dmm.training.building import build_adversary, build_student, open_teachers,
 from dmm.training.preflight import Plan, check_merge, check_space, open_source
 from dmm.training.preparing import free_memory, prepare_data_of, style_terms
 from dmm.training.processes import join_processes, on_all, on_main
-from dmm.training.trainer import CHECKPOINTS, LOG, Trainer
+from dmm.training.trainer import Trainer
 from dmm.training.watch import Watch, watched_groups
 
-RECIPE = "recipe.yaml"
-SAMPLES = "samples"
-FIRST_STAGE = "first-stage"
-
 _TRACKERS = "trackers"
-_INDEX = "model_index.json"
 _RESULT = "result"
 _WRITTEN = (
-    *(_INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER),
+    *(INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER),
     *(component.name for component in SD1.components),
     *("scheduler", "tokenizer"),
 )
@@ -105,7 +101,7 @@ def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     start = time.monotonic()
     state = join_processes()
     if not resume:
-        on_main(lambda: check_folder(folder, overwrite=overwrite))
+        on_main(lambda: _check_new(folder, overwrite=overwrite))
     if recipe.finetune is not None:  # the second stage's check comes after the first stage's training
         prompts = recipe.finetune.synthesize.prompts
         on_main(lambda: read_prompts(prompts))
@@ -238,6 +234,19 @@ def _build_watch(
     return Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, list(plan.styles))
 
 
+def _check_new(folder: Path, *, overwrite: bool) -> None:
+    """Refuse the folder of an earlier merge, or of anything else, for a new one."""
+    run = None if overwrite else find_run(folder)
+    if run is not None and run.is_finished:
+        raise UserError(f"'{folder}' holds a merge. Name another output, or add --overwrite to replace it.")
+    if run is not None:
+        raise UserError(
+            f"'{folder}' holds a merge that has not ended: {run.told()}. --resume goes on with it, --overwrite begins "
+            "anew; or name another output."
+        )
+    check_folder(folder, overwrite=overwrite)
+
+
 def _check(
     recipe: Recipe, folder: Path, num_processes: int, device: torch.device, resume: bool, overwrite: bool
 ) -> Plan | None:
@@ -252,7 +261,7 @@ def _check(
     if resume and is_run:
         before = load_recipe(folder / RECIPE, may_be_gone=True)
         _check_same(before, recipe, folder)
-        if before == recipe and (folder / _INDEX).is_file():
+        if before == recipe and (folder / INDEX).is_file():
             return None
     else:
         check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
@@ -289,8 +298,8 @@ def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     if not resume:
         _remove(folder, _WRITTEN)
     # while a run goes on, its folder is no pipeline; and what a killed one has left is swept
-    _remove(folder, (_INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
-    folder.mkdir(parents=True, exist_ok=True)
+    _remove(folder, (INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / RECIPE)
 
 
@@ -332,7 +341,7 @@ def _show(
 def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:
     pipeline.unet.to(memory_format=torch.contiguous_format)  # safetensors takes no other
     save_pipeline(pipeline, folder / _RESULT, provenance=plan.provenance)
-    made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == _INDEX)
+    made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == INDEX)
     _remove(folder, (path.name for path in made))
     for path in made:
         path.rename(folder / path.name)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dmm.errors import UserError
 from dmm.files.outputs import new_file
+from dmm.files.runs import CHECKPOINTS, LOG
 from dmm.models.student import StyledStudent
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches
@@ -27,8 +28,6 @@ from dmm.training.learner import Learner
 from dmm.training.processes import stop_signals, telling_of_loss
 from dmm.training.watch import Watch
 
-CHECKPOINTS = "checkpoints"
-LOG = "log.jsonl"
 STUDENT, DISCRIMINATOR = "student", "discriminator"
 
 _logger = logging.getLogger(__name__)

@@ -1,0 +1,102 @@
+"""The folder of a merge: the names in it, and how far one that is under way has come."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmm.errors import UserError
+from dmm.files.yaml import read_yaml
+
+RECIPE = "recipe.yaml"
+LOG = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+SAMPLES = "samples"
+FIRST_STAGE = "first-stage"
+INDEX = "model_index.json"
+"""Of the result: it comes last, and without it nothing takes the folder for a pipeline."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A merge that is on disk.
+
+    Attributes:
+        folder: of the stage that it is in.
+        step: of its newest checkpoint; 0 where it has none.
+        num_steps: of the stage.
+        is_first_stage: whether a second one comes.
+        is_finished: whether its result is there.
+    """
+
+    folder: Path
+    step: int
+    num_steps: int
+    is_first_stage: bool
+    is_finished: bool
+
+    def told(self) -> str:
+        """How far it has come, to end a sentence."""
+        stage = " of its first stage" if self.is_first_stage else ""
+        if not self.step:
+            return f"no checkpoint{stage} is saved yet"
+        return f"step {self.step} of {self.num_steps}{stage} is saved"
+
+
+def find_run(folder: Path) -> Run | None:
+    """The merge that a folder holds, finished or not; None where it holds none.
+
+    Raises: UserError: its recipe cannot be read.
+    """
+    stages = [place for place in (folder, folder / FIRST_STAGE) if _is_run(place)]
+    if not stages:
+        return None
+    place = stages[0]
+    training: Any = read_yaml(place / RECIPE)[0].get("training")
+    num_steps = training.get("steps") if isinstance(training, dict) else None
+    found = checkpoints(place / CHECKPOINTS)
+    return Run(
+        place,
+        step=(step_of(found[-1]) or 0) if found else 0,
+        num_steps=num_steps if isinstance(num_steps, int) else 0,
+        is_first_stage=place != folder,
+        is_finished=(folder / INDEX).is_file(),
+    )
+
+
+def check_finished(folder: Path) -> None:
+    """Refuse the folder of a merge that has not ended where a model is expected.
+
+    Raises: UserError: with how far it is, and how to go on.
+    """
+    run = None if (folder / INDEX).is_file() else find_run(folder)
+    if run is None:
+        return
+    go_on = f"`dmm merge {folder / RECIPE} --output {folder} --resume`"
+    if run.is_first_stage:  # whose own recipe knows of no second one
+        go_on = f"the recipe that it began with, --output {folder} and --resume"
+    paint = "; `dmm generate --from-checkpoint` paints with what is saved" if run.step else ""
+    raise UserError(f"{folder} is a merge that has not ended: {run.told()}. Go on with {go_on}{paint}.")
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """All checkpoints that were put in place in a folder, the oldest first; some may be damaged."""
+    orders = {folder: order for folder in root.glob("step-*") if (order := _order(folder))}
+    return sorted(orders, key=orders.__getitem__)
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step that a checkpoint's name tells; None for what is no checkpoint."""
+    order = _order(checkpoint)
+    return order[0] if order else None
+
+
+def _order(folder: Path) -> tuple[int, int] | None:
+    """A checkpoint's step, and which save of that step it is."""
+    match = re.fullmatch(r"step-(\d{8,})(?:\.(\d+))?", folder.name)
+    return (int(match[1]), int(match[2] or 1)) if match else None
+
+
+def _is_run(folder: Path) -> bool:
+    # a recipe by itself may be anyone's
+    return (folder / RECIPE).is_file() and (folder / CHECKPOINTS).is_dir()
