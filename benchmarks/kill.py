@@ -208,7 +208,7 @@ def write_recipe(folder: Path) -> Path:
 
 
 def _teacher(name: str, source: ModelSource) -> dict[str, str]:
-    parts = {"model": source.model, "config": source.config, "lora": source.lora}
+    parts = {"model": source.model, "config": source.config, "lora": source.loras[0][0] if source.loras else None}
     return {"name": name, **{key: str(path) for key, path in parts.items() if path is not None}}
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import dmm.pipeline.sampling
 from dmm.cli import COMMANDS, main
-from dmm.files.parameters import model_hash, read_parameters
+from dmm.files.parameters import lora_hash, model_hash, read_parameters
 from dmm.files.pictures import GAP, MARGIN, SMALLEST_CELL
 from dmm.formats.lora import save_kohya_lora
 
@@ -115,9 +115,12 @@ def test_a_lora_acts_by_its_scale_and_is_told(generate, tmp_path, pipeline):
     assert (without == none).all()
     assert 0 < abs(half - without).mean() < abs(whole - without).mean()
     parameters = read_parameters(tmp_path / "half.png")
-    assert (parameters["LoRA"], parameters["LoRA scale"]) == ("ink", "0.5")
-    assert len(parameters["LoRA hash"]) == 10
-    assert "LoRA" not in read_parameters(tmp_path / "without.png")
+    assert parameters["Prompt"] == "a cat <lora:ink:0.5>"
+    assert parameters["Lora hashes"] == f"ink: {lora_hash(lora)}"
+    assert "Lora hashes" not in read_parameters(tmp_path / "without.png")
+    assert generate("a cat", "--output", "twice.png", "--lora", f"{lora}:0.5", "--lora", f"{lora}:0.5") == 0
+    assert abs(pixels(tmp_path / "twice.png") - whole).max() <= 1
+    assert read_parameters(tmp_path / "twice.png")["Prompt"] == "a cat <lora:ink:0.5> <lora:ink:0.5>"
 
 
 def test_a_v_prediction_model_paints_as_one(generate, tmp_path):

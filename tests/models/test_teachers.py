@@ -58,7 +58,7 @@ def test_a_lora_is_fused_and_gone(sd1_folder, sd1_file, pipeline, tmp_path):
     text_targets = ["q_proj", "out_proj"]
     adapted.text_encoder.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=text_targets))
     save_kohya_lora(tmp_path / "lora.safetensors", unet=adapted.unet, text_encoder=adapted.text_encoder)
-    source = {"lora": tmp_path / "lora.safetensors", "lora_scale": 0.5}
+    source = {"loras": ((tmp_path / "lora.safetensors", 0.5),)}
     folder = open_pipeline(ModelSource(sd1_folder, **source))
     file = open_pipeline(ModelSource(sd1_file, config=sd1_folder, **source))
     assert same_weights(folder, file)
@@ -68,6 +68,25 @@ def test_a_lora_is_fused_and_gone(sd1_folder, sd1_file, pipeline, tmp_path):
     pipeline.unload_lora_weights()
     torch.testing.assert_close(sample(folder), sample(pipeline), rtol=1e-4, atol=1e-4)
     assert folder.unet.state_dict().keys() == tiny_pipeline().unet.state_dict().keys()
+
+
+def test_loras_add_up_each_at_its_scale(sd1_folder, tmp_path):
+    paths = []
+    for seed in (1, 2):
+        adapted = tiny_pipeline()
+        torch.manual_seed(seed)
+        adapted.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_kohya_lora(paths[-1], unet=adapted.unet)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+
+    def weight(*loras):
+        return open_pipeline(ModelSource(sd1_folder, loras=loras)).unet.get_parameter(name)
+
+    plain, first, second = weight(), weight((paths[0], 1.0)), weight((paths[1], 1.0))
+    both = weight((paths[0], 0.5), (paths[1], -2.0))
+    torch.testing.assert_close(both - plain, 0.5 * (first - plain) - 2 * (second - plain))
+    assert not torch.equal(both, plain)
 
 
 @pytest.mark.parametrize("form", ["folder", "file"])
@@ -437,9 +456,9 @@ def test_a_lora_as_the_model(sd1_folder, pipeline, tmp_path):
 
 
 def test_a_model_as_the_lora(sd1_folder, sd1_file):
-    refused(ModelSource(sd1_folder, lora=sd1_file), r"is a full checkpoint \(SD 1\.x\), not a LoRA")
-    refused(ModelSource(sd1_folder, lora=sd1_folder), "no such file")
-    refused(ModelSource(sd1_folder, lora=sd1_folder / UNET_WEIGHTS), "is no LoRA")
+    refused(ModelSource(sd1_folder, loras=((sd1_file, 1.0),)), r"is a full checkpoint \(SD 1\.x\), not a LoRA")
+    refused(ModelSource(sd1_folder, loras=((sd1_folder, 1.0),)), "no such file")
+    refused(ModelSource(sd1_folder, loras=((sd1_folder / UNET_WEIGHTS, 1.0),)), "is no LoRA")
 
 
 def test_one_part_of_a_folder_as_the_model(sd1_folder):

@@ -246,6 +246,12 @@ def test_mistakes_in_overrides(folder, overrides, message):
         ),
         ("name: noto", "name: ink", "line 2: teachers: teachers 0 and 1 are both named 'ink'; rename one."),
         ("    lora: ink.safetensors\n", "", "line 4: teachers.1: 'ink' has neither a model nor a lora; name at"),
+        (
+            "/noto}",
+            "/noto, lora: ink.safetensors, loras: [{path: ink.safetensors}]}",
+            "line 3: teachers.0: 'noto' has a lora and",
+        ),
+        ("/noto}", "/noto, loras: [{path: nowhere.safetensors}]}", "line 3: teachers.0.loras.0.path: there is no file"),
         ("/noto}", "/noto, lora_scale: 2}", "line 3: teachers.0: 'noto' has a lora_scale but no lora for it to"),
         ("/noto}", "/noto, config: base}", "line 3: teachers.0: 'noto' has a config, which only a model that is a"),
         ("{images: pictures}", "{}", "line 6: data: found nothing, expected one of images, dataset, synthesize."),

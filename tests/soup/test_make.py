@@ -20,6 +20,7 @@ from dmm.errors import UserError
 from dmm.formats.single_file import V_PREDICTION_MARK, save_single_file
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup import slices, stream, thresholds
+from dmm.soup.ledger import read_ledger
 from dmm.soup.make import make_soup
 from dmm.soup.methods import kept_above, slerp, ties
 from dmm.soup.models import Source
@@ -360,11 +361,22 @@ def test_a_lora_on_a_model_is_fused_as_the_merge_fuses_it(models, tmp_path, dige
     teachers = [{"name": "a", "lora": str(tmp_path / "lora.safetensors"), "lora_scale": 0.7}]
     one = SoupRecipe(method="soup", base=str(models / "base"), teachers=teachers)
     soup = open_pipeline(ModelSource(make_soup(one, tmp_path / "soup", digests=digests).path))
-    fused = open_pipeline(ModelSource(models / "base", lora=tmp_path / "lora.safetensors", lora_scale=0.7))
+    fused = open_pipeline(ModelSource(models / "base", loras=((tmp_path / "lora.safetensors", 0.7),)))
     for name, tensor in fused.unet.state_dict().items():
         torch.testing.assert_close(soup.unet.state_dict()[name], tensor)
     plain = open_pipeline(ModelSource(models / "base"))
     assert not same_weights(plain, soup)
+
+    # two of them: the same change in two halves, and a ledger that makes it again
+    halves = [{"path": str(tmp_path / "lora.safetensors"), "scale": 0.35}] * 2
+    two = SoupRecipe(method="soup", base=str(models / "base"), teachers=[{"name": "a", "loras": halves}])
+    made = make_soup(two, tmp_path / "two.safetensors", digests=digests)
+    twice = open_pipeline(ModelSource(made.path, config=models / "base"))
+    for name, tensor in fused.unet.state_dict().items():
+        torch.testing.assert_close(twice.unet.state_dict()[name], tensor)
+    ledger = read_ledger(made.path)
+    assert ledger.recipe == two
+    assert ledger.entries[0]["source"] == "lora.safetensors, lora.safetensors"
 
 
 def test_hashes_are_kept_by_path_size_and_time(models, tmp_path, digests):
@@ -400,6 +412,7 @@ def test_a_killed_run_leaves_nothing_under_the_final_name(models, tmp_path):
 import os, signal
 from pathlib import Path
 from dmm.soup import stream
+from dmm.soup.ledger import read_ledger
 from dmm.soup.make import make_soup
 from dmm.soup.reading import Digests
 from dmm.soup.recipe import SoupRecipe

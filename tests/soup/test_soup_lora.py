@@ -91,7 +91,7 @@ def test_energy_chooses_the_rank():
 
 
 def test_a_lora_is_extracted_from_what_it_was_fused_into(loras, models, tmp_path):
-    fused = open_pipeline(ModelSource(models / "base", lora=loras / "a.safetensors"))
+    fused = open_pipeline(ModelSource(models / "base", loras=((loras / "a.safetensors", 1.0),)))
     fused.save_pretrained(tmp_path / "fused")
     teachers = [{"name": "fused", "model": str(tmp_path / "fused")}]
     keys = {"method": "extract", "base": str(models / "base"), "teachers": teachers, "precision": "fp32"}
@@ -110,7 +110,7 @@ def test_extraction_tells_what_a_lora_cannot_carry(models, tmp_path):
     made = cook(recipe, tmp_path / "lora.safetensors")
     assert made.notes[0].startswith("kept 100.0%")
     assert "that a LoRA does not carry" in made.notes[1]
-    lora = ModelSource(models / "base", lora=made.path)
+    lora = ModelSource(models / "base", loras=((made.path, 1.0),))
     a, with_lora = open_pipeline(ModelSource(models / "a")), open_pipeline(lora)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     torch.testing.assert_close(with_lora.unet.state_dict()[name], a.unet.state_dict()[name], rtol=1e-4, atol=1e-5)

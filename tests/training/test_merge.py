@@ -309,7 +309,7 @@ def test_a_student_starts_as_it_is_told(models, tmp_path, merge):
         for source in (
             ModelSource(models / "base"),
             ModelSource(models / "teacher"),
-            ModelSource(models / "base", lora=models / "lora.safetensors"),
+            ModelSource(models / "base", loras=((models / "lora.safetensors", 1.0),)),
         )
     ]
     average = {name: (tensor + opened[2][name]) / 2 for name, tensor in opened[1].items()}
@@ -454,7 +454,7 @@ def test_loras_of_every_layout_are_teachers_at_once(merge, models, tmp_path, cap
     error = log_of(tmp_path / "loras")[-1]
     base = open_pipeline(ModelSource(models / "base")).unet.state_dict()
     delta = [
-        open_pipeline(ModelSource(models / "base", lora=models / path)).unet.state_dict()[name] - base[name]
+        open_pipeline(ModelSource(models / "base", loras=((models / path, 1.0),))).unet.state_dict()[name] - base[name]
         for path in ("kohya.safetensors", "peft", "diffusers/pytorch_lora_weights.safetensors")
         for name in ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight",)
     ]

@@ -8,7 +8,7 @@ Examples:
   dmm generate models/dreamshaper "a red cat, sitting" --output cat.png
   dmm generate v1-5.safetensors --config models/base "a red cat" "a house by the sea" --seed 0-7
   dmm generate models/base --prompts prompts.txt --count 4 --output pictures/
-  dmm generate models/base "a castle" --lora ink.safetensors:0.8 --steps 30 --guidance 5
+  dmm generate models/base "a castle" --lora ink.safetensors:0.8 --lora detail.safetensors:0.4 --steps 30
   dmm generate merged "a red cat" --style ink
   dmm generate merged "a red cat" --style ink=0.7,photo=0.3
   dmm generate merged "a red cat" "a castle" --styles all --output styles.png
@@ -262,11 +262,10 @@ def _tell_of_cut_prompts(pipeline: Any, prompts: list[str]) -> None:
 
 
 def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, height: int) -> "Parameters":
-    from dmm.files.digest import sha256
-    from dmm.files.parameters import Parameters, model_hash
+    from dmm.files.parameters import Parameters, UsedLora, lora_hash, model_hash
+    from dmm.formats.detect import lora_file
 
     model = Path(args.model).expanduser()
-    lora, lora_scale = args.lora or (None, 1.0)
     return Parameters(
         prompt="\n".join(dict.fromkeys(picture.prompt for picture in pictures)),
         negative_prompt=args.negative,
@@ -279,9 +278,7 @@ def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, h
         model=model.resolve().stem if model.is_file() else model.resolve().name,
         model_hash=model_hash(model),
         style=_told(pictures),
-        lora=lora.stem if lora else None,
-        lora_scale=lora_scale,
-        lora_hash=sha256(lora)[:10] if lora else None,
+        loras=[UsedLora(path.stem, scale, lora_hash(lora_file(path))) for path, scale in args.loras],
         plugins=describe_plugins(args),
     )
 

@@ -19,7 +19,13 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
     opening = parser.add_argument_group("how to open the model")
     opening.add_argument("--config", metavar="FOLDER", type=Path, help="the pipeline folder that a single file follows")
     opening.add_argument(
-        "--lora", metavar="FILE[:SCALE]", type=read_scaled_path, help="put a LoRA on the model (scale: 1)"
+        "--lora",
+        metavar="FILE[:SCALE]",
+        dest="loras",
+        type=read_scaled_path,
+        action="append",
+        default=[],
+        help="put a LoRA on the model; may be given several times (scale: 1)",
     )
     opening.add_argument(
         "--prediction-type",
@@ -47,20 +53,19 @@ def check_opening(args: argparse.Namespace) -> None:
     check_finished(model)
     if args.config is not None and not args.config.is_dir():
         raise UserError(f"--config {args.config}: no such folder. Name a stock pipeline folder.")
-    if args.lora is not None and not args.lora[0].is_file():
-        raise UserError(f"--lora {args.lora[0]}: no such file. Check the path.")
+    for lora, _ in args.loras:
+        if not lora.exists():
+            raise UserError(f"--lora {lora}: no such file. Check the path.")
 
 
 def read_source(args: argparse.Namespace) -> "ModelSource":
     """What the options tell of the model's files."""
     from dmm.models.teachers import ModelSource
 
-    lora, lora_scale = args.lora or (None, 1.0)
     return ModelSource(
         args.model,
         config=args.config,
-        lora=lora,
-        lora_scale=lora_scale,
+        loras=tuple(args.loras),
         prediction_type=args.prediction_type,
         allow_pickle=args.allow_pickle,
     )

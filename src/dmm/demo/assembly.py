@@ -60,7 +60,7 @@ def expert_sources(cache: Path | None = None) -> dict[str, "ModelSource"]:
     sources = {
         "folder": lambda path: ModelSource(path),
         "single_file": lambda path: ModelSource(path, config=base),
-        "lora": lambda path: ModelSource(base, lora=path),
+        "lora": lambda path: ModelSource(base, loras=((path, 1.0),)),
     }
     forms = expert_forms()
     return {name: sources[forms[name]](path) for name, path in paths.items()}

@@ -90,7 +90,7 @@ def _read_source(name: str, path: str, base: Path | None, allow_pickle: bool) ->
         return ModelSource(path, config=base, allow_pickle=allow_pickle)
     if base is None:
         raise UserError(f"teacher '{name}': {path} is a LoRA; name the model that it was trained on with --base.")
-    return ModelSource(base, lora=place, allow_pickle=allow_pickle)
+    return ModelSource(base, loras=((place, 1.0),), allow_pickle=allow_pickle)
 
 
 def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int | None) -> Model:
@@ -99,8 +99,7 @@ def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int 
     def open_model(dtype: torch.dtype) -> Any:
         return open_pipeline(source, torch_dtype=dtype).to(device)
 
-    told = str(source.model) if source.lora is None else f"{source.lora} at {source.lora_scale:g} on {source.model}"
-    return Model(open_model, told, sha256(*checked.unet_files), clip_skip)
+    return Model(open_model, str(source), sha256(*checked.unet_files), clip_skip)
 
 
 def _student(told: str, path: Path, base: Path | None, device: torch.device, allow_pickle: bool) -> Model:

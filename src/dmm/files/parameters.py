@@ -2,15 +2,17 @@
 
 ::
 
-    a red cat, sitting
+    a red cat, sitting <lora:ink:0.8>
     Negative prompt: blurry
     Steps: 25, Sampler: DPM++ 2M, CFG scale: 7, Seed: 1, Size: 512x512, Model hash: 6ce0161689, Model: v1-5
+
+and of a picture that LoRAs took part in a last ``Lora hashes: "ink: 0af5c2f8f4d1"``.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +22,15 @@ from dmm.errors import UserError
 from dmm.files.digest import sha256
 
 _FIELD = re.compile(r'\s*([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
+
+
+@dataclass(frozen=True)
+class UsedLora:
+    """A LoRA that a picture was made with; its hash is that of :func:`lora_hash`."""
+
+    name: str
+    scale: float
+    hash: str
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class Parameters:
         model: the model's name.
         model_hash: see :func:`model_hash`.
         style: of a merged model, as ``--style`` reads it, "ink=0.7,photo=0.3"; of a grid, all of them, "ink; photo".
-        lora, lora_scale, lora_hash: the LoRA's name, its strength and its file's hash, if one was used.
+        loras: those that were on the model.
         plugins: what else it was made with, such as "Denoising strength", by name.
     """
 
@@ -48,9 +59,7 @@ class Parameters:
     model: str
     model_hash: str | None = None
     style: str | None = None
-    lora: str | None = None
-    lora_scale: float = 1.0
-    lora_hash: str | None = None
+    loras: Sequence[UsedLora] = ()
     plugins: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -64,10 +73,10 @@ class Parameters:
             "Model": self.model,
             "Style": self.style,
         }
-        if self.lora is not None:
-            fields |= {"LoRA": self.lora, "LoRA scale": f"{self.lora_scale:g}", "LoRA hash": self.lora_hash}
+        if self.loras:
+            fields["Lora hashes"] = ", ".join(f"{lora.name}: {lora.hash}" for lora in self.loras)
         fields |= self.plugins
-        lines = [self.prompt]
+        lines = [" ".join([self.prompt, *(f"<lora:{lora.name}:{lora.scale:g}>" for lora in self.loras)]).lstrip()]
         if self.negative_prompt:
             lines.append(f"Negative prompt: {self.negative_prompt}")
         lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value is not None))
@@ -112,6 +121,20 @@ def model_hash(model: Path) -> str | None:
             digests = [sha256(file) for file in files]
             return (digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest())[:10]
     return None
+
+
+def lora_hash(path: Path) -> str:
+    """The twelve hex digits by which A1111 knows a LoRA.
+
+    Of a .safetensors file what kohya's scripts wrote into its metadata as ``sshs_model_hash``, or else the sha256 of
+    what follows its header, so that other metadata make no other LoRA of it; of any other file its sha256.
+    """
+    if path.suffix != ".safetensors":
+        return sha256(path)[:12]
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        told: str | None = (header.get("__metadata__") or {}).get("sshs_model_hash")
+        return (told or hashlib.file_digest(file, "sha256").hexdigest())[:12]
 
 
 def _quoted(value: str) -> str:

@@ -19,6 +19,11 @@ def is_lora(names: Iterable[str]) -> bool:
     return any(part in name for name in names for part in _LORA_PARTS)
 
 
+def lora_file(path: Path) -> Path:
+    """The file of a LoRA that is passed as its file, or as the folder that diffusers saved it to."""
+    return path / LORA_FILE if path.is_dir() else path
+
+
 def check_is_checkpoint(path: Path, header: Header, family: Family) -> None:
     """Check that a single file is a full checkpoint of ``family``.
 

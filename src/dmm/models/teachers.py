@@ -16,7 +16,7 @@ from dmm.errors import UserError
 from dmm.families import FAMILIES, SD1
 from dmm.files.json import read_json
 from dmm.files.runs import check_finished
-from dmm.formats.detect import LORA_FILE
+from dmm.formats.detect import lora_file
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
 from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
@@ -38,16 +38,18 @@ class ModelSource:
     """A stock diffusers folder, a single file (.safetensors; a pickle only with ``allow_pickle``), or a hub id."""
     config: Path | None = None
     """A stock pipeline folder whose configs and tokenizer a single file follows; a folder has its own."""
-    lora: Path | None = None
-    """A LoRA that is put on ``model``, in kohya's layout or that of diffusers or PEFT."""
-    lora_scale: float = 1.0
-    """How strongly."""
+    loras: tuple[tuple[Path, float], ...] = ()
+    """LoRAs that are put on ``model``, and how strongly; in kohya's layout or that of diffusers or PEFT."""
     vae: str | Path | None = None
     """A VAE in place of the model's own: a folder, a single file or a hub id."""
     prediction_type: str | None = None
     """``epsilon`` or ``v_prediction``; by default what the file or the folder says."""
     allow_pickle: bool = False
     """Open pickles too, with ``weights_only``."""
+
+    def __str__(self) -> str:
+        loras = " and ".join(f"{path} at {scale:g}" for path, scale in self.loras)
+        return f"{loras} on {self.model}" if loras else str(self.model)
 
     def __post_init__(self) -> None:
         if self.prediction_type not in (None, *PREDICTION_TYPES):
@@ -67,12 +69,12 @@ class CheckedModel:
     """Its components, without weights."""
     scheduler_config: dict[str, Any]
     prediction_type: PredictionType
-    lora: list[LoraLayerWeights]
-    """What is to be fused into the weights."""
+    loras: list[tuple[list[LoraLayerWeights], float]]
+    """What is to be fused into the weights, and how strongly."""
     vae: Path | None
     """What stands in for its own VAE."""
     unet_files: tuple[Path, ...]
-    """What holds the UNet's weights; of a LoRA, its file."""
+    """What holds the UNet's weights; of LoRAs, their files."""
 
 
 def check_model(source: ModelSource, *, family: str | None = None, name: str | None = None) -> CheckedModel:
@@ -96,10 +98,9 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
             skeletons = check_single_file(path, header, source.config, expected)
             said = prediction_type_of(path, header)
             files = [path]
-        lora: list[LoraLayerWeights] = []
-        if source.lora:
-            lora = read_lora(source.lora, skeletons, allow_pickle=source.allow_pickle)
-            files = [source.lora / LORA_FILE if source.lora.is_dir() else source.lora]
+        loras = [(read_lora(lora, skeletons, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
+        if source.loras:
+            files = [lora_file(lora) for lora, _ in source.loras]
         vae = None if source.vae is None else _locate_vae(source.vae)
         if vae is not None:
             check_vae(vae, skeletons, expected, allow_pickle=source.allow_pickle)
@@ -113,7 +114,7 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
                 f"{path}: its scheduler's prediction type is '{found}'; one of {', '.join(PREDICTION_TYPES)} was "
                 "expected. Models of other prediction types cannot be merged."
             )
-        return CheckedModel(path, skeletons, scheduler_config, prediction_type, lora, vae, tuple(files))
+        return CheckedModel(path, skeletons, scheduler_config, prediction_type, loras, vae, tuple(files))
 
 
 def open_pipeline(
@@ -125,8 +126,8 @@ def open_pipeline(
 ) -> StableDiffusionPipeline:
     """Open a model of any format as a stock pipeline.
 
-    Everything that can be checked without loading weights is, before any are. A LoRA is fused into the weights, so
-    that what comes back is plain. There is no safety checker.
+    Everything that can be checked without loading weights is, before any are. LoRAs are fused into the weights,
+    so that what comes back is plain. There is no safety checker.
 
     Args:
         torch_dtype: of the weights in memory, whatever their dtype on disk.
@@ -142,7 +143,8 @@ def open_pipeline(
         else:
             assert source.config is not None  # check_single_file saw to it
             pipeline = open_single_file(path, expected, config=source.config, torch_dtype=torch_dtype)
-        fuse_lora(pipeline, checked.lora, source.lora_scale)
+        for lora, scale in checked.loras:
+            fuse_lora(pipeline, lora, scale)
         if checked.vae is not None:
             config = path if path.is_dir() else source.config
             assert config is not None

@@ -92,9 +92,10 @@ def open_styled(
     path = locate(source)
     if is_authors(path, allow_pickle=source.allow_pickle):
         pipe = open_authors(path, config=source.config, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
-        if source.lora is not None:
-            models = {name: getattr(pipe, name) for name in ("unet", "text_encoder")}
-            fuse_lora(pipe, read_lora(source.lora, models, allow_pickle=source.allow_pickle), source.lora_scale)
+        models = {name: getattr(pipe, name) for name in ("unet", "text_encoder")}
+        loras = [(read_lora(lora, models, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
+        for lora, scale in loras:
+            fuse_lora(pipe, lora, scale)
     else:
         pipe = open_pipeline(source, torch_dtype=torch_dtype)
     add_styles(pipe, style_prompts)

@@ -11,13 +11,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, StrictBool, ValidationInfo, field_validator, model_validator
 
 from dmm.errors import nearest
+from dmm.recipes.named_model import NamedModel
 from dmm.recipes.parts import (
     Count,
-    ExistingPath,
     File,
     Folder,
     Model,
-    Name,
     Number,
     Part,
     Seed,
@@ -32,17 +31,9 @@ from dmm.recipes.parts import (
 _NEW_STARTS = ("base", "average")
 
 
-class Teacher(Part):
-    """A model whose style the student learns."""
+class Teacher(NamedModel):
+    """A model whose style, which has its name, the student learns."""
 
-    name: Name
-    """Of the style: letters, digits, spaces, '-', '_' and '.'."""
-    model: Model | None = None
-    """A stock pipeline folder, a single file or a hub id; by default the base."""
-    lora: ExistingPath | None = None
-    """A LoRA that is put on ``model``: a file, or a folder that diffusers saved one to."""
-    lora_scale: Number = 1.0
-    """How strongly."""
     config: Folder | None = None
     """The stock pipeline folder whose configs a single file follows; by default the base."""
     vae: Model | None = None
@@ -57,11 +48,7 @@ class Teacher(Part):
     """How much of every batch, and of the loss, beside the other teachers: more for a style that lags."""
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        if self.model is None and self.lora is None:
-            raise ValueError(f"'{self.name}' has neither a model nor a lora; name at least one")
-        if self.lora is None and self.lora_scale != 1:
-            raise ValueError(f"'{self.name}' has a lora_scale but no lora for it to scale; name a lora or leave it out")
+    def _check_config(self) -> Self:
         if self.config is not None and not (self.model is not None and Path(self.model).is_file()):
             raise ValueError(
                 f"'{self.name}' has a config, which only a model that is a single file needs; leave it out"

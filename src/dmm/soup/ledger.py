@@ -64,17 +64,16 @@ def describe(
     """
     recipe, models = plan.recipe, _labelled(plan)
     shas = {label: model_digest(model, digests) for label, model in models.items()}
-    loras = {f"the LoRA of {model.label}": model.lora for model in plan.teachers if model.lora is not None}
-    lora_shas = {label: digests[path] for label, path in loras.items()}
+    with_loras = [model for model in plan.teachers if model.loras]
     return {
         "modelspec.architecture": _ARCHITECTURES.get(plan.family, plan.family),
         "modelspec.prediction_type": _PREDICTIONS.get(plan.prediction_type, plan.prediction_type),
         **describe_recipe(
             recipe.model_copy(update={"density": plan.density} if "density" in plan.method.options else {}),
-            {**shas, **lora_shas},
+            {**shas, **{_lora_label(model): _lora_digest(model, digests) for model in with_loras}},
             {
-                **{shas[label]: _told_of(model.path, model.metadata) for label, model in models.items()},
-                **{lora_shas[label]: _told_of(path, {}) for label, path in loras.items()},
+                **{shas[label]: _told_of(model.path.name, model.metadata) for label, model in models.items()},
+                **{digests[path]: _told_of(path.name, {}) for model in with_loras for path in model.loras},
             },
             output,
             greedy,
@@ -102,7 +101,7 @@ def describe_recipe(
     entries = [
         {
             "name": teacher.name,
-            "source": Path(str(teacher.lora or teacher.model)).name,
+            "source": ", ".join(lora.path.name for lora in teacher.all_loras) or Path(str(teacher.model)).name,
             "sha256": digests.get(f"the LoRA of teacher '{teacher.name}'", digests.get(f"teacher '{teacher.name}'")),
             "weight": weights[teacher.name] if kind == "scales" else weights[teacher.name] / total,
             **({"trained_on": recipe.shards[teacher.name]} if teacher.name in recipe.shards else {}),
@@ -222,8 +221,7 @@ def check_digests(expected: Mapping[str, str], found: Mapping[str, str]) -> None
 def labelled_digests(plan: Plan, digests: Mapping[Path, str]) -> dict[str, str]:
     """Sha256 of what a plan reads, by label, as :class:`Ledger` has them."""
     found = {label: model_digest(model, digests) for label, model in _labelled(plan).items()}
-    loras = {f"the LoRA of {model.label}": digests[model.lora] for model in plan.teachers if model.lora is not None}
-    return {**found, **loras}
+    return {**found, **{_lora_label(model): _lora_digest(model, digests) for model in plan.teachers if model.loras}}
 
 
 def model_digest(model: OpenModel, digests: Mapping[Path, str]) -> str:
@@ -234,16 +232,26 @@ def model_digest(model: OpenModel, digests: Mapping[Path, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def _lora_label(model: OpenModel) -> str:
+    return f"the LoRA of {model.label}"
+
+
+def _lora_digest(model: OpenModel, digests: Mapping[Path, str]) -> str:
+    """Sha256 of the LoRA on a model; of several, over the lines of theirs."""
+    found = [digests[path] for path in model.loras]
+    return found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
 def _labelled(plan: Plan) -> dict[str, OpenModel]:
     return {model.label: model for model in (plan.base, plan.origin, *plan.teachers) if model is not None}
 
 
-def _told_of(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _told_of(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         recipe = json.loads(metadata.get("sd_merge_recipe", "null"))
     except ValueError:
         recipe = None
-    return {"name": path.name, "legacy_hash": None, "sd_merge_recipe": recipe}
+    return {"name": name, "legacy_hash": None, "sd_merge_recipe": recipe}
 
 
 def _in_order(plain: dict[str, Any], recipe: SoupRecipe) -> dict[str, Any]:
@@ -259,10 +267,11 @@ def _in_order(plain: dict[str, Any], recipe: SoupRecipe) -> dict[str, Any]:
 
 def _with_paths(plain: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """A recipe's plain values, its paths changed."""
-    keys = ("base", "origin", "config", "model", "lora")
+    keys = ("base", "origin", "config", "model", "lora", "path")
     changed = {key: change(value) if key in keys and value is not None else value for key, value in plain.items()}
-    if "teachers" in plain:
-        changed["teachers"] = [_with_paths(teacher, change) for teacher in plain["teachers"]]
+    for parts in ("teachers", "loras"):
+        if parts in plain:
+            changed[parts] = [_with_paths(part, change) for part in plain[parts]]
     return changed
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_file, new_file
-from dmm.formats.detect import LORA_FILE, check_is_lora
+from dmm.formats.detect import check_is_lora, lora_file
 from dmm.formats.lora import peft_scaling, split_names
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.soup.ledger import check_digests, describe_recipe, labelled_digests
@@ -174,7 +174,7 @@ def _combine(recipe: SoupRecipe, _: int, __: Digests, expected: Mapping[str, str
     dtypes = []
     for teacher, weight in zip(teachers, weights, strict=True):
         assert teacher.lora is not None  # the recipe saw to it
-        path = teacher.lora / LORA_FILE if teacher.lora.is_dir() else teacher.lora
+        path = lora_file(teacher.lora)
         layers, dtype = _read_factors(path)
         dtypes.append(dtype)
         digest = digests[f"the LoRA of teacher '{teacher.name}'"] = sha256(path)

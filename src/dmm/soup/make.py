@@ -114,7 +114,7 @@ def digest_files(plan: Plan, digests: Digests, threads: int, bar: Bar) -> dict[P
     with bar("reading", sum(file.num_bytes for file in files)) as progress:
         found = in_threads([partial(file.digest, digests, progress) for file in files], threads)
     digests.save()
-    loras = {model.lora for model in plan.teachers if model.lora is not None}
+    loras = {lora for model in plan.teachers for lora in model.loras}
     return {**{file.path: digest for file, digest in zip(files, found, strict=True)}, **{p: sha256(p) for p in loras}}
 
 

@@ -81,8 +81,8 @@ class OpenModel:
     tensors: dict[str, Source]
     files: dict[str, WeightFile]
     """By their paths within a folder; of a single file, by its name."""
-    lora: Path | None = None
-    """The LoRA on it, if any."""
+    loras: tuple[Path, ...] = ()
+    """The files of the LoRAs on it."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -167,7 +167,7 @@ def put_lora(model: OpenModel, layers: Sequence[LoraLayerWeights], path: Path, s
         if source is None:
             raise UserError(f"{model.label}: {model.path} has no '{name}', which the LoRA {path} changes.")
         tensors[name] = replace(source, added=(*source.added, (layer, scale)))
-    return replace(model, tensors=tensors, lora=path)
+    return replace(model, tensors=tensors, loras=(*model.loras, path))
 
 
 def _open_file(path: Path, label: str) -> OpenModel:

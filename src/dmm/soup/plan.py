@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.files.runs import check_finished
-from dmm.formats.detect import LORA_FILE
+from dmm.formats.detect import lora_file
 from dmm.formats.lora import read_lora
 from dmm.formats.single_file import V_PREDICTION_MARK
 from dmm.soup.blocks import Blocks
@@ -120,7 +120,7 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
     _check_alike(models)
 
     configs = recipe.config or next((model.path for model in models if model.layout == "folder"), None)
-    mixed = any(model.layout != layout for model in models) or any(teacher.lora for teacher in given)
+    mixed = any(model.layout != layout for model in models) or any(teacher.all_loras for teacher in given)
     if configs is None and (mixed or layout == "folder"):
         raise UserError(
             "These models are single files, which carry no configs, and "
@@ -133,10 +133,9 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
         base, origin = (model and translate(model, layout, names) for model in (base, origin))
         teachers = [translate(teacher, layout, names) for teacher in teachers]
         for i, teacher in enumerate(given):
-            if teacher.lora is not None:
-                layers = read_lora(teacher.lora, names.skeletons)
-                file = teacher.lora / LORA_FILE if teacher.lora.is_dir() else teacher.lora
-                teachers[i] = put_lora(teachers[i], layers, file, teacher.lora_scale, names)
+            for lora in teacher.all_loras:
+                layers = read_lora(lora.path, names.skeletons)
+                teachers[i] = put_lora(teachers[i], layers, lora_file(lora.path), lora.scale, names)
 
     plan = Plan(
         recipe,

@@ -6,7 +6,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from dmm.errors import nearest
-from dmm.recipes.parts import Count, ExistingPath, Folder, Model, Name, Number, Part, Seed, in_range, read_recipe
+from dmm.recipes.named_model import NamedModel
+from dmm.recipes.parts import Count, Folder, Model, Number, Part, Seed, in_range, read_recipe
 from dmm.soup.registry import METHODS
 
 MethodName = Literal[
@@ -30,25 +31,8 @@ DENSITIES = {"ties": 0.2, "dare": 0.1, "dare_ties": 0.1}
 Share = Annotated[Number, in_range(above=0, most=1)]
 
 
-class SoupTeacher(Part):
-    """A model that goes into the soup."""
-
-    name: Name
-    """In the ledger, and in ``weights`` and ``blocks``."""
-    model: Model | None = None
-    """A stock pipeline folder, a single file or a hub id; by default the base."""
-    lora: ExistingPath | None = None
-    """A LoRA that is put on ``model``: a file, or a folder that diffusers saved one to."""
-    lora_scale: Number = 1.0
-    """How strongly."""
-
-    @model_validator(mode="after")
-    def _check_together(self) -> Self:
-        if self.model is None and self.lora is None:
-            raise ValueError(f"'{self.name}' has neither a model nor a lora; name at least one")
-        if self.lora is None and self.lora_scale != 1:
-            raise ValueError(f"'{self.name}' has a lora_scale but no lora for it to scale; name a lora or leave it out")
-        return self
+class SoupTeacher(NamedModel):
+    """A model that goes into the soup: by its name in the ledger, and in ``weights`` and ``blocks``."""
 
 
 class SoupRecipe(Part):
@@ -155,7 +139,7 @@ class SoupRecipe(Part):
             if (self.rank is None) == (self.energy is None):
                 raise ValueError("'extract' needs to know how large: give one of rank and energy")
         elif any(teacher.lora is None or teacher.model is not None for teacher in self.teachers):
-            raise ValueError("a LoRA is made of LoRAs: give every teacher a lora and no model, or use 'extract'")
+            raise ValueError("a LoRA is made of LoRAs: give every teacher one lora and no model, or use 'extract'")
         return self._check_weights()
 
     def _check_weights(self) -> Self:

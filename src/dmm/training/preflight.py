@@ -210,8 +210,7 @@ def teacher_source(teacher: Teacher, base: str, base_path: Path) -> ModelSource:
     return ModelSource(
         model,
         config=(teacher.config or base_path) if Path(model).is_file() else None,
-        lora=teacher.lora,
-        lora_scale=teacher.lora_scale,
+        loras=tuple((lora.path, lora.scale) for lora in teacher.all_loras),
         vae=teacher.vae,
         prediction_type=teacher.prediction_type,
         allow_pickle=teacher.allow_pickle,
@@ -327,10 +326,7 @@ def _structure(unet: Any) -> dict[str, Any]:
 
 
 def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) -> Provenance:
-    told = str(source.model)
-    if source.lora is not None:
-        told = f"{source.lora} at {source.lora_scale:g} on {told}"
-    return Provenance(teacher.name, told, sha256(*checked.unet_files), SD1.name, checked.prediction_type)
+    return Provenance(teacher.name, str(source), sha256(*checked.unet_files), SD1.name, checked.prediction_type)
 
 
 def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any], styles: Sequence[str]) -> int:
