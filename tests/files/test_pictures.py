@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from dmm.errors import UserError
-from dmm.files.pictures import GAP, MARGIN, grid, save_png
+from dmm.files.pictures import GAP, MARGIN, _wrap, grid, save_png
 
 
 def pictures(count, size=(32, 32)):
@@ -36,6 +36,21 @@ def test_labels_have_room_of_their_own():
     left, top = labelled.width - bare.width, labelled.height - bare.height
     assert np.asarray(labelled.crop((0, top, left, labelled.height))).min() < 100  # black on white
     assert np.asarray(labelled.crop((left, 0, labelled.width, top))).min() < 100
+
+
+def test_labels_break_where_people_would_break_them():
+    font = ImageFont.load_default(13)
+
+    def wrapped(text, width=128, max_lines=6):
+        lines = _wrap(text, font, width, max_lines)
+        assert all(font.getlength(line) <= width for line in lines)
+        return lines
+
+    assert wrapped("noto 0.875\nopenmoji-black 0.125") == ["noto 0.875", "openmoji-black", "0.125"]
+    assert wrapped("0-0.6: openmoji-black\n0.6-1: ink") == ["0-0.6:", "openmoji-black", "0.6-1: ink"]
+    assert wrapped("a-very-long-name-of-a-style 0.5") == ["a-very-long-name-of-", "a-style 0.5"]
+    assert wrapped("a red cat on a red mat, sitting", max_lines=1)[0].endswith("…")
+    assert "".join(wrapped("x" * 60)) == "x" * 60
 
 
 def test_a_last_row_may_be_short():

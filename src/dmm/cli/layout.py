@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dmm.cli.arguments import write_seeds
 from dmm.cli.style_options import Style, pairs, write_style
+from dmm.pipeline.style_schedule import StyleSchedule
 
 WIDEST_ROW = 8  # pictures, where one prompt's seeds are wrapped
 
@@ -58,9 +59,7 @@ def lay_out(prompts: list[str], seeds: list[int], styles: list[Style] | list[Non
             for prompt in prompts
             for seed in seeds
         ]
-        # a space after each comma and semicolon, where the label may be wrapped
-        labels = [re.sub("([,;])", r"\1 ", write_style(style or {})) for style in styles]
-        return Layout(len(styles), cells, rows, labels)
+        return Layout(len(styles), cells, rows, [_label(style or {}) for style in styles])
     if len(prompts) == 1 and len(seeds) > WIDEST_ROW:
         starts = range(0, len(seeds), WIDEST_ROW)
         rows = [f"seeds {write_seeds(seeds[start : start + WIDEST_ROW])}" for start in starts]
@@ -75,6 +74,13 @@ def lay_out_pairs(names: list[str]) -> Layout:
         painted[pair if pair in painted else pair[::-1]] for pair in ((one, other) for one in names for other in names)
     ]
     return Layout(len(names), cells, names, names)
+
+
+def _label(style: Style) -> str:
+    """A style for people: of a mix or a style over time, a line for each of its parts."""
+    if isinstance(style, StyleSchedule):
+        return write_style(style).replace(";", "\n").replace(":", ": ").replace(",", ", ")
+    return "\n".join(name if weight == 1 else f"{name} {weight:.3g}" for name, weight in style.items())
 
 
 def _suffix(style: Style | None) -> str:

@@ -1,5 +1,6 @@
 """Pictures on disk and side by side: PNG files that say what they were made from, and labelled grids."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ SMALLEST_CELL = 128  # pixels; smaller pictures are enlarged in a grid
 GAP = 4
 MARGIN = 10
 FONT_SIZES = (13, 28)
-COLUMN_LABEL_LINES = 3
+COLUMN_LABEL_LINES = 6
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -40,7 +41,7 @@ def grid(
     """Pictures in rows and columns on white, with labels to the left of the rows and above the columns.
 
     Pictures smaller than 128 pixels are enlarged by a whole number, every pixel a square. Labels are
-    wrapped, and cut with an ellipsis where there is no room.
+    wrapped, behind a hyphen where a word is too long, and cut with an ellipsis where there is no room.
 
     Args:
         images: at least one, row by row, all of one size; the last row may be short.
@@ -91,21 +92,25 @@ def grid(
 
 def _wrap(text: str, font: Font, width: float, max_lines: int) -> list[str]:
     """``text`` in at most ``max_lines`` lines no wider than ``width`` pixels."""
-    lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
-        if font.getlength(joined) <= width:
-            lines[-1] = joined
-            continue
-        if lines[-1]:
-            lines.append("")
-        for character in word:  # a word wider than the line is broken
-            if lines[-1] and font.getlength(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
+    lines = [line for paragraph in text.split("\n") for line in _fill(paragraph.split(), " ", font, width)]
     if len(lines) > max_lines:
         last = lines[max_lines - 1]
         while last and font.getlength(last + "…") > width:
             last = last[:-1]
         lines = [*lines[: max_lines - 1], last + "…"]
     return lines
+
+
+def _fill(parts: Sequence[str], between: str, font: Font, width: float) -> list[str]:
+    """Lines of as many parts each as are no wider than ``width``; a part that is by itself is broken."""
+    lines = [""]
+    for part in parts:
+        joined = f"{lines[-1]}{between}{part}" if lines[-1] else part
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+        elif font.getlength(part) <= width or len(part) == 1:
+            lines.append(part)
+        else:  # where people would break it, or anywhere
+            smaller = [one for one in re.split(r"(?<=[-_/:])", part) if one]
+            lines += _fill(smaller if len(smaller) > 1 else list(part), "", font, width)
+    return [line for line in lines if line]
