@@ -26,7 +26,7 @@ def test_making_telling_changing_and_making_again(shelf, capsys):
     assert "Wrote soup.safetensors: soup of ink, photo" in capsys.readouterr().out
     assert main(["soup", "soup.safetensors"]) == 0
     told = capsys.readouterr().out
-    assert "soup of 2 models" in told
+    assert told.startswith("soup.safetensors: 2 models by the method soup (the uniform average)\n")
     assert "a.safetensors  trained on: drawings" in told
     change = ["--add", "clay=c.safetensors", "--remove", "photo", "--remove", "ink"]
     assert main(["soup", "soup.safetensors", *change[:4], "--output", "changed.safetensors"]) == 0

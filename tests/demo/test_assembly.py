@@ -112,6 +112,16 @@ def test_a_damaged_expert_is_mended_and_a_whole_one_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [paths["base"].parent.name]
 
 
+def test_assembling_is_quiet_and_leaves_the_libraries_as_they_were(tmp_path, capsys):
+    from diffusers.utils import logging
+
+    logging.enable_progress_bar()
+    before = logging.get_verbosity()
+    experts(tmp_path)
+    assert capsys.readouterr() == ("", "")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, True)
+
+
 def test_a_damaged_package_is_told(tmp_path, monkeypatch):
     from dmm.demo import assembly
 

@@ -107,9 +107,9 @@ def test_guidance_makes_blocks_of_the_list_and_other_batches_are_refused(unet, p
     attach_styles(unet, prompts)
     set_term(unet, prompts, ["ink", "clay"])
     assert torch.isfinite(call(unet, batch=4)).all()
-    with pytest.raises(ValueError, match="batch of 3"):
+    with pytest.raises(ValueError, match="2 styles were set, one for each image, and the images of a batch are 3: set"):
         call(unet, batch=3)
-    with pytest.raises(ValueError, match="batch of 8"):
+    with pytest.raises(ValueError, match="are 4 under guidance, 8 without: set"):
         call(unet, batch=8)
 
 
@@ -150,9 +150,15 @@ def test_style_prompts_save_and_load_with_their_names(prompts, tmp_path):
     ("style", "message"),
     [
         ("fhoto", "no style 'fhoto'; did you mean 'photo'"),
-        ({"ink": 0.5, "photo": 0.6}, "sum to 1.1"),
-        ({"ink": float("nan")}, "sum to nan"),
-        ({}, "sum to 0"),
+        ({"ink": 0.6, "photo": 0.6}, "sum to 1.2. In the same proportions: ink=0.5,photo=0.5.$"),
+        ({"ink": 1, "photo": 1, "clay": 1}, "sum to 3. In the same proportions: ink=0.333333,photo=0.333333,clay=0.33"),
+        ({"ink": float("nan")}, "sum to nan.$"),
+        ({"ink": 1, "photo": -1}, "sum to 0.$"),
+        ({}, "sum to 0.$"),
+        ({"ink": "much"}, "The weight of 'ink' in a mix is a number, not 'much'"),
+        ({3: 1.0}, "no style '3'"),
+        (3, "A style is a name, or a mix such as .*; 3 is neither"),
+        ([3], "; 3 is neither"),
         ([], "empty"),
     ],
 )

@@ -23,6 +23,7 @@ import dmm
 import dmm.models.teachers
 from dmm.errors import UserError
 from dmm.models.styles import StylePrompts, bake, styled_embedding
+from dmm.pipeline.style_schedule import StyleSchedule
 from dmm.pipeline.styled import load_pipeline, save_pipeline, set_style, share, style_names, temporary_style
 
 WEIGHTS = "styles/diffusion_pytorch_model.safetensors"
@@ -60,7 +61,9 @@ def test_a_list_is_in_the_order_of_the_pipeline_prompts_by_images(styled):
 
 def test_a_list_that_does_not_fit_the_batch_is_refused(styled):
     set_style(styled, ["ink", "photo", "clay"])
-    with pytest.raises(ValueError, match="3 styles were set, one for each image, and the model is given a batch of 4"):
+    with pytest.raises(
+        ValueError, match="3 styles were set, one for each image, and the images of a batch are 2 under gu"
+    ):
         paint(styled, ["a cat"] * 2)
 
 
@@ -92,6 +95,9 @@ def test_the_term_is_computed_in_float32_whatever_the_dtype(styled):
         (["ink", "inc"], "no style 'inc'"),
         ({"ink": 0.7, "photo": 0.7}, "sum to 1.4"),
         ([], "this one is empty"),
+        (3, "A style is a name, or a mix such as .*; 3 is neither"),
+        (["ink", 3], "; 3 is neither"),
+        (StyleSchedule([(0, 1, "ink")]), "paint within dmm.style_over_time"),
     ],
 )
 def test_wrong_styles_are_told_and_change_nothing(styled, style, message):

@@ -15,7 +15,7 @@ from dmm.errors import UserError, nearest
 COMMANDS = {
     "add": "merge further styles into a merged model, and keep those that it has",
     "compare": "put several evaluations side by side",
-    "demo": "see the embedded experts paint, on any computer",
+    "demo": "merge the embedded experts and see what comes of it, on any computer",
     "evaluate": "measure how faithful a merged model is to its teachers",
     "generate": "make pictures with a model",
     "export": "write a style of a merged model as a stock checkpoint",

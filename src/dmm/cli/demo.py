@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge and show; a finished demo is reported and left alone, an unfinished one goes on."""
-    from dmm.cli.libraries import quiet_libraries
     from dmm.files.outputs import check_folder
+    from dmm.models.libraries import quiet_libraries
 
     folder = args.output
     if (folder / "demo.png").exists():

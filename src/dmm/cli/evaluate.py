@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     """
     start = time.monotonic()
     prompts = _check(args)
-    from dmm.cli.libraries import quiet_libraries
+    from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
     import platformdirs

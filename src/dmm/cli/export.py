@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace, output: Path) -> None:
-    from dmm.cli.libraries import quiet_libraries
+    from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
     import torch

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], output: Path, is_folder: bool) -> None:
-    from dmm.cli.libraries import quiet_libraries
+    from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
     import torch

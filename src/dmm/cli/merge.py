@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what is there, --overwrite removes it: give one of them.")
-    from dmm.cli.libraries import quiet_libraries
+    from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
     import torch

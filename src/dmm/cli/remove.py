@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises: UserError: see :func:`dmm.pipeline.removal.remove_style`.
     """
-    from dmm.cli.libraries import quiet_libraries
+    from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
     from dmm.pipeline.removal import remove_style

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     if output is not None:
         (check_file if output.suffix == ".safetensors" else check_folder)(output, overwrite=args.overwrite)
 
-    from dmm.cli.libraries import quiet_libraries
+    from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
     from dmm.soup.ledger import read_ledger
@@ -145,9 +145,13 @@ def _changed(ledger: "Ledger", args: argparse.Namespace) -> "SoupRecipe":
 
 
 def _told(soup: Path, ledger: "Ledger") -> str:
+    from dmm.soup.registry import METHODS
+
     recipe = ledger.recipe
     base = f" on {Path(recipe.base).name}" if recipe.base else ""
-    lines = [f"{soup}: {recipe.method} of {len(ledger.entries)} models{base}"]
+    what = f" ({METHODS[recipe.method].title})" if recipe.method in METHODS else ""
+    kind = "LoRAs" if recipe.kind == "lora" and recipe.method in METHODS else "models"
+    lines = [f"{soup}: {len(ledger.entries)} {kind} by the method {recipe.method}{what}{base}"]
     width = max(len(str(entry["name"])) for entry in ledger.entries)
     for entry in ledger.entries:
         trained = f"  trained on: {entry['trained_on']}" if "trained_on" in entry else ""

@@ -121,10 +121,13 @@ def _assemble_single_file(expert: dict[str, Any], root: Path) -> None:
     # here, so that listing the experts needs no torch
     import torch
 
-    from dmm.formats.single_file import save_single_file
-    from dmm.models.teachers import ModelSource, open_pipeline
+    from dmm.models.libraries import quietly
 
-    with tempfile.TemporaryDirectory(dir=root) as parts:
+    with quietly(), tempfile.TemporaryDirectory(dir=root) as parts:
+        # within, for importing the libraries has them speak, too
+        from dmm.formats.single_file import save_single_file
+        from dmm.models.teachers import ModelSource, open_pipeline
+
         _assemble_folder({**expert, "path": "folder"}, Path(parts))
         pipeline = open_pipeline(ModelSource(Path(parts) / "folder"), torch_dtype=torch.float16)
         metadata = {"modelspec.title": Path(expert["path"]).stem, "modelspec.prediction_type": "epsilon"}

@@ -115,9 +115,12 @@ class StyledTimestepEmbedding(TimestepEmbedding):
         if term.ndim == 2:
             blocks, rest = divmod(len(embedding), len(term))
             if rest or not 1 <= blocks <= 3:
+                size = len(embedding)
+                # guidance is the pipeline's business: only it knows whether half of these are without the prompt
+                images = f"{size // 2} under guidance, {size} without" if size % 2 == 0 else f"{size}"
                 raise ValueError(
-                    f"{len(term)} styles were set, one for each image, and the model is given a batch of "
-                    f"{len(embedding)}: set one style for all, or as many as images in a batch."
+                    f"{len(term)} styles were set, one for each image, and the images of a batch are {images}: set one "
+                    "style for all, or as many as prompts x images per prompt."
                 )
             term = term.repeat(blocks, 1)
         return embedding + term
@@ -162,7 +165,7 @@ def style_weights(names: Sequence[str], style: Mix | Sequence[Mix]) -> Tensor:
     Returns: (N,), or (S, N) for a list of S; float32.
     Raises: UserError: there is no style of that name; weights are not finite numbers that sum to 1; an empty list.
     """
-    if not isinstance(style, str | Mapping):
+    if not isinstance(style, str | Mapping) and isinstance(style, Sequence):
         if not style:
             raise UserError("A list of styles needs one style for each image; this one is empty.")
         return torch.stack([style_weights(names, one) for one in style])

@@ -127,15 +127,17 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
         pipe: from :func:`load_pipeline`, or made of such a one by diffusers' ``from_pipe``, which shares its style.
         style: the name of one; a mix, names with weights that sum to 1; a list of these, one for each image (prompts
             x images per prompt, in the pipeline's order: p0, p0, p1, p1), None for an image without; or None for none.
-    Raises: UserError: the pipeline has no styles, there is none of that name, weights do not sum to 1, or the list is
-        empty. A list that does not fit the batch is a ``ValueError`` once it is painted.
+    Raises: UserError: the pipeline has no styles, there is none of that name, weights do not sum to 1, the list is
+        empty, or it is something else. A list that does not fit the batch is a ``ValueError`` once it is painted.
     """
     embedding = _embedding(pipe)
     prompts = embedding.style_prompts
     if style is None:
         embedding.term = None
         return
-    if isinstance(style, str | Mapping):
+    if isinstance(style, StyleSchedule):
+        raise UserError("A style over time changes while a run goes on: paint within dmm.style_over_time(pipe, style).")
+    if isinstance(style, str | Mapping) or not isinstance(style, Sequence):
         term = _term(prompts, style)
     elif style:
         term = torch.stack([_term(prompts, one) for one in style])
