@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dmm.errors import UserError, nearest
+from dmm.models.adapters import Adapter, Factors
 from dmm.models.features import BlockTap
 from dmm.models.styles import StylePrompts, attach_styles, styled_embedding
+from dmm.models.unfused import changes_of, set_changes
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,70 @@ class StyledStudent(nn.Module):
         finally:
             embedding.term = None
         return StudentOutput(prediction, dict(features))
+
+
+class TrainedAdapter(nn.Module):
+    """A style's adapter as parameters, float32."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        for name, one in adapter.factors.items():
+            self.register_parameter(f"up:{_escaped(name)}", nn.Parameter(one.up.float().clone()))
+            self.register_parameter(f"down:{_escaped(name)}", nn.Parameter(one.down.float().clone()))
+        for name, offset in adapter.offsets.items():
+            self.register_parameter(f"offset:{_escaped(name)}", nn.Parameter(offset.float().clone()))
+
+    def adapter(self) -> Adapter:
+        """What it holds now; gradients flow to its parameters."""
+        parts: dict[str, dict[str, Tensor]] = {"up": {}, "down": {}, "offset": {}}
+        for name, parameter in self.named_parameters():
+            kind, _, of = name.partition(":")
+            parts[kind][of.replace("/", ".")] = parameter
+        return Adapter({name: Factors(up, parts["down"][name]) for name, up in parts["up"].items()}, parts["offset"])
+
+
+def _escaped(name: str) -> str:
+    return name.replace(".", "/")  # torch keeps the dot for submodules
+
+
+class AdaptedStudent(nn.Module):
+    """A model and the adapters of styles as one module, of which DDP and the optimizer see what is trained.
+
+    Args:
+        unet: a stock UNet, on the device and in the dtype that it shall compute in, where it is frozen.
+        adapters: by style, in the order of the style weights.
+        train_shared: train the UNet's weights, too; else it is frozen, and no submodule.
+    """
+
+    def __init__(self, unet: Any, adapters: Mapping[str, Adapter], *, train_shared: bool = False) -> None:
+        super().__init__()
+        self.names = list(adapters)
+        self.adapters = nn.ModuleList(TrainedAdapter(one) for one in adapters.values())
+        if train_shared:
+            self.unet = unet.requires_grad_()
+        else:
+            # __setattr__ would register it as a submodule: saved with every checkpoint, and sent to every process
+            self.__dict__["unet"] = unet.eval().requires_grad_(False)
+        self._tap = BlockTap(unet)
+
+    def forward(
+        self, x_t: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], style_weights: Tensor
+    ) -> StudentOutput:
+        """Predict with a style for each sample; arguments as of :meth:`StyledStudent.forward`, of one-hot weights."""
+        index = style_weights.argmax(1) if len(self.names) > 1 else None
+        # they stay until the next call: where activations are computed again, that is in the backward pass
+        set_changes(self.unet, changes_of([one.adapter() for one in self._trained()], index))
+        with self._tap.catch() as features:
+            prediction = self.unet(x_t, timesteps, **conditioning, return_dict=False)[0]
+        return StudentOutput(prediction, dict(features))
+
+    @torch.no_grad()
+    def adapter(self, name: str) -> Adapter:
+        """What a style's adapter is now, apart from what is trained further."""
+        trained: Any = self.adapters[self.names.index(name)]
+        adapter: Adapter = trained.adapter()
+        factors = {of: Factors(one.up.clone(), one.down.clone()) for of, one in adapter.factors.items()}
+        return Adapter(factors, {of: offset.clone() for of, offset in adapter.offsets.items()})
+
+    def _trained(self) -> list[TrainedAdapter]:
+        return [one for one in self.adapters if isinstance(one, TrainedAdapter)]

@@ -1,0 +1,204 @@
+"""Adapters that run beside the weights: a style for each image of a batch, or while the adapter itself is trained.
+
+Each layer's output gets what its own change adds: for a linear layer or a convolution W x, up (down x) and the bias's
+offset; a norm gives its normalised input another scale and shift. The weights are not touched, and modules keep their
+class: what is added, a forward hook adds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dmm.models.adapters import Adapter
+
+
+@dataclass(frozen=True)
+class Change:
+    """What several styles change of one module.
+
+    Attributes:
+        up: (U, out, rank), of U styles; None where they do not change its weight.
+        down: (U, rank, in, ...).
+        offsets: by parameter's own name, (U, n).
+        index: (S,) int64, which of the U each image of a batch of S has; None where U is 1 and all have it.
+    """
+
+    up: Tensor | None
+    down: Tensor | None
+    offsets: Mapping[str, Tensor]
+    index: Tensor | None
+
+
+def set_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
+    """Let a model's modules add changes to what they say, in place of those that they have added so far.
+
+    Args:
+        changes: by the module's name.
+    """
+    for name, module in model.named_modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Hook):
+                    del hooks[key]
+        change = changes.get(name.replace(".base_layer", ""))
+        if change is None or name + ".base_layer" in changes:
+            continue
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(_Beside(change))
+        else:
+            affine = _Affine(change)
+            module.register_forward_pre_hook(_Bare(affine))
+            module.register_forward_hook(affine, always_call=True)
+
+
+def changes_of(adapters: Sequence[Adapter], index: Tensor | None = None) -> dict[str, Change]:
+    """What adapters change, by module.
+
+    Args:
+        adapters: of U styles.
+        index: see :class:`Change`.
+    """
+    assert index is not None or len(adapters) == 1
+    names = dict.fromkeys(name for one in adapters for name in (*one.factors, *one.offsets))
+    modules: dict[str, set[str]] = {}
+    for name in names:
+        module, _, parameter = name.rpartition(".")
+        modules.setdefault(module, set()).add(parameter)
+    return {module: _change(adapters, module, parameters, index) for module, parameters in modules.items()}
+
+
+def _change(adapters: Sequence[Adapter], module: str, parameters: set[str], index: Tensor | None) -> Change:
+    name = f"{module}.weight"
+    up, down = _stack([one.factors.get(name) for one in adapters])
+    offsets = {}
+    for parameter in sorted(parameters):
+        found = [one.offsets.get(f"{module}.{parameter}") for one in adapters]
+        like = next((one for one in found if one is not None), None)
+        if like is not None:
+            offsets[parameter] = torch.stack([torch.zeros_like(like) if one is None else one for one in found])
+    return Change(up, down, offsets, index)
+
+
+def _stack(factors: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Factors of several styles, padded by zeros to one rank."""
+    some = next((one for one in factors if one is not None), None)
+    if some is None:
+        return None, None
+    if len(factors) == 1:
+        return some.up[None], some.down[None]
+    rank = max(one.rank for one in factors if one is not None)
+    ups, downs = [], []
+    for one in factors:
+        if one is None:
+            ups.append(some.up.new_zeros(len(some.up), rank))
+            downs.append(some.down.new_zeros(rank, *some.down.shape[1:]))
+        else:
+            ups.append(F.pad(one.up, (0, rank - one.rank)))
+            downs.append(torch.cat([one.down, one.down.new_zeros(rank - one.rank, *one.down.shape[1:])]))
+    return torch.stack(ups), torch.stack(downs)
+
+
+class _Hook:
+    """By which :func:`set_changes` knows its own."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+
+    def for_batch(self, tensor: Tensor, batch: int) -> Tensor:
+        """What is kept by style, by image of a batch: (1, ...) or (S, ...)."""
+        index = self.change.index
+        if index is None:
+            return tensor
+        blocks, rest = divmod(batch, len(index))
+        if rest or not 1 <= blocks <= 3:
+            raise ValueError(
+                f"{len(index)} styles were set, one for each image, and the model is given a batch of {batch}: set one "
+                "style for all, or as many as images in a batch."
+            )
+        return tensor[index.to(tensor.device)]
+
+
+class _Beside(_Hook):
+    """Of a linear layer or a convolution."""
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        change, x = self.change, inputs[0]
+        if change.up is not None and change.down is not None:
+            up, down = (self.for_batch(one, len(x)).to(x.device) for one in (change.up, change.down))
+            if not torch.is_autocast_enabled(x.device.type):
+                up, down = up.to(x.dtype), down.to(x.dtype)
+            low_rank = _linear if isinstance(module, nn.Linear) else _convolve
+            output = output + low_rank(module, x, up, down)
+        if "bias" in change.offsets:
+            bias = self.for_batch(change.offsets["bias"], len(x)).to(x.device)
+            output = output + _along(output, bias, last=isinstance(module, nn.Linear)).to(output.dtype)
+        return output
+
+
+def _along(output: Tensor, values: Tensor, *, last: bool) -> Tensor:
+    """Values by channel, (n, C), in the form that an output of B samples, C its last or second axis, takes."""
+    ones = (1,) * (output.ndim - 2)
+    values = values.reshape(len(values), *ones, -1) if last else values.reshape(len(values), -1, *ones)
+    if len(values) == 1:
+        return values
+    return values.repeat(len(output) // len(values), *(1,) * (output.ndim - 1))
+
+
+def _linear(_: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    if len(up) == 1:
+        return F.linear(F.linear(x, down[0]), up[0])
+    rows = x.reshape(-1, len(up), x[0].numel() // x.shape[-1], x.shape[-1])
+    return (rows @ down.mT @ up.mT).reshape(*x.shape[:-1], up.shape[1])
+
+
+def _convolve(conv: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    settings = (None, conv.stride, conv.padding, conv.dilation)
+    if len(up) == 1:
+        return F.conv2d(F.conv2d(x, down[0], *settings), up[0][:, :, None, None])
+    num_images, rank = down.shape[:2]
+    # a group of channels for each image
+    side_by_side = x.reshape(-1, num_images * x.shape[1], *x.shape[2:])
+    low = F.conv2d(side_by_side, down.flatten(0, 1), *settings, groups=num_images)
+    height, width = low.shape[2:]
+    high = up @ low.reshape(-1, num_images, rank, height * width)
+    return high.reshape(len(x), -1, height, width)
+
+
+class _Affine(_Hook):
+    """Of a norm: scales and shifts what :class:`_Bare` has let it normalise only."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__(change)
+        self.own: dict[str, Any] = {}
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None) -> Tensor | None:
+        own, self.own = self.own, {}
+        module._parameters.update(own)
+        if output is None:  # it has failed
+            return None
+        for name, put in (("weight", torch.mul), ("bias", torch.add)):
+            value = own.get(name)
+            if value is None:
+                continue
+            value = value[None]
+            if name in self.change.offsets:
+                value = value + self.for_batch(self.change.offsets[name], len(output)).to(value.device)
+            # a group norm's channels come second, a layer norm's last
+            output = put(output, _along(output, value, last=not isinstance(module, nn.GroupNorm)).to(output.dtype))
+        return output
+
+
+class _Bare(_Hook):
+    """Before a norm: takes its scale and shift off."""
+
+    def __init__(self, affine: _Affine) -> None:
+        super().__init__(affine.change)
+        self._affine = affine
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._affine.own = {name: module._parameters[name] for name in ("weight", "bias") if name in module._parameters}
+        module._parameters.update(dict.fromkeys(self._affine.own))
