@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 
 import pytest
 
@@ -37,6 +38,26 @@ def test_a_file_that_appeared_meanwhile_is_not_replaced(tmp_path):
         temporary.write_text("new")
         path.write_text("theirs")
     assert path.read_text() == "theirs"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+@pytest.mark.parametrize("there", [False, True])
+def test_files_of_a_folder_have_the_mode_that_the_umask_says(tmp_path, umask, mode, there):
+    folder = tmp_path / "out"
+    before = os.umask(umask)
+    try:
+        if there:
+            folder.mkdir()
+            (folder / "a").touch(0o600)
+        with new_folder(folder, overwrite=True) as temporary:
+            (temporary / "sub").mkdir()
+            for name in ("a", "sub/b"):
+                (temporary / name).touch(0o600)  # as a library that writes private files does
+            (temporary / "c").write_text("")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((folder / name).stat().st_mode) for name in ("a", "sub/b", "c")} == {mode}
 
 
 def test_a_folder_is_filled_whole_and_keeps_what_is_not_replaced(tmp_path):

@@ -1,3 +1,5 @@
+import os
+import stat
 import struct
 
 import pytest
@@ -126,6 +128,17 @@ def test_written_tensors_are_read_back(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"a": torch.arange(6.0).reshape(2, 3).T}, {"k": "v"})
     assert load_file(tmp_path / "x.safetensors")["a"].equal(torch.arange(6.0).reshape(2, 3).T)
     assert read_header(tmp_path / "x.safetensors").metadata == {"k": "v"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_written_file_has_the_mode_that_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == mode
 
 
 def test_finite_values_pass_however_large_their_sum():

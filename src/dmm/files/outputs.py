@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -107,7 +108,8 @@ def new_file(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder to fill, which becomes ``path`` when the block ends well and vanishes when it does not.
 
-    With ``overwrite``, files of the same name are replaced and all others in ``path`` stay.
+    With ``overwrite``, files of the same name are replaced and all others in ``path`` stay. The modes of files are what
+    the umask says, whatever those were that the block made or copied.
 
     Raises: UserError: see :func:`check_folder`; or writing failed, as when the disk is full.
     """
@@ -117,6 +119,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             temporary.mkdir(parents=True)
             yield temporary
+            _give_usual_modes(temporary)
             check_folder(path, overwrite=overwrite)  # it may have been filled while we worked
             if not path.exists():
                 temporary.rename(path)
@@ -133,6 +136,14 @@ def _neighbour(path: Path) -> Path:
     # made by hand: tempfile's are readable by their owner only, and would stay so once in place
     absolute = path.resolve()
     return absolute.with_name(f".{absolute.name}.{secrets.token_hex(4)}.tmp")
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Give the files in a folder the mode that those get which are made there: libraries make some for their owner."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _check_parent(path: Path) -> None:

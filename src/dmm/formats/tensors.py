@@ -2,6 +2,7 @@
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,12 +79,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whole or not at all: it gets its name once it is complete.
 
-    The same tensors and metadata make the same bytes.
+    The same tensors and metadata make the same bytes. Its mode is what the umask says.
     """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         save_file(plain, temporary, dict(metadata))
+        temporary.chmod(stat.S_IMODE(mode))  # the library's file is its owner's only
         _sort_metadata(temporary)
         temporary.replace(path)
     finally:
