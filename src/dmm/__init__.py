@@ -4,13 +4,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmm.pipeline.regions import Region, paint_regions
     from dmm.pipeline.style_schedule import StyleSchedule
     from dmm.pipeline.styled import load_pipeline, save_pipeline, set_style, share, style_names, style_over_time
 
 __version__ = "0.1.0"
 __all__ = [
+    "Region",
     "StyleSchedule",
     "load_pipeline",
+    "paint_regions",
     "save_pipeline",
     "set_style",
     "share",
@@ -19,7 +22,11 @@ __all__ = [
 ]
 
 # torch and diffusers take seconds to import, which whoever only asks for the version should not wait for
-_HOMES = dict.fromkeys(__all__, "dmm.pipeline.styled") | {"StyleSchedule": "dmm.pipeline.style_schedule"}
+_HOMES = dict.fromkeys(__all__, "dmm.pipeline.styled") | {
+    "StyleSchedule": "dmm.pipeline.style_schedule",
+    "Region": "dmm.pipeline.regions",
+    "paint_regions": "dmm.pipeline.regions",
+}
 
 
 def __getattr__(name: str) -> Any:

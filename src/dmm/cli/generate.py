@@ -15,6 +15,8 @@ Examples:
   dmm generate merged "a red cat" --strip ink,photo --count 11
   dmm generate merged "a red cat" --pairs
   dmm generate merged "a red cat" --style "0-0.4:ink;0.4-1:photo"
+  dmm generate merged "a red cat" --style ink --region "0.5,0,1,1:photo" --region "mask.png:clay:a blue dog"
+  dmm generate merged "a village" --styles ink,photo,clay --panorama 2048
   dmm generate merged "a red cat" --style ink --controlnet canny/ --control-image edges.png
   dmm generate merged "a red cat" --style ink --image sketch.png --strength 0.6 --mask mask.png
   dmm generate merged "a red cat" --style ink --ip-adapter ip-adapter_sd15.safetensors:0.6 --ip-image cat.jpg
@@ -26,6 +28,7 @@ The paper's setting is 25 steps, guidance 7 and
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +47,17 @@ from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_picture
 from dmm.cli.opening import add_opening_options, check_opening, open_model, read_source
 from dmm.cli.output_names import name_output
 from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
+from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
 from dmm.cli.style_options import add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError, nearest
 from dmm.files.outputs import check_file, check_folder, new_folder
 from dmm.files.prompts import read_prompts
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
+from dmm.pipeline.style_schedule import StyleSchedule, check_style
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from dmm.files.parameters import Parameters
 
 LARGEST_GRID = 30_000  # pixels a side: more, and common viewers give up
@@ -78,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_overwrite(parser)
     add_style_options(parser)
+    add_region_options(parser)
     add_plugin_options(parser)
 
     painting = parser.add_argument_group("how to paint")
@@ -130,10 +138,14 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
     path = locate(source)
     style_prompts = read_styles(path, allow_pickle=args.allow_pickle)
     names = style_prompts.names if style_prompts else []
-    if asks_for_styles(args) and not names:
+    if (asks_for_styles(args) or args.region) and not names:
         raise UserError(f"{args.model} is a stock model without styles. Name a merged model, or leave out the styles.")
     styles = choose_styles(args, names) if asks_for_styles(args) else [None]
-    if names and styles == [None]:
+    for region in args.region:
+        check_style(names, region.style)
+    if args.panorama:
+        styles = [None]  # the styles are those of parts of each picture
+    if names and styles == [None] and not asks_for_regions(args):
         print(
             f"dmm: note: without --style a merged model paints none of its styles: {', '.join(names)}", file=sys.stderr
         )
@@ -161,7 +173,7 @@ def _write(
     _tell_of_cut_prompts(pipeline, [*dict.fromkeys(picture.prompt for picture in pictures), args.negative])
     controls, beginning, ip_adapter = read_plugins(args)
     pipeline, inputs = add_plugins(pipeline, controls=controls, start=beginning, ip_adapter=ip_adapter)
-    width, height = args.width, args.height
+    width, height = args.panorama or args.width, args.height
     if beginning is not None and width is height is None:
         width, height = (max(8, side // 8 * 8) for side in open_picture(beginning.image).size)
     width, height = picture_size(pipeline, width, height)
@@ -174,21 +186,27 @@ def _write(
         _check_grid(layout, width, height)
     whole = _parameters(args, pictures, width, height)
     with tqdm(total=len(pictures), unit=" pictures", bar_format=BAR) as bar:
-        images = sample(
-            pipeline,
-            [picture.prompt for picture in pictures],
-            [picture.seed for picture in pictures],
-            styles=[picture.style for picture in pictures] if pictures[0].style else None,
-            inputs=lambda count: inputs(count, (width, height)),
-            steps=args.steps,
-            guidance_scale=args.guidance,
-            negative_prompt=args.negative,
-            width=width,
-            height=height,
-            sampler=args.sampler,
-            batch_size=batch_size,
-            progress=lambda share: bar.update(min(share, len(pictures) - bar.n)),  # tqdm minds what rounds up
-        )
+        settings = {
+            "inputs": lambda count: inputs(count, (width, height)),
+            "steps": args.steps,
+            "guidance_scale": args.guidance,
+            "negative_prompt": args.negative,
+            "width": width,
+            "height": height,
+            "sampler": args.sampler,
+            "batch_size": batch_size,
+            "progress": lambda share: bar.update(min(share, len(pictures) - bar.n)),  # tqdm minds what rounds up
+        }
+        if asks_for_regions(args):
+            images = _paint_regions(args, pipeline, pictures, **settings)
+        else:
+            images = sample(
+                pipeline,
+                [picture.prompt for picture in pictures],
+                [picture.seed for picture in pictures],
+                styles=[picture.style for picture in pictures] if pictures[0].style else None,
+                **settings,
+            )
         if layout is None:
             with new_folder(output, overwrite=args.overwrite) as folder:
                 for image, picture in zip(images, pictures, strict=True):
@@ -209,6 +227,27 @@ def _write(
     print(f"Wrote {output}: {count} of {width} x {height} pixels, in {time.monotonic() - start:.1f} s.")
 
 
+def _paint_regions(
+    args: argparse.Namespace, pipeline: Any, pictures: list[Picture], **settings: Any
+) -> "Iterator[Image.Image]":
+    """Each picture with the same regions; its own style is that of what no region covers."""
+    from dmm.pipeline.regions import paint_regions
+    from dmm.pipeline.styled import style_names
+
+    regions = regions_of(args, style_names(pipeline), settings["width"], settings["height"])
+    for picture in pictures:
+        assert not isinstance(picture.style, StyleSchedule)  # see check_regions
+        yield paint_regions(
+            pipeline,
+            regions,
+            picture.prompt,
+            style=picture.style,
+            seed=picture.seed,
+            tile=args.tile,
+            **settings,
+        )
+
+
 def _check(args: argparse.Namespace, prompts: list[str], seeds: list[int]) -> None:
     """Everything that can be checked before anything heavy is imported."""
     if not prompts:
@@ -222,6 +261,7 @@ def _check(args: argparse.Namespace, prompts: list[str], seeds: list[int]) -> No
         raise UserError(f"--batch-size must be at least 1, not {args.batch_size}.")
     check_opening(args)
     check_plugins(args)
+    check_regions(args)
 
 
 def _check_count(num_prompts: int, num_seeds: int, num_styles: int = 1) -> None:
@@ -279,7 +319,7 @@ def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, h
         model_hash=model_hash(model),
         style=_told(pictures),
         loras=[UsedLora(path.stem, scale, lora_hash(lora_file(path))) for path, scale in args.loras],
-        plugins=describe_plugins(args),
+        plugins=describe_plugins(args) | describe_regions(args),
     )
 
 
