@@ -51,12 +51,26 @@ def mistake(folder: Path, text: str, *overrides: str) -> str:
 
 def test_a_recipe_that_names_nothing_else_has_the_papers_values(folder):
     recipe = load(folder, PLAIN.replace("training:\n  steps: 10\n", ""))
-    assert (recipe.kind, recipe.start, recipe.size, recipe.seed) == ("unet", "base", 512, 0)
+    assert (recipe.kind, recipe.start, recipe.size, recipe.seed) == ("unet", "base", None, 0)
     training = recipe.training
     assert (training.steps, training.batch_size, training.micro_batch_size) == (100_000, 320, 20)
     assert (training.learning_rate, training.style_learning_rate, training.caption_dropout) == (1e-5, None, 0.1)
     assert recipe.losses == Losses(feature=0.001, adversarial=0.01)
     assert (recipe.checkpoint.every, recipe.checkpoint.keep) == (2500, 3)
+
+
+def test_a_short_run_shows_four_samples_and_a_long_one_many(folder):
+    def interval(*overrides):
+        return load(folder, PLAIN, *overrides).sample_interval
+
+    assert interval() == 3  # of 10 steps
+    assert interval("training.steps=1") == 1
+    assert interval("training.steps=9000") == 2250
+    assert interval("training.steps=100000") == 2500
+    assert interval("logging.sample_every=7") == 7
+    assert interval("logging.sample_every=null") is None
+    for wrong in ("0", "often", "1.5"):
+        assert "expected a number of steps, auto or null." in mistake(folder, PLAIN, f"logging.sample_every={wrong}")
 
 
 def test_paths_come_out_absolute_and_hub_ids_as_they_are(folder, monkeypatch):
@@ -334,7 +348,7 @@ def test_every_shipped_recipe_parses(path):
 
 def test_the_papers_recipe_is_what_the_defaults_are():
     recipe = load_recipe(RECIPES / "paper.yaml")
-    assert recipe == Recipe(base=recipe.base, teachers=recipe.teachers, data=recipe.data)
+    assert recipe == Recipe(base=recipe.base, teachers=recipe.teachers, data=recipe.data, size=512)
 
 
 def test_nothing_heavy_is_imported():

@@ -321,7 +321,8 @@ def test_a_student_starts_as_it_is_told(models, tmp_path, merge):
 
 def test_bf16_and_checkpointing(merge, tmp_path):
     training = {"steps": 1, "batch_size": 3, "precision": "bf16", "gradient_checkpointing": True}
-    assert merge(tmp_path / "bf16", training=training) == 0
+    assert merge(tmp_path / "bf16", training=training, size=None) == 0
+    assert load_recipe(tmp_path / "bf16" / "recipe.yaml").size == 16  # the base's own
     assert load_file(tmp_path / "bf16" / UNET)["conv_in.weight"].dtype == torch.float32
 
 

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -64,6 +64,18 @@ Whole = Annotated[int, Field(strict=True), BeforeValidator(_whole)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[Whole, in_range(least=1)]
 Seed = Annotated[Whole, in_range(least=0, most=MAX_SEED)]
+
+
+def _interval(value: Any) -> Any:
+    steps = _whole(value)
+    if steps == AUTO or (type(steps) is int and steps >= 1):
+        return steps
+    raise ValueError(f"found {_shown(value)}, expected a number of steps, {AUTO} or null")
+
+
+AUTO: Literal["auto"] = "auto"
+Interval = Annotated[int | Literal["auto"], BeforeValidator(_interval)]
+"""Steps between two of something, or as many as suit the run."""
 
 
 def _absolute(path: str | Path, info: ValidationInfo) -> Path:

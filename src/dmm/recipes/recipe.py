@@ -13,9 +13,11 @@ from pydantic import AfterValidator, StrictBool, ValidationInfo, field_validator
 from dmm.errors import nearest
 from dmm.recipes.named_model import NamedModel
 from dmm.recipes.parts import (
+    AUTO,
     Count,
     File,
     Folder,
+    Interval,
     Model,
     Number,
     Part,
@@ -29,6 +31,7 @@ from dmm.recipes.parts import (
 )
 
 _NEW_STARTS = ("base", "average")
+_MOST_WITHOUT_SAMPLES = 2500  # steps
 
 
 class Teacher(NamedModel):
@@ -178,8 +181,8 @@ class Logging(Part):
     """Where else the curves go, as accelerate names them."""
     score_error_every: Count | None = 500
     """Steps between two measurements of the relative score error; null: none."""
-    sample_every: Count | None = 2500
-    """Steps between two grids of samples; null: none."""
+    sample_every: Interval | None = AUTO
+    """Steps between two grids of samples; auto: four in a run, and one every 2500 steps at least; null: none."""
     sample_prompts: tuple[str, ...] = ()
     """What the samples show; by default the first captions of the data."""
     sample_steps: Annotated[Whole, in_range(least=1, most=1000)] = 25
@@ -232,8 +235,8 @@ class Recipe(Part):
     """Set by ``dmm add``: what is merged further."""
     teachers: tuple[Teacher, ...]
     data: Data
-    size: Annotated[Whole, in_range(least=8)] = 512
-    """Of the pictures, in pixels a side; a multiple of 8."""
+    size: Annotated[Whole, in_range(least=8)] | None = None
+    """Of the pictures, in pixels a side, a multiple of 8; by default the base's own."""
     training: Training = Training()
     losses: Losses = Losses()
     finetune: Finetune | None = None
@@ -271,12 +274,18 @@ class Recipe(Part):
 
     @field_validator("size")
     @classmethod
-    def _check_size(cls, size: int) -> int:
-        if size % 8:
+    def _check_size(cls, size: int | None) -> int | None:
+        if size is not None and size % 8:
             raise ValueError(
                 f"found {size}, expected a multiple of 8; {size // 8 * 8} and {size // 8 * 8 + 8} are near"
             )
         return size
+
+    @property
+    def sample_interval(self) -> int | None:
+        """Steps between two grids of samples; None for none."""
+        every = self.logging.sample_every
+        return min(_MOST_WITHOUT_SAMPLES, -(-self.training.steps // 4)) if every == AUTO else every
 
     @model_validator(mode="before")
     @classmethod

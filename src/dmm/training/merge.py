@@ -48,7 +48,7 @@ from dmm.recipes.parts import MAX_SEED, exists
 from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
 from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
-from dmm.training.preflight import Plan, check_merge, check_space, open_source
+from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
 from dmm.training.preparing import free_memory, prepare_data_of, style_terms
 from dmm.training.processes import join_processes, on_all, on_main
 from dmm.training.trainer import Trainer
@@ -105,6 +105,8 @@ def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     if recipe.finetune is not None:  # the second stage's check comes after the first stage's training
         prompts = recipe.finetune.synthesize.prompts
         on_main(lambda: read_prompts(prompts))
+    unsized = recipe
+    recipe = on_main(lambda: with_size(unsized))
     was_finished = []
     for stage, place in _stages(recipe, folder):
         check = partial(_check, stage, place, state.num_processes, state.device, resume, overwrite)
@@ -178,8 +180,8 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
     base.register_modules(unet=student.unet)  # the merged pipeline
     show = (
-        partial(_show, base, recipe, styles, prompts, folder, accelerator.device)
-        if recipe.logging.sample_every
+        partial(_show, base, recipe, plan.size, styles, prompts, folder, accelerator.device)
+        if recipe.sample_interval
         else None
     )
     trainer = Trainer(accelerator, student, teachers, batches, recipe, folder, styles, adversary, watch, show)
@@ -307,6 +309,7 @@ def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
 def _show(
     pipeline: Any,
     recipe: Recipe,
+    side: int,
     styles: list[str],
     prompts: Sequence[str],
     folder: Path,
@@ -328,8 +331,8 @@ def _show(
             styles=in_styles,
             steps=recipe.logging.sample_steps,
             guidance_scale=recipe.logging.sample_guidance,
-            width=recipe.size,
-            height=recipe.size,
+            width=side,
+            height=side,
         )
         picture = grid(list(pictures), len(styles), row_labels=prompts, column_labels=styles)
     save_png(picture, folder / SAMPLES / f"step-{step:08d}.png", overwrite=True)

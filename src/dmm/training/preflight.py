@@ -39,6 +39,7 @@ class Plan:
         start: the model that the student begins as; None for the base, or for the teachers' average.
         earlier: the style prompts of the merged model that is merged further.
         style_prompts: those of the start, where it is a merged model of all the styles.
+        size: of the pictures, in pixels a side.
         prediction_type: of the base, and so of the student.
         styles: the student's.
         provenance: of each style.
@@ -50,6 +51,7 @@ class Plan:
     start: ModelSource | None
     earlier: StylePrompts | None
     style_prompts: StylePrompts | None
+    size: int
     prediction_type: PredictionType
     styles: tuple[str, ...]
     provenance: tuple[Provenance, ...]
@@ -65,12 +67,13 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     _check_trackers(recipe.logging.trackers)
     _check_batch(recipe, num_processes)
 
-    base_source = ModelSource(recipe.earlier.model if recipe.earlier else recipe.base)
+    base_source = _base_of(recipe)
     base = _check_base(base_source)
     # what LoRAs are put on, and whose configs single files follow
     beneath = _check_base(ModelSource(recipe.base)) if recipe.earlier else base
     _check_noise_weighting(recipe.losses.noise_weighting, base)
-    check_multiple("size", recipe.size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
+    size = recipe.size or _own_size(base)
+    check_multiple("size", size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
     sources = tuple(teacher_source(teacher, recipe.base, beneath.path) for teacher in recipe.teachers)
     teachers = []
     for teacher, source in zip(recipe.teachers, sources, strict=True):
@@ -93,11 +96,36 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         start,
         earlier,
         style_prompts,
+        size,
         base.prediction_type,
         styles,
         provenance,
         _num_bytes(recipe, base.skeletons, styles),
     )
+
+
+def with_size(recipe: Recipe) -> Recipe:
+    """A recipe that says the size of its pictures: the base's own, where it does not.
+
+    Raises: UserError: something is wrong with the base, or it does not say.
+    """
+    if recipe.size is not None:
+        return recipe
+    return recipe.model_copy(update={"size": _own_size(_check_base(_base_of(recipe)))})
+
+
+def _base_of(recipe: Recipe) -> ModelSource:
+    """What gives the student its VAE and text encoder."""
+    return ModelSource(recipe.earlier.model if recipe.earlier else recipe.base)
+
+
+def _own_size(base: CheckedModel) -> int:
+    """Of the pictures that a base was made for, in pixels a side; the shorter one."""
+    own = base.skeletons["unet"].config.sample_size
+    if not own:
+        raise UserError(f"size: {base.path} does not say of what size its pictures are; say it, such as 512.")
+    side: int = own if isinstance(own, int) else min(own)
+    return side * 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1)
 
 
 def _check_noise_weighting(weighting: float, base: CheckedModel) -> None:

@@ -49,7 +49,7 @@ def prepare_data_of(
         source,
         base,
         _openers(recipe, plan, terms, device, paints=isinstance(source, Synthesis)),
-        size=recipe.size,
+        size=plan.size,
         clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
         place=Place(accelerator.process_index, accelerator.num_processes),
         show_progress=accelerator.is_main_process,

@@ -84,7 +84,7 @@ class Trainer:
             self.learners[DISCRIMINATOR] = Learner(accelerator, head, [(head, training.learning_rate)], training)
         # of the weights as they now are: where there are several processes, the main one's in all of them
         self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
-        self.sample_every = recipe.logging.sample_every or math.inf
+        self.sample_every = recipe.sample_interval or math.inf
         self.watch_every = recipe.logging.score_error_every or math.inf
         self.curves = Curves(styles, accelerator.device)
 
@@ -102,6 +102,7 @@ class Trainer:
                 initial=first * training.batch_size,
                 unit=" samples",
                 unit_scale=True,
+                desc=f"step {first}/{training.steps}",
                 disable=not self.accelerator.is_main_process,
             ) as bar,
         ):
@@ -110,6 +111,7 @@ class Trainer:
                     self.student.train()
                     self._step(step)
                     done = step + 1
+                    bar.set_description(f"step {done}/{training.steps}", refresh=False)
                     bar.update(training.batch_size)
                     is_last = done == training.steps
                     measured = self._measure() if is_last or done % self.watch_every == 0 else {}
