@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 2000  # characters: more is no sentence, but a value of somebody's file
+
 
 class UserError(ValueError):
     """Bad input, told in one sentence: what, where, what was expected, what to do.
@@ -11,10 +13,25 @@ class UserError(ValueError):
     defect of ours and keeps its traceback.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A text with what would break a line, or steer a terminal, made visible; and its middle left out if it is long.
+
+    What is quoted in a sentence may come from a damaged file, and hold anything.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else " " if one.isspace() else ascii(one)[1:-1] for one in text)
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error's sentence that offers the nearest known name; empty if none is near."""
     known = list(known)
     longer = [name for name in known if name.startswith(word) or word.startswith(name)]
-    near = longer or difflib.get_close_matches(word, known, n=1)
+    near = longer or difflib.get_close_matches(word[:100], known, n=1)
     return f"; did you mean '{near[0]}'" if near else ""

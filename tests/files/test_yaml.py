@@ -1,3 +1,6 @@
+import time
+from itertools import pairwise
+
 import pytest
 
 from dmm.errors import UserError
@@ -81,3 +84,29 @@ def test_files_that_hold_no_keys_and_values(tmp_path):
         read_yaml(tmp_path)
     path.write_bytes(b"\xef\xbb\xbfa: 1\r\n")
     assert read_yaml(path)[0] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a: &a [x,x,x,x,x,x,x,x,x]\n"
+            + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghi")),
+            "stands for more than 20000 values",
+        ),
+        ("a: &a {x: 1, y: 2}\nb: [" + "*a, " * 10_000 + "]", "stands for more than 20000 values"),
+        ("a: " + "[" * 900 + "]" * 900, "nested more than 50 levels deep"),
+        ("{a: " * 60 + "}" * 60, "nested more than 50 levels deep"),
+    ],
+)
+def test_what_stands_for_more_than_memory_holds_is_refused_in_no_time(text, message):
+    begun = time.perf_counter()
+    with pytest.raises(UserError, match=message):
+        parse_yaml(text, "f")
+    assert time.perf_counter() - begun < 5
+
+
+@pytest.mark.parametrize("text", ["a: !!int ''", "a: !!timestamp x", "a: !!bool x", "a: !!float x", "a: " + "9" * 5000])
+def test_values_that_are_not_what_they_say_are_sentences(text):
+    with pytest.raises(UserError, match="f, line 1: this is not valid YAML"):
+        parse_yaml(text, "f")

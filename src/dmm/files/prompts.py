@@ -1,8 +1,10 @@
-"""Prompts in files."""
+"""Prompts in files, and what in a prompt is another tool's."""
 
+import re
 from pathlib import Path
 
 from dmm.errors import UserError
+from dmm.files.text import read_text
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -10,13 +12,9 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises: UserError: there is no such file, it is no text, or it holds no prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"The prompts '{path}' could not be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The prompts '{path}' are not UTF-8 text; save the file as UTF-8.") from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    text = read_text(path, f"The file of prompts '{path}'")
+    # not splitlines: a prompt may hold what else ends a line in Unicode, as text copied from a page does
+    prompts = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if not prompts:
         raise UserError(f"The file of prompts '{path}' is empty; write one prompt a line.")
     return prompts

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dmm.errors import UserError
+from dmm.files.text import read_text
 
 Place = tuple[str | int, ...]
 """Keys and indices that lead to a value."""
@@ -28,6 +29,13 @@ _SCALARS = (
         "-+.0123456789",
     ),
 )
+
+
+_LARGEST = 2**20  # bytes; the parser is slow, and no recipe comes near
+_MOST_VALUES = 20_000
+"""That a text may stand for: a few anchors within anchors stand for more than memory holds."""
+_DEEPEST = 50
+"""Levels of lists, and of keys and values."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,13 +63,7 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], Places]:
     Returns: the plain values, and where each was written.
     Raises: UserError: it cannot be read, is not valid YAML, has a key twice, or holds no keys and values.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"'{path}' could not be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' is not UTF-8 text; save the file as UTF-8.") from error
-    value, places = parse_yaml(text, str(path))
+    value, places = parse_yaml(read_text(path, largest=_LARGEST), str(path))
     if not isinstance(value, dict):
         found = "is empty" if value is None else "holds no keys and values"
         raise UserError(f"'{path}' {found}, expected lines such as 'key: value'.")
@@ -74,14 +76,16 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
     Args:
         source: what the text is, as an error's first words.
     Returns: the plain value, and where each of its parts was written.
-    Raises: UserError: it is not valid YAML, or has a key twice.
+    Raises: UserError: it is not valid YAML, has a key twice, or stands for more than anybody means.
     """
     loader: _Loader | None = None
     places: Places = {}
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return (None if node is None else _plain(loader, node, (), (), source, places)), places
+        return (None if node is None else _Values(loader, source, places).plain(node)), places
+    except RecursionError:
+        raise UserError(f"{source}: this is nested more than {_DEEPEST} levels deep.") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{source}, line {line}: this is not valid YAML: {error.problem}.") from error
@@ -97,30 +101,46 @@ def write_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _plain(
-    loader: _Loader, node: yaml.Node, place: Place, inside: tuple[yaml.Node, ...], source: str, places: Places
-) -> Any:
-    """The value of a node; notes its place, and those of what it holds."""
-    line = f"{source}, line {node.start_mark.line + 1}"
-    if node in inside:
-        raise UserError(f"{line}: an anchor holds itself.")
-    places.setdefault(place, line)
-    inside = (*inside, node)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, item, (*place, i), inside, source, places) for i, item in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
+class _Values:
+    """Makes plain values of nodes, and notes where each was written."""
+
+    def __init__(self, loader: _Loader, source: str, places: Places) -> None:
+        self._loader, self._source, self._places = loader, source, places
+        self._num_values = 0
+
+    def plain(self, node: yaml.Node, place: Place = (), inside: tuple[yaml.Node, ...] = ()) -> Any:
+        """The value of a node; notes its place, and those of what it holds."""
+        line = f"{self._source}, line {node.start_mark.line + 1}"
+        self._num_values += 1
+        if node in inside:
+            raise UserError(f"{line}: an anchor holds itself.")
+        if len(inside) == _DEEPEST:
+            raise UserError(f"{line}: this is nested more than {_DEEPEST} levels deep.")
+        if self._num_values > _MOST_VALUES:
+            raise UserError(
+                f"{line}: the text stands for more than {_MOST_VALUES} values, with what its aliases repeat."
+            )
+        self._places.setdefault(place, line)
+        inside = (*inside, node)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.plain(item, (*place, i), inside) for i, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, place, inside)
+        try:
+            return self._loader.construct_object(node)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            # a tag that is set by hand, such as !!int, on what is none
+            raise UserError(f"{line}: this is not valid YAML: '{node.value}' is not what its tag says.") from error
+
+    def _mapping(self, node: yaml.MappingNode, place: Place, inside: tuple[yaml.Node, ...]) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
-            line = f"{source}, line {key_node.start_mark.line + 1}"
+            line = f"{self._source}, line {key_node.start_mark.line + 1}"
             if not isinstance(key, str):
                 raise UserError(f"{line}: a key must be a word, not a list or keys and values.")
             if key in mapping:
                 raise UserError(f"{line}: the key '{key}' is there twice; remove one.")
-            places[(*place, key)] = line
-            mapping[key] = _plain(loader, value_node, (*place, key), inside, source, places)
+            self._places[(*place, key)] = line
+            mapping[key] = self.plain(value_node, (*place, key), inside)
         return mapping
-    try:
-        return loader.construct_object(node)
-    except ValueError as error:  # a tag that is set by hand, such as !!int, on what is none
-        raise UserError(f"{line}: this is not valid YAML: '{node.value}' is not what its tag says.") from error
