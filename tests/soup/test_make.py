@@ -169,6 +169,7 @@ def test_layouts_mix_and_either_comes_out(models, tmp_path, digests):
         assert tensor.equal(mean.float()), name
     with safe_open(folder / "text_encoder" / "model.safetensors", "pt") as saved:
         assert all(name.startswith("text_model.") for name in saved.keys())  # noqa: SIM118 - not a mapping
+    assert {file.name for file in (folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
 
 
 def test_single_files_make_no_folder_without_configs(models, tmp_path, digests):

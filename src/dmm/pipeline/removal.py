@@ -6,6 +6,7 @@ from pathlib import Path
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files.outputs import check_folder, new_folder
+from dmm.formats.completing import complete_folder
 from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.student import shrink
 from dmm.models.style_names import STYLES_FOLDER
@@ -15,7 +16,7 @@ _PARTS = ("model_index.json", "scheduler", "tokenizer", *(component.name for com
 
 
 def remove_style(merged: str | Path, name: str, output: Path, *, overwrite: bool = False) -> list[str]:
-    """Copy a merged model without the prompt of one style; all other bits stay as they are.
+    """Copy a merged model without the prompt of one style; no other weight changes by a bit.
 
     Args:
         merged: a folder, or a hub id.
@@ -36,5 +37,6 @@ def remove_style(merged: str | Path, name: str, output: Path, *, overwrite: bool
                 shutil.copytree(folder / part, building / part)
             elif (folder / part).is_file():
                 shutil.copy(folder / part, building / part)
+        complete_folder(building)
         write_side_car(left, building)
     return left.names

@@ -6,7 +6,6 @@ current style is state of that UNet, as adapters are.
 
 import copy
 import functools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,8 @@ from torch.func import functional_call
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files.outputs import new_folder
+from dmm.formats.completing import complete_folder
 from dmm.formats.lora import fuse_lora, read_lora
-from dmm.formats.tensors import read_tensors, write_tensors
 from dmm.maths.mixes import Mix
 from dmm.models.authors import is_authors, open_authors, read_authors_styles
 from dmm.models.side_car import read_side_car, write_side_car
@@ -273,11 +272,7 @@ def stock_twin(pipe: StableDiffusionPipeline, style: Mix | None = None) -> Stabl
 def write_stock_folder(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Fill a folder with a stock pipeline, such that other tools and plain diffusers open it, in half precision too."""
     pipe.save_pretrained(folder)
-    _name_as_tools_do(folder / "text_encoder" / "model.safetensors")
-    # transformers loads what the config names, diffusers float32 unless told: of two dtypes no pipeline paints
-    config = folder / "text_encoder" / "config.json"
-    told = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
-    config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    complete_folder(folder)
 
 
 @contextmanager
@@ -349,12 +344,3 @@ def _save_pretrained(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> N
         stacklevel=2,
     )
     type(unet).save_pretrained(unet, *args, **kwargs)
-
-
-def _name_as_tools_do(text_encoder: Path) -> None:
-    """Give a text encoder's tensors the level of names that transformers 5.6 dropped and other tools expect."""
-    tensors = read_tensors(text_encoder)
-    level = "text_model."
-    if not all(name.startswith(level) for name in tensors):
-        named = {level + name.removeprefix(level): tensor for name, tensor in tensors.items()}
-        write_tensors(text_encoder, named, {"format": "pt"})

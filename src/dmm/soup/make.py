@@ -14,6 +14,7 @@ from torch import Tensor
 from dmm.files.digest import sha256
 from dmm.files.json import read_json
 from dmm.files.outputs import check_disk, check_file, check_folder, new_file, new_folder
+from dmm.formats.completing import complete_folder
 from dmm.formats.folder import UNUSED_COMPONENTS
 from dmm.soup.ledger import check_digests, describe, labelled_digests
 from dmm.soup.models import Layout
@@ -188,3 +189,4 @@ def _copy_configs(plan: Plan, folder: Path) -> None:
     if config.get("prediction_type", "epsilon") != plan.prediction_type:
         config["prediction_type"] = plan.prediction_type
         scheduler.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    complete_folder(folder)
