@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_helpers import some_adapter
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -108,6 +109,15 @@ def tiny_styled() -> StableDiffusionPipeline:
     return pipe
 
 
+def tiny_adapted() -> StableDiffusionPipeline:
+    """:func:`tiny_pipeline` with styles that are adapters, and differ far more than rounding does."""
+    pipe = tiny_pipeline()
+    prompts = StylePrompts(STYLE_NAMES, dim=0)
+    prompts.adapters = {name: some_adapter(pipe.unet, 1 + i, rank=2 + i) for i, name in enumerate(STYLE_NAMES)}
+    add_styles(pipe, prompts)
+    return pipe
+
+
 @pytest.fixture
 def pipeline() -> StableDiffusionPipeline:
     """A tiny SD 1.x of one's own."""
@@ -120,11 +130,25 @@ def styled() -> StableDiffusionPipeline:
     return tiny_styled()
 
 
+@pytest.fixture
+def adapted() -> StableDiffusionPipeline:
+    """A tiny merged model of one's own whose styles are adapters."""
+    return tiny_adapted()
+
+
 @pytest.fixture(scope="session")
 def merged(tmp_path_factory) -> Path:
     """The same on disk; read only, copy it to change it."""
     folder = tmp_path_factory.mktemp("merged") / "merged"
     save_pipeline(tiny_styled(), folder, provenance=PROVENANCE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def merged_adapters(tmp_path_factory) -> Path:
+    """:func:`tiny_adapted` on disk; read only, copy it to change it."""
+    folder = tmp_path_factory.mktemp("merged") / "adapters"
+    save_pipeline(tiny_adapted(), folder, provenance=PROVENANCE)
     return folder
 
 

@@ -128,7 +128,7 @@ def save_kohya_lora(
                 continue
             (adapter,) = layer.active_adapters
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            name = _kohya_name(component, module)
+            name = kohya_name(component, module)
             tensors[f"{name}.lora_down.weight"] = down.to(dtype) if dtype else down
             tensors[f"{name}.lora_up.weight"] = up.to(dtype) if dtype else up
             # from the scaling rather than from the config's alpha: it holds under rank-stabilised scaling too
@@ -167,7 +167,7 @@ def _layers_by_name(models: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     for component in _COMPONENTS:
         for module, layer in models[component].named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                layouts = [_kohya_name(component, module), f"{component}.{module}"]
+                layouts = [kohya_name(component, module), f"{component}.{module}"]
                 if component == "text_encoder":
                     # with and without the level that transformers 5.6 dropped; diffusers' writer of kohya's layout
                     # says te1, as SDXL does
@@ -178,7 +178,8 @@ def _layers_by_name(models: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return names
 
 
-def _kohya_name(component: str, module: str) -> str:
+def kohya_name(component: str, module: str) -> str:
+    """A layer's name in kohya's layout."""
     # the level that transformers 5.6 dropped from the class is kept in the files
     prefix = "lora_unet_" if component == "unet" else "lora_te_text_model_"
     return prefix + module.replace(".", "_")

@@ -6,7 +6,7 @@ weights, which are kept beside and come back to the bit; a mix for each image of
 that share their weights, runs *unfused*: see :mod:`dmm.models.unfused`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Factors:
 
     def product(self) -> Tensor:
         """The change, (out, in, ...)."""
-        return (self.up @ self.down.flatten(1)).reshape(len(self.up), *self.down.shape[1:])
+        return (self.up.float() @ self.down.float().flatten(1)).reshape(len(self.up), *self.down.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Adapter:
         return of_layers + sum(offset.numel() for offset in self.offsets.values())
 
     def change(self, name: str) -> Tensor:
-        """The whole change of a parameter that it changes."""
-        return self.factors[name].product() if name in self.factors else self.offsets[name]
+        """The whole change of a parameter that it changes, float32."""
+        return self.factors[name].product() if name in self.factors else self.offsets[name].float()
 
     def to(self, *args: Any) -> "Adapter":
         """Its tensors on another device or in another dtype, as ``Tensor.to`` has it."""
@@ -71,7 +71,10 @@ NOTHING = Adapter({}, {})
 
 
 def mix_adapters(parts: Sequence[tuple[float, Adapter]]) -> Adapter:
-    """The adapter that changes what several do together, each times its weight: exact, at the sum of their ranks."""
+    """The adapter that changes what several do together, each times its weight: exact, at the sum of their ranks.
+
+    Returns: float32, unless it is one of them as it is.
+    """
     parts = [(weight, adapter) for weight, adapter in parts if weight]
     if len(parts) == 1 and parts[0][0] == 1:
         return parts[0][1]
@@ -79,9 +82,10 @@ def mix_adapters(parts: Sequence[tuple[float, Adapter]]) -> Adapter:
     offsets: dict[str, Tensor] = {}
     for weight, adapter in parts:
         for name, one in adapter.factors.items():
-            factors.setdefault(name, []).append(Factors(one.up * weight, one.down))
+            factors.setdefault(name, []).append(Factors(one.up.float() * weight, one.down.float()))
         for name, offset in adapter.offsets.items():
-            offsets[name] = offsets[name] + offset * weight if name in offsets else offset * weight
+            part = offset.float() * weight
+            offsets[name] = offsets[name] + part if name in offsets else part
     return Adapter(
         {
             name: Factors(torch.cat([one.up for one in of_layer], dim=1), torch.cat([one.down for one in of_layer]))
@@ -119,9 +123,9 @@ class KeptWeights:
                 self._kept[name] = weight.detach().to("cpu", copy=True)
             add_change(weight, self._kept[name], adapter, name)
 
-    def __getitem__(self, name: str) -> Tensor | None:
-        """What a parameter is without a style, where that is not what the model has of it now."""
-        return self._kept.get(name)
+    def of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The parameters of a model as they are without a style, by name, whatever is fused."""
+        return {**parameters_by_name(model), **self._kept}
 
 
 def add_change(weight: Tensor, base: Tensor, adapter: Adapter, name: str) -> None:
@@ -141,11 +145,34 @@ def add_change(weight: Tensor, base: Tensor, adapter: Adapter, name: str) -> Non
     weight.copy_(torch.addmm(flat, up, down).reshape(weight.shape))
 
 
+def check_adapter(model: nn.Module, adapter: Adapter, where: str) -> None:
+    """Refuse an adapter that was made for another model.
+
+    Args:
+        where: it is, for the message.
+    Raises: UserError.
+    """
+    parameters = parameters_by_name(model)
+    shapes = {name: (len(one.up), *one.down.shape[1:]) for name, one in adapter.factors.items()}
+    shapes |= {name: tuple(offset.shape) for name, offset in adapter.offsets.items()}
+    for name, shape in shapes.items():
+        if name not in parameters or tuple(parameters[name].shape) != shape:
+            found = f"has shape {tuple(parameters[name].shape)}" if name in parameters else "is none"
+            raise UserError(
+                f"{where} changes '{name}' of shape {shape}; of the model's weights there {found}. It was made for "
+                "another model."
+            )
+
+
 def parameters_by_name(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters by the names that they have without PEFT's layers around them."""
-    return dict(_plain_names(model))
+    return {name: owner.get_parameter(last) for name, (owner, last) in owners_by_name(model).items()}
 
 
-def _plain_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in model.named_parameters():
-        yield name.replace(".base_layer.", "."), parameter
+def owners_by_name(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The module of each parameter, and its name there, by the whole name as of :func:`parameters_by_name`."""
+    return {
+        f"{name}.{last}".replace(".base_layer.", ".").removeprefix("."): (module, last)
+        for name, module in model.named_modules()
+        for last, _ in module.named_parameters(recurse=False)
+    }

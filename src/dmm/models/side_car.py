@@ -1,10 +1,12 @@
 """The side-car of a merged model on disk: ``styles/`` beside the folders of a stock pipeline.
 
 It holds ``config.json`` and ``diffusion_pytorch_model.safetensors``, a :class:`StylePrompts` as
-diffusers saves models, and ``styles.json``, which tells where each style came from.
+diffusers saves models, and ``styles.json``, which tells where each style came from; and the styles' adapters, where
+they have any: :mod:`dmm.models.adapter_files`. Where they have nothing else, there are no style prompts' weights.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,9 +15,11 @@ from typing import Any
 import torch
 
 from dmm.errors import UserError
+from dmm.files.digest import sha256
 from dmm.files.json import read_json
 from dmm.formats.skeleton import check_tensors
 from dmm.formats.tensors import check_finite, read_header
+from dmm.models.adapter_files import INDEX, read_adapters, write_adapters
 from dmm.models.style_names import STYLES_FOLDER, read_style_config
 from dmm.models.styles import Provenance, StylePrompts
 
@@ -35,24 +39,55 @@ def read_side_car(folder: Path) -> StylePrompts | None:
     if not styles.is_dir():
         return None
     names, dim = read_style_config(styles / "config.json")
+    prompts = _read_weights(styles, names, dim) if dim else StylePrompts(names, 0)
+    prompts.provenance = _read_provenance(styles / PROVENANCE_FILE, names)
+    prompts.adapters = read_adapters(styles)
+    adapted = set(prompts.adapters)
+    if not adapted <= set(names) or (not dim and adapted != set(names)):
+        raise UserError(
+            f"{styles}: config.json names the styles {', '.join(names)}, {INDEX} has adapters of "
+            f"{', '.join(prompts.adapters) or 'none'}. The files belong to different models."
+        )
+    return prompts
+
+
+def _read_weights(styles: Path, names: list[str], dim: int) -> StylePrompts:
     with torch.device("meta"):
         skeleton = StylePrompts(names, dim)
     check_tensors(skeleton, read_header(styles / WEIGHTS_FILE).tensors, str(styles / WEIGHTS_FILE))
     # small beside the UNet, so that float32 costs nothing: terms are computed in it whatever the UNet's dtype
     prompts: StylePrompts = StylePrompts.from_pretrained(styles, torch_dtype=torch.float32, local_files_only=True)
     check_finite(prompts.state_dict(), str(styles))
-    prompts.provenance = _read_provenance(styles / PROVENANCE_FILE, names)
     return prompts
 
 
 def write_side_car(prompts: StylePrompts, folder: Path) -> None:
-    """Write style prompts, and their provenance where it is known, into the folder of a whole pipeline."""
+    """Write style prompts, adapters and their provenance where it is known, into the folder of a whole pipeline."""
     styles = folder / STYLES_FOLDER
-    prompts.save_pretrained(styles)
+    if prompts.config.dim:
+        prompts.save_pretrained(styles)
+    else:
+        prompts.save_config(styles)
+    if prompts.adapters:
+        digest = sha256(*sorted((folder / "unet").glob("*.safetensors")))
+        told = {one.name: _metadata(one) for one in prompts.provenance}
+        in_order = {name: prompts.adapters[name] for name in prompts.names if name in prompts.adapters}
+        write_adapters(in_order, styles, base_sha256=digest, metadata=told)
     if prompts.provenance:
         written = {"styles": [asdict(one) for one in prompts.provenance]}
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
         (styles / PROVENANCE_FILE).write_text(text, encoding="utf-8")
+
+
+def _metadata(provenance: Provenance) -> dict[str, str]:
+    """What an adapter's header says of where it came from; of a path, the last part: the rest is nobody's business."""
+    source = re.split(r"[\\/]", provenance.source.rstrip("\\/"))[-1]
+    return {
+        "modelspec.title": provenance.name,
+        "modelspec.merged_from": source,
+        "dmm.style": provenance.name,
+        "dmm.teacher_sha256": provenance.sha256,
+    }
 
 
 def _read_provenance(path: Path, names: list[str]) -> list[Provenance]:

@@ -40,6 +40,7 @@ def grow(style_prompts: StylePrompts, names: Sequence[str]) -> StylePrompts:
     with torch.no_grad():
         grown.embeddings[: len(earlier)] = earlier
     grown.load_state_dict({**state, "embeddings": grown.embeddings.detach()})
+    grown.adapters = style_prompts.adapters
     return grown
 
 
@@ -57,6 +58,7 @@ def shrink(style_prompts: StylePrompts, name: str) -> StylePrompts:
     shrunk = StylePrompts([names[i] for i in kept], style_prompts.config.dim)
     shrunk.load_state_dict({**style_prompts.state_dict(), "embeddings": style_prompts.embeddings.detach()[kept]})
     shrunk.provenance = [one for one in style_prompts.provenance if one.name != name]
+    shrunk.adapters = {of: adapter for of, adapter in style_prompts.adapters.items() if of != name}
     return shrunk
 
 

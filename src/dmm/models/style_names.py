@@ -36,6 +36,6 @@ def read_style_config(path: Path) -> tuple[list[str], int]:
         raise UserError(f"{path}: its names are {names}; a list of the styles' names was expected.")
     if len(set(names)) < len(names):
         raise UserError(f"{path} names a style twice: {', '.join(names)}. Every style needs a name of its own.")
-    if not isinstance(dim, int) or dim < 1:
+    if not isinstance(dim, int) or dim < 0:
         raise UserError(f"{path}: its dim is {dim}; the width of the style prompts was expected.")
     return names, dim

@@ -11,6 +11,7 @@ can also be baked into a bias, which leaves an ordinary checkpoint.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from dmm.errors import UserError
 from dmm.maths.mixes import Mix, mix_weights
+from dmm.models.adapters import Adapter
+from dmm.models.adapting import Adaptation
 
 
 @dataclass(frozen=True)
@@ -47,20 +50,23 @@ class StylePrompts(ModelMixin, ConfigMixin):
 
     Args:
         names: of the N styles, in the order of the codebook's rows.
-        dim: D, the width of the model's timestep embedding; 1280 in SD 1.x and SDXL.
+        dim: D, the width of the model's timestep embedding; 1280 in SD 1.x and SDXL. 0 where styles are adapters
+            alone, and have no prompt.
     Source: DMM §3.3, §A.1.
     """
 
     provenance: Sequence[Provenance] = ()
     """Where each style came from, in the order of the names; empty where that is not known."""
+    adapters: Mapping[str, Adapter] = MappingProxyType({})
+    """What a style changes of the weights, where it brings that, too."""
 
     @register_to_config
     def __init__(self, names: Sequence[str], dim: int = 1280) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(torch.randn(len(names), dim))
-        self.linear_1 = nn.Linear(dim, dim)
+        self.linear_1 = nn.Linear(dim, dim) if dim else nn.Identity()
         self.act = nn.SiLU()
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_2 = nn.Linear(dim, dim) if dim else nn.Identity()
 
     @property
     def names(self) -> list[str]:
@@ -77,7 +83,8 @@ class StylePrompts(ModelMixin, ConfigMixin):
         Returns: (..., D).
         """
         mixed = style_weights.to(self.embeddings.dtype) @ self.embeddings
-        return self.linear_2(self.act(self.linear_1(mixed)))
+        term: Tensor = self.linear_2(self.act(self.linear_1(mixed)))
+        return term
 
 
 class StyledTimestepEmbedding(TimestepEmbedding):
@@ -91,6 +98,7 @@ class StyledTimestepEmbedding(TimestepEmbedding):
 
     style_prompts: StylePrompts
     term: Tensor | None
+    adaptation: Adaptation
 
     @classmethod
     def replace(cls, plain: TimestepEmbedding, style_prompts: StylePrompts) -> "StyledTimestepEmbedding":
@@ -101,6 +109,7 @@ class StyledTimestepEmbedding(TimestepEmbedding):
         # __setattr__ would register the side-car as a submodule
         styled.__dict__["style_prompts"] = style_prompts
         styled.__dict__["term"] = None
+        styled.__dict__["adaptation"] = Adaptation()
         return styled
 
     def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -143,7 +152,7 @@ def attach_styles(model: Any, style_prompts: StylePrompts, time_embedding: str =
     """
     plain = model.get_submodule(time_embedding)
     dim = plain.linear_2.out_features
-    if dim != style_prompts.config.dim:
+    if style_prompts.config.dim not in (0, dim):
         raise UserError(
             f"The style prompts are {style_prompts.config.dim} wide, the model's timestep embedding {dim}: "
             "they belong to another model."
@@ -197,5 +206,7 @@ def detach_styles(model: Any, time_embedding: str = "time_embedding") -> None:
 def _plain(styled: StyledTimestepEmbedding) -> TimestepEmbedding:
     plain = TimestepEmbedding.__new__(TimestepEmbedding)
     nn.Module.__init__(plain)
-    plain.__dict__.update({k: v for k, v in styled.__dict__.items() if k not in ("style_prompts", "term")})
+    plain.__dict__.update(
+        {k: v for k, v in styled.__dict__.items() if k not in ("style_prompts", "term", "adaptation")}
+    )
     return plain

@@ -25,6 +25,7 @@ from dmm.files.outputs import new_folder
 from dmm.formats.completing import complete_folder
 from dmm.formats.lora import fuse_lora, read_lora
 from dmm.maths.mixes import Mix
+from dmm.models.adapting import Adaptation, Chosen, mixed_adapter, twin_of
 from dmm.models.authors import is_authors, open_authors, read_authors_styles
 from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.style_names import STYLES_FOLDER
@@ -132,6 +133,7 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     embedding = _embedding(pipe)
     prompts = embedding.style_prompts
     if style is None:
+        _adapt(pipe, None)
         embedding.term = None
         return
     if isinstance(style, StyleSchedule):
@@ -142,20 +144,22 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
         term = torch.stack([_term(prompts, one) for one in style])
     else:
         raise UserError("A list of styles needs one style for each image; this one is empty.")
+    _adapt(pipe, style)
     # on the device of the style prompts, not of the UNet: weights that are offloaded may be on none
-    embedding.term = term.to(embedding.linear_2.bias.dtype)
+    embedding.term = term.to(embedding.linear_2.bias.dtype) if prompts.config.dim else None
 
 
 @contextmanager
 def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iterator[None]:
     """:func:`set_style` for the length of a block; the style that was set before is set again after it."""
     embedding = _embedding(pipe)
-    before = embedding.term
+    before, adapted = embedding.term, embedding.adaptation.chosen
     set_style(pipe, style)
     try:
         yield
     finally:
         embedding.term = before
+        _adapt(pipe, adapted)
 
 
 @contextmanager
@@ -206,7 +210,8 @@ def style_over_time(
 def share(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """A second pipeline on the same weights, with its own style and scheduler: one for each thread.
 
-    It begins in the style that ``pipe`` has. What is done to the weights (``.to``, LoRAs) is done to both.
+    It begins in the style that ``pipe`` has. What is done to the weights (``.to``, LoRAs) is done to both. Where styles
+    have adapters, these run beside the weights from then on, in both, and a LoRA that is loaded later is one's own.
 
     Args:
         pipe: on the device and in the dtype that it shall keep. The second one's UNet is not compiled.
@@ -215,8 +220,13 @@ def share(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
     if any("forward" in vars(module) for module in (_uncompiled(pipe.unet), _embedding(pipe))):
         # what offloads puts it there, bound to this very module
         raise UserError("A pipeline cannot be shared once it is offloaded: share it first.")
+    prompts, adaptation = style_prompts_of(pipe), _embedding(pipe).adaptation
+    if prompts.adapters:
+        adaptation.share(_uncompiled(pipe.unet), prompts.names, prompts.adapters)
     second = copy.copy(pipe)  # from_pipe would cast the shared weights to float32
     second.unet = _twin(pipe.unet)
+    _embedding(second).adaptation = Adaptation(shared=True)
+    _adapt(second, adaptation.chosen)
     _warn_when_saved(second.unet)
     second.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     second.tokenizer = copy.deepcopy(pipe.tokenizer)  # its padding is state that two threads may not set at once
@@ -255,12 +265,16 @@ def stock_twin(pipe: StableDiffusionPipeline, style: Mix | None = None) -> Stabl
     """A stock pipeline that shares the weights of a merged one and paints one style of it, with no code of ours.
 
     Args:
-        style: or mix, which is baked into the one bias that the two do not share; None for the style-less average.
+        style: or mix, which is baked into what weights the two do not share: one bias, or those that adapters change;
+            None for the style-less model.
     Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
     """
-    term = None if style is None else style_term(pipe, style)
+    prompts = style_prompts_of(pipe)
+    term = style_term(pipe, style) if style is not None and prompts.config.dim else None
     twin = copy.copy(pipe)
     twin.unet = _twin(pipe.unet)
+    if prompts.adapters:
+        _embedding(pipe).adaptation.give_own_weights(twin.unet, mixed_adapter(prompts.names, prompts.adapters, style))
     detach_styles(twin.unet, SD1.time_embedding)
     if term is not None:
         own = copy.deepcopy(twin.unet.get_submodule(SD1.time_embedding))
@@ -308,6 +322,12 @@ def _embedding(pipe: Any) -> StyledTimestepEmbedding:
     return embedding
 
 
+def _adapt(pipe: Any, chosen: Chosen) -> None:
+    embedding = _embedding(pipe)
+    prompts = embedding.style_prompts
+    embedding.adaptation.choose(_uncompiled(pipe.unet), prompts.names, prompts.adapters, chosen)
+
+
 def _term(prompts: StylePrompts, style: Mix | None) -> Tensor:
     """The style term in float32, whatever the dtype of the prompts; (D,)."""
     if style is None:  # an image without a style among others with one: adding 0 is skipping
@@ -319,10 +339,18 @@ def _term(prompts: StylePrompts, style: Mix | None) -> Tensor:
 
 
 def _twin(unet: Any) -> UNet2DConditionModel:
-    """A UNet on the same modules, but for an embedding of time that is its own."""
-    twin = copy.copy(_uncompiled(unet))
-    twin._modules = dict(twin._modules)  # copy.copy leaves both with one dict
-    twin.set_submodule(SD1.time_embedding, copy.copy(twin.get_submodule(SD1.time_embedding)))
+    """A UNet on the same weights; but for an embedding of time that is its own, on the same modules, too.
+
+    Where styles have adapters every module is its own: that is where these run.
+    """
+    plain = _uncompiled(unet)
+    embedding = styled_embedding(plain)
+    if embedding is not None and embedding.style_prompts.adapters:
+        twin = twin_of(plain)
+    else:
+        twin = copy.copy(plain)
+        twin._modules = dict(twin._modules)  # copy.copy leaves both with one dict
+        twin.set_submodule(SD1.time_embedding, copy.copy(twin.get_submodule(SD1.time_embedding)))
     vars(twin).pop("save_pretrained", None)  # bound to the first one
     return twin
 
