@@ -1,44 +1,52 @@
 """Put what was trained into the package: every component once, in half precision, with its sha256.
 
-Reads ``vae/``, ``base/``, ``experts/`` and ``judge/`` below the work folder and replaces
-``src/dmm/demo/weights/``.
+Reads what was trained below the work folder, each family's base and experts, the VAE and the judge, and replaces what
+``src/dmm/demo/weights/`` holds.
 """
 
 import argparse
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 
 from dmm.demo.assembly import PLAN, WEIGHTS
 from dmm.files.digest import sha256
 from dmm.formats.tensors import check_finite, write_tensors
 from drawings import STYLES
 
-# how each expert is kept: people's collections hold all of these
-SINGLE_FILES = ("twemoji",)
-OWN_TEXT_ENCODER = ("noto-blob",)
-V_PREDICTION = ("noto-v",)
-LORA_RANK = 10  # of 16 that were trained: what fits into the limit
-LIMIT = 40e6  # bytes
+LIMIT = 54e6  # bytes
 
 
-def store(source: Path, target: Path, prefix: str = "") -> None:
-    """Copy a safetensors file in half precision, its names after ``prefix``."""
+def store(source: Path, target: Path) -> None:
+    """Copy a safetensors file in half precision."""
+    write_half(load_file(source), target, str(source))
+
+
+def write_half(tensors: Mapping[str, Tensor], target: Path, told: str) -> None:
+    """Write tensors in half precision, if they fit into it."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {prefix + name: tensor.to(torch.float16) for name, tensor in load_file(source).items()}
-    check_finite(tensors, str(source))
-    write_tensors(target, tensors, {"format": "pt"})
+    halves = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
+    check_finite(halves, told)
+    write_tensors(target, halves, {"format": "pt"})
 
 
-def store_text_encoder(pipeline: Path, target: Path) -> None:
+def store_text_encoder(source: Path, target: Path) -> None:
     """Copy a text encoder under the names of all published ones; one built from a config lacks their first level."""
-    source = pipeline / "text_encoder" / "model.safetensors"
-    flat = not any(name.startswith("text_model.") for name in load_file(source))
-    store(source, target, prefix="text_model." if flat else "")
+    level = "text_model."
+    tensors = load_file(source)
+    named = {
+        name if name.startswith((level, "text_projection.")) else level + name: tensor
+        for name, tensor in tensors.items()
+    }
+    write_half(named, target, str(source))
 
 
 def store_lora(source: Path, target: Path, rank: int) -> None:
@@ -68,47 +76,102 @@ def forget_path(config: Path) -> None:
     config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    args = parser.parse_args()
-    base, experts = args.work / "base", args.work / "experts"
-    shutil.rmtree(WEIGHTS, ignore_errors=True)
+@dataclass(frozen=True)
+class Collection:
+    """How the experts of one family are kept; people's collections hold all of these forms.
 
-    ignored = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(base, WEIGHTS / "configs", ignore=ignored)
-    forget_path(WEIGHTS / "configs" / "vae" / "config.json")
-    store(base / "vae" / "diffusion_pytorch_model.safetensors", WEIGHTS / "vae.safetensors")
+    Attributes:
+        prefix: of the family's folders below the work folder.
+        names: of the experts, in order.
+        single_files, own_text_encoder: which of them are, and have.
+        schedulers: what an expert's scheduler is told beyond that of the base.
+        lora_rank: of those that were trained: what fits into the limit.
+    """
 
-    plan: dict[str, dict[str, str]] = {}
-    for name in ("base", *STYLES, *V_PREDICTION):
-        folder = base if name == "base" else experts / name
-        if not folder.is_dir():
-            store_lora(folder.with_name(f"{name}.safetensors"), WEIGHTS / "lora" / f"{name}.safetensors", LORA_RANK)
+    prefix: str
+    names: tuple[str, ...]
+    single_files: tuple[str, ...]
+    own_text_encoder: tuple[str, ...]
+    schedulers: Mapping[str, Mapping[str, Any]]
+    lora_rank: int
+
+
+EPSILON = {"prediction_type": "epsilon"}
+ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+COLLECTIONS = {
+    "sd1": Collection(
+        "", (*STYLES, "noto-v"), ("twemoji",), ("noto-blob",), {"noto-v": {"prediction_type": "v_prediction"}}, 10
+    ),
+    "sdxl": Collection("sdxl-", ("noto", "openmoji", "fluent-v"), (), (), {"fluent-v": ZERO_SNR}, 6),
+}
+
+
+def store_components(pipeline: Path, name: str, family: Path, *, own_text_encoder: bool) -> dict[str, str]:
+    """Copy a pipeline's weights, but for the VAE, which is everyone's.
+
+    Returns: what each weight file of the pipeline's folder is kept as, below ``family``.
+    """
+    kept = {"vae/diffusion_pytorch_model.safetensors": "../vae.safetensors"}
+    for weights in sorted(pipeline.glob("*/*.safetensors")):
+        component = weights.parent.name
+        if component == "vae":
+            continue
+        is_shared = component.startswith("text_encoder") and not own_text_encoder
+        target = f"{component}/{'base' if is_shared else name}.safetensors"
+        if not (family / target).exists():
+            (store_text_encoder if component.startswith("text_encoder") else store)(weights, family / target)
+        kept[f"{component}/{weights.name}"] = target
+    return kept
+
+
+def publish(work: Path, family: str, collection: Collection) -> None:
+    """Replace a family's folder of the package."""
+    base, experts = work / f"{collection.prefix}base", work / f"{collection.prefix}experts"
+    folder = WEIGHTS / family
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
+    forget_path(folder / "configs" / "vae" / "config.json")
+    plan: dict[str, dict[str, Any]] = {}
+    for name in ("base", *collection.names):
+        source = base if name == "base" else experts / name
+        if not source.is_dir():
+            store_lora(
+                source.with_name(f"{name}.safetensors"), folder / "lora" / f"{name}.safetensors", collection.lora_rank
+            )
             plan[name] = {"form": "lora", "path": f"{name}.safetensors", "lora": f"lora/{name}.safetensors"}
             continue
-        store(folder / "unet" / "diffusion_pytorch_model.safetensors", WEIGHTS / "unet" / f"{name}.safetensors")
-        text_encoder = f"text_encoder/{name if name in OWN_TEXT_ENCODER else 'base'}.safetensors"
-        if not (WEIGHTS / text_encoder).exists():
-            store_text_encoder(folder, WEIGHTS / text_encoder)
-        is_single = name in SINGLE_FILES
+        is_single = name in collection.single_files
         plan[name] = {
             "form": "single_file" if is_single else "folder",
             "path": f"{name}.safetensors" if is_single else name,
-            "unet": f"unet/{name}.safetensors",
-            "vae": "vae.safetensors",
-            "text_encoder": text_encoder,
-            "prediction_type": "v_prediction" if name in V_PREDICTION else "epsilon",
+            "weights": store_components(source, name, folder, own_text_encoder=name in collection.own_text_encoder),
+            "scheduler": collection.schedulers.get(name, EPSILON),
         }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    shared = [WEIGHTS / "vae.safetensors", *(path for path in (WEIGHTS / "judge").rglob("*") if path.is_file())]
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+    digests |= {f"../{path.relative_to(WEIGHTS).as_posix()}": sha256(path) for path in sorted(shared)}
+    (folder / PLAN).write_text(json.dumps({"experts": plan, "files": digests}, indent=1) + "\n", encoding="utf-8")
+    print(f"{family}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
 
-    judge = WEIGHTS / "judge"
-    shutil.copytree(args.work / "judge", judge, ignore=ignored)
-    store(args.work / "judge" / "diffusion_pytorch_model.safetensors", judge / "diffusion_pytorch_model.safetensors")
-    files = sorted(path for path in WEIGHTS.rglob("*") if path.is_file())
-    digests = {path.relative_to(WEIGHTS).as_posix(): sha256(path) for path in files}
-    (WEIGHTS / PLAN).write_text(json.dumps({"experts": plan, "files": digests}, indent=1) + "\n", encoding="utf-8")
-    size = sum(path.stat().st_size for path in files)
-    print(f"{len(files)} files, {size / 1e6:.1f} MB")
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--family", choices=COLLECTIONS, help="only this family's; the VAE and the judge stay, too")
+    args = parser.parse_args()
+    if args.family is None:
+        store(args.work / "base" / "vae" / "diffusion_pytorch_model.safetensors", WEIGHTS / "vae.safetensors")
+        judge = WEIGHTS / "judge"
+        shutil.rmtree(judge, ignore_errors=True)
+        shutil.copytree(args.work / "judge", judge, ignore=shutil.ignore_patterns("*.safetensors"))
+        store(
+            args.work / "judge" / "diffusion_pytorch_model.safetensors", judge / "diffusion_pytorch_model.safetensors"
+        )
+    for family in [args.family] if args.family else COLLECTIONS:
+        publish(args.work, family, COLLECTIONS[family])
+    size = sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file())
+    print(f"{size / 1e6:.1f} MB in all")
     if size > LIMIT:
         raise SystemExit(f"That is more than {LIMIT / 1e6:g} MB.")
 

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from dmm.demo import expert_sources, experts
-from dmm.demo.assembly import PLAN, RECORD, WEIGHTS
+from dmm.demo.assembly import COLLECTIONS, PLAN, RECORD, WEIGHTS
 from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.formats.lora import read_lora
@@ -28,7 +28,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def paths(cache):
-    return experts(cache)
+    return experts(cache=cache)
 
 
 def test_all_are_there_in_the_forms_that_collections_have(paths):
@@ -60,7 +60,7 @@ def plain(paths, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_diffusers_paints_what_ours_paints(cache, paths, name):
-    ours, theirs = paint(open_pipeline(expert_sources(cache)[name])), paint(plain(paths, name))
+    ours, theirs = paint(open_pipeline(expert_sources(cache=cache)[name])), paint(plain(paths, name))
     difference = torch.tensor(list(ours.tobytes())).int() - torch.tensor(list(theirs.tobytes())).int()
     assert difference.abs().max() <= 2
     assert len(set(ours.tobytes())) > 20
@@ -68,13 +68,14 @@ def test_plain_diffusers_paints_what_ours_paints(cache, paths, name):
 
 def test_only_the_twin_predicts_velocity(cache):
     types = {
-        name: open_pipeline(source).scheduler.config.prediction_type for name, source in expert_sources(cache).items()
+        name: open_pipeline(source).scheduler.config.prediction_type
+        for name, source in expert_sources(cache=cache).items()
     }
     assert [name for name, prediction_type in types.items() if prediction_type != "epsilon"] == ["noto-v"]
 
 
 def test_every_key_of_every_lora_is_the_models(cache, paths):
-    base = open_pipeline(expert_sources(cache)["base"])
+    base = open_pipeline(expert_sources(cache=cache)["base"])
     for name in ("openmoji", "openmoji-black", "fluent-flat", "fluent-contrast"):
         with safe_open(paths[name], "pt") as file:
             keys = list(file.keys())
@@ -98,17 +99,17 @@ def test_text_encoders_are_stored_under_the_names_of_all_published_ones(paths):
 
 
 def test_a_damaged_expert_is_mended_and_a_whole_one_left_alone(tmp_path):
-    paths = experts(tmp_path)
+    paths = experts(cache=tmp_path)
     record = paths["base"].parent / RECORD
     before = record.stat().st_mtime_ns
-    experts(tmp_path)
+    experts(cache=tmp_path)
     assert record.stat().st_mtime_ns == before
     with paths["twemoji"].open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
     digest = json.loads(record.read_text())["twemoji.safetensors"]
     assert sha256(paths["twemoji"]) != digest
-    assert sha256(experts(tmp_path)["twemoji"]) == digest
+    assert sha256(experts(cache=tmp_path)["twemoji"]) == digest
     assert [path.name for path in tmp_path.iterdir()] == [paths["base"].parent.name]
 
 
@@ -117,7 +118,7 @@ def test_assembling_is_quiet_and_leaves_the_libraries_as_they_were(tmp_path, cap
 
     logging.enable_progress_bar()
     before = logging.get_verbosity()
-    experts(tmp_path)
+    experts(cache=tmp_path)
     assert capsys.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, True)
 
@@ -125,15 +126,15 @@ def test_assembling_is_quiet_and_leaves_the_libraries_as_they_were(tmp_path, cap
 def test_a_damaged_package_is_told(tmp_path, monkeypatch):
     from dmm.demo import assembly
 
-    plan = json.loads((WEIGHTS / PLAN).read_text())
-    plan["files"]["vae.safetensors"] = "0" * 64
-    monkeypatch.setattr(assembly, "_plan", lambda: plan)
+    plan = json.loads((WEIGHTS / COLLECTIONS[0] / PLAN).read_text())
+    plan["files"]["../vae.safetensors"] = "0" * 64
+    monkeypatch.setattr(assembly, "_plan", lambda _family: plan)
     with pytest.raises(UserError, match=r"vae\.safetensors' is damaged"):
-        experts(tmp_path)
+        experts(cache=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="could not be written"):
-        experts(tmp_path / "file" / "cache")
+        experts(cache=tmp_path / "file" / "cache")
