@@ -202,11 +202,6 @@ def test_damaged_releases_are_told(released, tmp_path, spoil, message):
         load_pipeline(folder)
 
 
-def test_a_single_file_needs_a_config(released_file):
-    with pytest.raises(UserError, match="carries neither configs nor a tokenizer"):
-        load_pipeline(released_file)
-
-
 def test_an_sdxl_single_file_is_told(released_file, tmp_path):
     def change(tensors):
         tensors["model.diffusion_model.add_embedding2.linear_1.bias"] = torch.ones(1)

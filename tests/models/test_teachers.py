@@ -344,10 +344,6 @@ def test_folders_of_other_families(sd1_folder, tmp_path, class_name, linear, tit
     refused(ModelSource(folder), rf"is {title} \(model_index\.json: {class_name}\); SD 1\.x was expected")
 
 
-def test_a_single_file_without_config(sd1_file):
-    refused(ModelSource(sd1_file), "carries neither configs nor a tokenizer. Pass as its config")
-
-
 def test_a_config_that_is_not_there(sd1_file, tmp_path):
     refused(ModelSource(sd1_file, config=tmp_path / "x"), "/x: no such folder")
 

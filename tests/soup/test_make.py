@@ -172,11 +172,10 @@ def test_layouts_mix_and_either_comes_out(models, tmp_path, digests):
     assert {file.name for file in (folder / "tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
 
 
-def test_single_files_make_no_folder_without_configs(models, tmp_path, digests):
-    with pytest.raises(UserError, match=r"a folder needs them\. Give as config"):
-        make_soup(recipe(models), tmp_path / "soup", digests=digests)
-    made = make_soup(recipe(models, config=str(models / "base")), tmp_path / "soup", digests=digests)
-    open_pipeline(ModelSource(made.path))
+def test_single_files_make_a_folder_by_the_configs_that_they_say_or_are_given(models, tmp_path, digests):
+    said = make_soup(recipe(models), tmp_path / "said", digests=digests)
+    given = make_soup(recipe(models, config=str(models / "base")), tmp_path / "given", digests=digests)
+    assert same_weights(open_pipeline(ModelSource(said.path)), open_pipeline(ModelSource(given.path)))
 
 
 def test_precisions(models, tmp_path, digests):

@@ -408,7 +408,7 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(merge, models, tmp
     )
     assert "training.precision is fp16, which a CPU does not train in" in told("--set", "training.precision=fp16")
     assert "logging.trackers names wandb, which is not installed" in told("--set", "logging.trackers=[wandb]")
-    assert "base: " in told(base="velocity.safetensors")
+    assert "there is a config, which only a base that is a single file needs" in told(config="base")
     assert "give one of them" in told("--resume", "--overwrite")
     (models / "empty.txt").write_text("\n")
     assert "is empty" in told(data={"synthesize": {"prompts": "empty.txt"}})
@@ -432,6 +432,22 @@ def test_a_full_disk_leaves_the_last_checkpoint(finished, merge, tmp_path, monke
     assert not (folder / "model_index.json").exists()
     assert merge(folder, "--resume") == 0
     assert result_of(folder) == result_of(finished)
+
+
+def test_a_base_that_is_a_single_file_merges_as_the_folder_it_came_from(merge, models, tmp_path, capsys):
+    save_single_file(tiny_pipeline(), models / "base.safetensors")
+    training = {**recipe_of(models)["training"], "steps": 1}
+    for name, keys in (
+        ("folder", {"base": "base"}),
+        ("file", {"base": "base.safetensors"}),
+        ("told", {"base": "base.safetensors", "config": "base"}),
+    ):
+        assert merge(tmp_path / name, training=training, **keys) == 0, capsys.readouterr().err
+    results = [result_of(tmp_path / name) for name in ("folder", "file", "told")]
+    assert results[0][UNET] == results[1][UNET] == results[2][UNET]
+    assert results[0][STYLES] == results[1][STYLES] == results[2][STYLES]
+    painted = [dmm.load_pipeline(tmp_path / name).tokenizer("a cat").input_ids for name in ("folder", "file")]
+    assert painted[0] == painted[1]
 
 
 def test_loras_of_every_layout_are_teachers_at_once(merge, models, tmp_path, capsys):

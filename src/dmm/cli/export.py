@@ -33,7 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the written weights (default: fp32)"
     )
-    parser.add_argument("--config", metavar="FOLDER", type=Path, help="the pipeline folder that a single file follows")
+    parser.add_argument(
+        "--config",
+        metavar="FOLDER",
+        type=Path,
+        help="the pipeline folder that a single file follows (default: what it says, or its family's, from the hub)",
+    )
     add_overwrite(parser)
 
 

@@ -6,7 +6,7 @@ get one file each, name a folder as the output.
 
 Examples:
   dmm generate models/dreamshaper "a red cat, sitting" --output cat.png
-  dmm generate v1-5.safetensors --config models/base "a red cat" "a house by the sea" --seed 0-7
+  dmm generate v1-5.safetensors "a red cat" "a house by the sea" --seed 0-7
   dmm generate models/base --prompts prompts.txt --count 4 --output pictures/
   dmm generate models/base "a castle" --lora ink.safetensors:0.8 --lora detail.safetensors:0.4 --steps 30
   dmm generate merged "a red cat" --style ink

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 def add_opening_options(parser: argparse.ArgumentParser) -> None:
     """Declare them."""
     opening = parser.add_argument_group("how to open the model")
-    opening.add_argument("--config", metavar="FOLDER", type=Path, help="the pipeline folder that a single file follows")
+    opening.add_argument(
+        "--config",
+        metavar="FOLDER",
+        type=Path,
+        help="the pipeline folder that a single file follows (default: what it says, or its family's, from the hub)",
+    )
     opening.add_argument(
         "--lora",
         metavar="FILE[:SCALE]",

@@ -129,6 +129,7 @@ def _assemble_single_file(stored: Path, expert: dict[str, Any], root: Path) -> N
 
     with quietly(), tempfile.TemporaryDirectory(dir=root) as parts:
         # within, for importing the libraries has them speak, too
+        from dmm.formats.configs import FOLLOWS_KEY
         from dmm.formats.single_file import save_single_file
         from dmm.models.teachers import ModelSource, open_pipeline
 
@@ -137,6 +138,7 @@ def _assemble_single_file(stored: Path, expert: dict[str, Any], root: Path) -> N
         metadata = {
             "modelspec.title": Path(expert["path"]).stem,
             "modelspec.prediction_type": expert["scheduler"]["prediction_type"],
+            FOLLOWS_KEY: "./base",  # not the folder of parts, which goes
         }
         save_single_file(pipeline, root / expert["path"], dtype=torch.float16, metadata=metadata)
 

@@ -1,7 +1,7 @@
 """The models of an evaluation: the student, and its teachers as they are named or as the merge's recipe tells."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,17 @@ def find_models(
     recipe = _recipe(folder, needed=not teachers)
     base = base or (recipe.base if recipe else None)
     base_path = None if base is None else locate(ModelSource(base))
+    # single files follow the base; one that is a single file itself, what the recipe or the file says
+    configs = base_path if base_path is not None and base_path.is_dir() else recipe.config if recipe else None
+    base_source = None if base_path is None else ModelSource(base_path, config=configs if base_path.is_file() else None)
     sources: dict[str, ModelSource] = {}
     skips: dict[str, int | None] = {}
     if teachers:
-        sources = {name: _read_source(name, path, base_path, allow_pickle) for name, path in teachers.items()}
-    elif recipe is not None and base_path is not None:
-        sources = {one.name: teacher_source(one, recipe.base, base_path) for one in recipe.teachers}
+        sources = {
+            name: _read_source(name, path, base_source, configs, allow_pickle) for name, path in teachers.items()
+        }
+    elif recipe is not None and base_source is not None:
+        sources = {one.name: teacher_source(one, recipe.base, configs) for one in recipe.teachers}
         skips = {one.name: one.clip_skip or None for one in recipe.teachers}
     if not sources:
         raise UserError(
@@ -66,8 +71,8 @@ def find_models(
     found = {name: _model(name, source, device, skips.get(name)) for name, source in sources.items()}
     if not teachers:
         _check_unchanged(folder, found)
-    base_model = None if base_path is None else _model("base", ModelSource(base_path), device, None)
-    return Models(_student(student, folder, base_path, device, allow_pickle), found, base_model, recipe)
+    base_model = None if base_source is None else _model("base", base_source, device, None)
+    return Models(_student(student, folder, configs, device, allow_pickle), found, base_model, recipe)
 
 
 def _recipe(folder: Path, *, needed: bool) -> Recipe | None:
@@ -81,16 +86,18 @@ def _recipe(folder: Path, *, needed: bool) -> Recipe | None:
         return None
 
 
-def _read_source(name: str, path: str, base: Path | None, allow_pickle: bool) -> ModelSource:
+def _read_source(
+    name: str, path: str, base: ModelSource | None, configs: Path | None, allow_pickle: bool
+) -> ModelSource:
     place = Path(path).expanduser()
     weights = place / LORA_FILE if place.is_dir() else place
     if not weights.is_file():
         return ModelSource(path, allow_pickle=allow_pickle)
     if not is_lora(read_header(weights, allow_pickle=allow_pickle).tensors):
-        return ModelSource(path, config=base, allow_pickle=allow_pickle)
+        return ModelSource(path, config=configs, allow_pickle=allow_pickle)
     if base is None:
         raise UserError(f"teacher '{name}': {path} is a LoRA; name the model that it was trained on with --base.")
-    return ModelSource(base, loras=((place, 1.0),), allow_pickle=allow_pickle)
+    return replace(base, loras=((place, 1.0),), allow_pickle=allow_pickle)
 
 
 def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int | None) -> Model:
@@ -102,8 +109,8 @@ def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int 
     return Model(open_model, str(source), sha256(*checked.unet_files), clip_skip)
 
 
-def _student(told: str, path: Path, base: Path | None, device: torch.device, allow_pickle: bool) -> Model:
-    source = ModelSource(path, config=base if path.is_file() else None, allow_pickle=allow_pickle)
+def _student(told: str, path: Path, configs: Path | None, device: torch.device, allow_pickle: bool) -> Model:
+    source = ModelSource(path, config=configs if path.is_file() else None, allow_pickle=allow_pickle)
     files = list(check_model(source, name="student").unet_files)
     has_styles = path.is_dir() and read_side_car(path) is not None
     if has_styles:

@@ -35,6 +35,8 @@ class Family:
     components: tuple[Component, ...]
     time_embedding: str
     """Name, in the UNet, of the module that embeds time."""
+    hub_id: str
+    """Of the model whose configs and tokenizer a single file follows that says nothing itself: diffusers' choice."""
 
 
 SD1 = Family(
@@ -47,6 +49,7 @@ SD1 = Family(
         Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model"),
     ),
     time_embedding="time_embedding",
+    hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
 )
 FAMILIES = {family.name: family for family in (SD1,)}
 

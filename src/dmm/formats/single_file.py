@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import SD1, Family
-from dmm.formats.detect import check_is_checkpoint
+from dmm.formats.configs import describe_pipeline
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs
 from dmm.formats.skeleton import check_nothing_left, check_tensors
 from dmm.formats.tensors import Header, write_tensors
@@ -45,22 +45,16 @@ _SPEC_TO_PREDICTION = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction"
 _PREDICTION_TO_SPEC = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
-def check_single_file(path: Path, header: Header, config: Path | None, family: Family) -> dict[str, Any]:
+def check_single_file(path: Path, header: Header, config: Path, family: Family) -> dict[str, Any]:
     """Check everything about a single file that can be known without loading its weights.
 
     Args:
-        header: what ``read_header`` found in it.
+        header: what ``read_header`` found in it, which ``check_is_checkpoint`` has passed.
         config: the stock pipeline folder whose configs it follows.
     Returns: its components' skeletons.
-    Raises: UserError: not a full checkpoint of ``family``; no config; tensors that are missing, left over, or not of
-        the config's shapes.
+    Raises: UserError: tensors that are missing, left over, or not of the config's
+        shapes.
     """
-    check_is_checkpoint(path, header, family)
-    if config is None:
-        raise UserError(
-            f"{path} is a single file, which carries neither configs nor a tokenizer. Pass as its config "
-            "(config=, --config) a stock pipeline folder of the same architecture, such as the base."
-        )
     skeletons = check_configs(config, family)
     used: set[str] = set()
     for name, names in original_names(skeletons, family).items():
@@ -128,7 +122,7 @@ def save_single_file(
         pipeline: a stock SD 1.x pipeline.
         dtype: of the written weights; by default each keeps its own.
         metadata: further strings for the header. What the UNet predicts is written always: a file that does not say
-            is taken for an epsilon model.
+            is taken for an epsilon model. So are the configs, by which the file opens.
     Raises: UserError: the pipeline has an adapter, or tensors that the original layout has no name for.
     """
     family = SD1
@@ -149,6 +143,7 @@ def save_single_file(
             tensors[theirs] = tensor.to(dtype) if dtype else tensor
     prediction_type = _PREDICTION_TO_SPEC[pipeline.scheduler.config.prediction_type]
     written = {
+        **describe_pipeline(pipeline, path),
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1",

@@ -21,6 +21,8 @@ from transformers import CLIPTokenizer
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files.json import read_json
+from dmm.formats.configs import find_configs
+from dmm.formats.detect import check_is_checkpoint
 from dmm.formats.folder import UNUSED_COMPONENTS, check_component, weight_files
 from dmm.formats.single_file import check_single_file, open_single_file
 from dmm.formats.skeleton import build_skeleton, check_tensors
@@ -79,7 +81,7 @@ def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, a
     """Load the stock part of what :func:`is_authors`: a pipeline that paints the style-less average.
 
     Args:
-        config: the stock pipeline folder whose configs a single file follows.
+        config: the stock pipeline folder whose configs a single file follows, by default as ``find_configs`` has it.
     Raises: UserError: a file is missing or damaged, or the parts do not fit.
     """
     if path.is_dir():
@@ -87,8 +89,10 @@ def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, a
     else:
         header = read_header(path, allow_pickle=allow_pickle)
         stock = {name: tensor for name, tensor in header.tensors.items() if not name.endswith(tuple(_NAMES))}
-        check_single_file(path, Header(stock, header.metadata), config, SD1)
-        assert config is not None  # check_single_file saw to it
+        header = Header(stock, header.metadata)
+        check_is_checkpoint(path, header, SD1)
+        config = config or find_configs(path, header, SD1)
+        check_single_file(path, header, config, SD1)
         pipeline = open_single_file(path, SD1, config=config, torch_dtype=torch_dtype)
     for component in SD1.components:
         check_finite(getattr(pipeline, component.name).state_dict(), f"{path}: {component.name}")

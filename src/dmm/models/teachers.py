@@ -16,7 +16,8 @@ from dmm.errors import UserError
 from dmm.families import FAMILIES, SD1
 from dmm.files.json import read_json
 from dmm.files.runs import check_finished
-from dmm.formats.detect import lora_file
+from dmm.formats.configs import find_configs
+from dmm.formats.detect import check_is_checkpoint, lora_file
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
 from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
@@ -37,7 +38,8 @@ class ModelSource:
     model: str | Path
     """A stock diffusers folder, a single file (.safetensors; a pickle only with ``allow_pickle``), or a hub id."""
     config: Path | None = None
-    """A stock pipeline folder whose configs and tokenizer a single file follows; a folder has its own."""
+    """A stock pipeline folder whose configs and tokenizer a single file follows, by default as
+    :func:`dmm.formats.configs.find_configs` has it; a folder has its own."""
     loras: tuple[tuple[Path, float], ...] = ()
     """LoRAs that are put on ``model``, and how strongly; in kohya's layout or that of diffusers or PEFT."""
     vae: str | Path | None = None
@@ -65,6 +67,8 @@ class CheckedModel:
 
     path: Path
     """Where it is here."""
+    configs: Path
+    """The pipeline folder whose configs and tokenizer it has."""
     skeletons: dict[str, Any]
     """Its components, without weights."""
     scheduler_config: dict[str, Any]
@@ -91,11 +95,14 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
         path = locate(source)
         said = None
         if path.is_dir():
+            configs = path
             skeletons = check_folder(path, expected, allow_pickle=source.allow_pickle)
             files, _ = weight_files(path / "unet", expected.components[0], source.allow_pickle)
         else:
             header = read_header(path, allow_pickle=source.allow_pickle)
-            skeletons = check_single_file(path, header, source.config, expected)
+            check_is_checkpoint(path, header, expected)
+            configs = source.config or find_configs(path, header, expected)
+            skeletons = check_single_file(path, header, configs, expected)
             said = prediction_type_of(path, header)
             files = [path]
         loras = [(read_lora(lora, skeletons, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
@@ -104,8 +111,6 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
         vae = None if source.vae is None else _locate_vae(source.vae)
         if vae is not None:
             check_vae(vae, skeletons, expected, allow_pickle=source.allow_pickle)
-        configs = path if path.is_dir() else source.config
-        assert configs is not None  # check_single_file saw to it
         scheduler_config = read_json(configs / "scheduler" / "scheduler_config.json")
         found = source.prediction_type or said or scheduler_config.get("prediction_type", "epsilon")
         prediction_type = next((known for known in PREDICTION_TYPES if known == found), None)
@@ -114,7 +119,7 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
                 f"{path}: its scheduler's prediction type is '{found}'; one of {', '.join(PREDICTION_TYPES)} was "
                 "expected. Models of other prediction types cannot be merged."
             )
-        return CheckedModel(path, skeletons, scheduler_config, prediction_type, loras, vae, tuple(files))
+        return CheckedModel(path, configs, skeletons, scheduler_config, prediction_type, loras, vae, tuple(files))
 
 
 def open_pipeline(
@@ -141,16 +146,14 @@ def open_pipeline(
         if path.is_dir():
             pipeline = open_folder(path, expected, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
         else:
-            assert source.config is not None  # check_single_file saw to it
-            pipeline = open_single_file(path, expected, config=source.config, torch_dtype=torch_dtype)
+            pipeline = open_single_file(path, expected, config=checked.configs, torch_dtype=torch_dtype)
         for lora, scale in checked.loras:
             fuse_lora(pipeline, lora, scale)
         if checked.vae is not None:
-            config = path if path.is_dir() else source.config
-            assert config is not None
-            pipeline.register_modules(
-                vae=open_vae(checked.vae, config=config, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
+            vae = open_vae(
+                checked.vae, config=checked.configs, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle
             )
+            pipeline.register_modules(vae=vae)
         scheduler = pipeline.scheduler
         if scheduler.config.prediction_type != checked.prediction_type:
             pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=checked.prediction_type)

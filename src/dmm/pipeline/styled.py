@@ -55,7 +55,7 @@ def load_pipeline(
     Args:
         path_or_hub_id: what :func:`save_pipeline` wrote; or a merge in the layout that DMM's authors released, a folder
             or a single file, whose styles are named "0", "1" and so on where it names none.
-        config: the pipeline folder whose configs and tokenizer a single file follows.
+        config: the pipeline folder whose configs and tokenizer a single file follows, where it does not say.
         torch_dtype: of the weights in memory, whatever their dtype on disk.
         device: where to put them; by default they stay on the CPU.
     Raises: UserError: a stock model, which has no styles; or whatever is wrong with the files.

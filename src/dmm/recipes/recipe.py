@@ -228,6 +228,9 @@ class Recipe(Part):
     """What is merged."""
     base: Model
     """Gives the student its VAE and text encoder and, by default, its start: a folder, a single file or a hub id."""
+    config: Folder | None = None
+    """The stock pipeline folder whose configs and tokenizer a base that is a single file follows; by default what the
+    file says, or else those of its family's first model, from the hub."""
     start: str = "base"
     """Whose weights the student begins with: ``base``, or the earlier merge, where there is one; ``average``, of the
     teachers; or any model."""
@@ -294,6 +297,12 @@ class Recipe(Part):
         if isinstance(earlier, dict) and "base" not in given and "model" in earlier:
             return {**given, "base": earlier["model"]}
         return given
+
+    @model_validator(mode="after")
+    def _check_config(self) -> Self:
+        if self.config is not None and not Path(self.base).is_file():
+            raise ValueError("there is a config, which only a base that is a single file needs; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _check_earlier(self) -> Self:

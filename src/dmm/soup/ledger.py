@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import dmm
 from dmm.errors import UserError, nearest
+from dmm.formats.configs import describe_as, describe_folder
 from dmm.formats.tensors import read_header
 from dmm.recipes.parts import told
 from dmm.soup.models import OpenModel
@@ -66,6 +67,7 @@ def describe(
     shas = {label: model_digest(model, digests) for label, model in models.items()}
     with_loras = [model for model in plan.teachers if model.loras]
     return {
+        **(_describe_configs(plan, output) if plan.layout == "file" else {}),
         "modelspec.architecture": _ARCHITECTURES.get(plan.family, plan.family),
         "modelspec.prediction_type": _PREDICTIONS.get(plan.prediction_type, plan.prediction_type),
         **describe_recipe(
@@ -230,6 +232,14 @@ def model_digest(model: OpenModel, digests: Mapping[Path, str]) -> str:
         return digests[model.path]
     lines = "".join(f"{name} {digests[file.path]}\n" for name, file in sorted(model.files.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _describe_configs(plan: Plan, output: Path) -> dict[str, str]:
+    """What a single file says of its configs: of those that the plan has, or else of its first model's."""
+    if plan.configs is not None:
+        return describe_folder(plan.configs, output)
+    first = next(model for model in (plan.base, plan.origin, *plan.teachers) if model is not None)
+    return describe_as(first.path, first.metadata, output)
 
 
 def _lora_label(model: OpenModel) -> str:

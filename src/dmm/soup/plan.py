@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.families import FAMILIES
 from dmm.files.runs import check_finished
+from dmm.formats.configs import find_configs
 from dmm.formats.detect import lora_file
 from dmm.formats.lora import read_lora
 from dmm.formats.single_file import V_PREDICTION_MARK
+from dmm.formats.tensors import read_header
 from dmm.soup.blocks import Blocks
 from dmm.soup.models import (
     TEXT_ENCODERS,
@@ -122,11 +125,7 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
     configs = recipe.config or next((model.path for model in models if model.layout == "folder"), None)
     mixed = any(model.layout != layout for model in models) or any(teacher.all_loras for teacher in given)
     if configs is None and (mixed or layout == "folder"):
-        raise UserError(
-            "These models are single files, which carry no configs, and "
-            + ("a folder needs them" if layout == "folder" else "a LoRA's layers are found by them")
-            + ". Give as config: a stock pipeline folder of the same architecture."
-        )
+        configs = _find_configs(models[0])
     if mixed:
         assert configs is not None
         names = Names.of(configs)
@@ -154,6 +153,17 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
     notes: list[str] = []
     tensors = tuple(_plan_tensors(plan, [teacher.name for teacher in given], notes))
     return replace(plan, tensors=tensors, notes=tuple(notes))
+
+
+def _find_configs(model: OpenModel) -> Path:
+    """The configs of single files where no folder is among them: a folder needs them, and a LoRA's layers by them."""
+    family = next((family for family in FAMILIES.values() if family.title == model.family), None)
+    if family is None:
+        raise UserError(
+            f"{model.label}: {model.path} is a single file, and so are the others. Give as config: a stock pipeline "
+            "folder of the same architecture."
+        )
+    return find_configs(model.path, read_header(model.path), family)
 
 
 def _plan_tensors(plan: Plan, names: Sequence[str], notes: list[str]) -> Iterator[Merged]:

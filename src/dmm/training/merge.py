@@ -62,7 +62,7 @@ _WRITTEN = (
     *("scheduler", "tokenizer"),
 )
 # of a recipe, what a run may not change once it has begun
-_BINDING = ("kind", "base", "start", "earlier", "teachers", "data", "size", "seed")
+_BINDING = ("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "seed")
 _NUM_SAMPLE_PROMPTS = 4
 _WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
 

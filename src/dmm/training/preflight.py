@@ -68,13 +68,13 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     _check_batch(recipe, num_processes)
 
     base_source = _base_of(recipe)
-    base = _check_base(base_source)
+    base = check_model(base_source, name="base")
     # what LoRAs are put on, and whose configs single files follow
-    beneath = _check_base(ModelSource(recipe.base)) if recipe.earlier else base
+    beneath = check_model(_named_base(recipe), name="base") if recipe.earlier else base
     _check_noise_weighting(recipe.losses.noise_weighting, base)
     size = recipe.size or _own_size(base)
     check_multiple("size", size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
-    sources = tuple(teacher_source(teacher, recipe.base, beneath.path) for teacher in recipe.teachers)
+    sources = tuple(teacher_source(teacher, recipe.base, beneath.configs) for teacher in recipe.teachers)
     teachers = []
     for teacher, source in zip(recipe.teachers, sources, strict=True):
         name = f"teacher '{teacher.name}'"
@@ -111,12 +111,17 @@ def with_size(recipe: Recipe) -> Recipe:
     """
     if recipe.size is not None:
         return recipe
-    return recipe.model_copy(update={"size": _own_size(_check_base(_base_of(recipe)))})
+    return recipe.model_copy(update={"size": _own_size(check_model(_base_of(recipe), name="base"))})
 
 
 def _base_of(recipe: Recipe) -> ModelSource:
     """What gives the student its VAE and text encoder."""
-    return ModelSource(recipe.earlier.model if recipe.earlier else recipe.base)
+    return ModelSource(recipe.earlier.model) if recipe.earlier else _named_base(recipe)
+
+
+def _named_base(recipe: Recipe) -> ModelSource:
+    """What LoRAs are put on, and whose configs single files follow."""
+    return ModelSource(recipe.base, config=recipe.config)
 
 
 def _own_size(base: CheckedModel) -> int:
@@ -222,22 +227,18 @@ def _check_batch(recipe: Recipe, num_processes: int) -> None:
         raise UserError(f"training.batch_size: {error}. Raise it, or that teacher's weight{last}.") from error
 
 
-def _check_base(source: ModelSource) -> CheckedModel:
-    path = Path(source.model)
-    if path.is_file():
-        raise UserError(
-            f"base: {path} is a single file, which carries neither configs nor a tokenizer for the result. Name a "
-            "stock pipeline folder or a hub id as the base; single files can be teachers, or the start."
-        )
-    return check_model(source, name="base")
+def teacher_source(teacher: Teacher, base: str, configs: Path | None) -> ModelSource:
+    """Where a recipe's teacher comes from.
 
-
-def teacher_source(teacher: Teacher, base: str, base_path: Path) -> ModelSource:
-    """Where a recipe's teacher comes from; what it takes from the base, by the recipe's word for it and its folder."""
+    Args:
+        base: the recipe's word for it, which a teacher without a model of its own takes.
+        configs: the pipeline folder whose configs single files follow that have none of their own in the recipe; None
+            where each finds its own.
+    """
     model = base if teacher.model is None else teacher.model
     return ModelSource(
         model,
-        config=(teacher.config or base_path) if Path(model).is_file() else None,
+        config=(teacher.config or configs) if Path(model).is_file() else None,
         loras=tuple((lora.path, lora.scale) for lora in teacher.all_loras),
         vae=teacher.vae,
         prediction_type=teacher.prediction_type,
@@ -255,7 +256,7 @@ def _check_start(recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedM
                 )
     if recipe.start in ("base", "average"):
         return None
-    source = ModelSource(recipe.start, config=base.path if Path(recipe.start).is_file() else None)
+    source = ModelSource(recipe.start, config=base.configs if Path(recipe.start).is_file() else None)
     checked = check_model(source, name="start")
     _check_alike("start", checked, base)
     if checked.prediction_type != base.prediction_type:
