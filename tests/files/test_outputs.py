@@ -5,7 +5,8 @@ import stat
 import pytest
 
 from dmm.errors import UserError
-from dmm.files.outputs import check_file, check_folder, new_file, new_folder
+from dmm.files import swap
+from dmm.files.outputs import check_file, check_folder, check_new_folder, new_file, new_files, new_folder
 
 
 def test_a_file_appears_when_the_block_ends_and_not_before(tmp_path):
@@ -111,3 +112,88 @@ def test_outputs_have_the_permissions_of_any_new_file(tmp_path):
     with new_file(tmp_path / "out.txt") as temporary:
         temporary.write_text("")
     assert (tmp_path / "out.txt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_folder_takes_the_place_of_another_whole(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(swap, "_exchange", lambda *_: False)
+    place = tmp_path / "out"
+    for name in ("unet/1", "unet/2", "styles/a", "index", "notes/mine", "mine"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text("old")
+    (place / "link").symlink_to("mine")
+    with new_folder(place, overwrite=True, parts=["styles", "index"]) as building:
+        (building / "unet").mkdir()
+        (building / "unet" / "1").write_text("new")
+        (building / "index").write_text("new")
+        assert set(contents(place).values()) == {"old"}
+    assert contents(place) == {"unet/1": "new", "index": "new", "notes/mine": "old", "mine": "old", "link": "old"}
+    assert (place / "link").is_symlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kill_at", ["the first rename", "the second rename", "the removal of the old one"])
+def test_who_is_killed_while_folders_are_swapped_leaves_the_one_or_the_other(tmp_path, monkeypatch, kill_at):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    place, new = tmp_path / "out", tmp_path / ".out.01234567.tmp"
+    for folder, text in ((place, "old"), (new, "new")):
+        folder.mkdir()
+        (folder / "a").write_text(text)
+    with monkeypatch.context() as patched:
+        patched.setattr(swap, "_exchange", lambda *_: False)
+        if kill_at == "the removal of the old one":
+            patched.setattr(swap.shutil, "rmtree", killed)
+        else:
+            doomed = place if kill_at == "the first rename" else new
+            rename = type(place).rename
+            patched.setattr(type(place), "rename", lambda a, b: killed() if a == doomed else rename(a, b))
+        with pytest.raises(Killed):
+            swap.swap_in(new, place)
+    check_folder(place, overwrite=True)  # as the next writer does
+    assert (place / "a").read_text() == ("new" if kill_at == "the removal of the old one" else "old")
+    assert not list(tmp_path.glob("*.old"))
+
+
+def test_names_without_room_for_a_temporary_one_are_refused_before_work(tmp_path):
+    for check, suffix in ((check_file, ".png"), (check_folder, "")):
+        check(tmp_path / ("n" * (241 - len(suffix)) + suffix))
+        with pytest.raises(UserError, match="is 1 bytes too long"):
+            check(tmp_path / ("n" * (242 - len(suffix)) + suffix))
+        with pytest.raises(UserError, match="is 2 bytes too long"):
+            check(tmp_path / ("é" * 120 + "nnn" + suffix.replace(".png", "")))
+    with new_file(tmp_path / ("n" * 241)) as temporary:
+        temporary.write_text("it is long enough")
+
+
+def test_links_in_a_circle_and_the_folder_that_one_is_in_are_sentences(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="is a file"):
+        check_new_folder(tmp_path / "loop")
+    with pytest.raises(UserError, match="cannot be written"):
+        check_file(tmp_path / "loop" / "out.png")
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path, type(tmp_path)()):
+        with pytest.raises(UserError, match="is where this command runs"):
+            check_new_folder(path, overwrite=True)
+    with pytest.raises(UserError, match="is where a disk is mounted"):
+        check_new_folder(type(tmp_path)("/proc"), overwrite=True)
+
+
+def test_pictures_join_those_in_a_folder(tmp_path):
+    folder = tmp_path / "pictures"
+    for overwrite, text in ((False, "1"), (True, "2")):
+        with new_files(folder, overwrite=overwrite) as building:
+            (building / "a.png").write_text(text)
+            (building / f"{text}.png").write_text(text)
+    assert contents(folder) == {"a.png": "2", "1.png": "1", "2.png": "2"}
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]

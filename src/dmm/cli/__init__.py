@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import dmm
 from dmm.cli.arguments import Parser
-from dmm.errors import UserError, nearest
+from dmm.cli.ending import TERMINATED, terminable, told_of_system
+from dmm.errors import UserError, nearest, one_line
 
 COMMANDS = {
     "add": "merge further styles into a merged model, and keep those that it has",
@@ -44,17 +45,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the arguments, by default the process's own.
-    Returns: the exit status: 0; 2 for what the user can mend, told in one line on stderr; 130 if interrupted.
+    Returns: the exit status: 0; 2 for what the user can mend, told in one line on stderr; 130 if interrupted, 143 if
+        terminated.
     """
-    try:
-        _run(list(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
-        print(f"dmm: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        # a command that knows what is left behind says so in the exception
-        print(": ".join(["dmm: interrupted", *map(str, interrupt.args)]), file=sys.stderr)
-        return 130
+    with terminable() as terminated:
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        except UserError as error:
+            print(f"dmm: error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            told = told_of_system(error)
+            if told is None:
+                raise
+            print(f"dmm: error: {one_line(told)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as interrupt:
+            # a command that knows what is left behind says so in the exception
+            how = "dmm: terminated" if terminated else "dmm: interrupted"
+            print(": ".join([how, *map(str, interrupt.args)]), file=sys.stderr)
+            return TERMINATED if terminated else 130
     return 0
 
 

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.files.outputs import check_folder, new_folder
+from dmm.files.outputs import check_new_folder, new_folder
 
 TABLE, PLOT = "comparison.md", "comparison.png"
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if len(args.reports) < 2:
         raise UserError("Name two reports or more to compare.")
-    check_folder(args.output, overwrite=args.overwrite)
+    check_new_folder(args.output, overwrite=args.overwrite)
     from dmm.report.compare import compare_reports, draw_comparison, write_table
     from dmm.report.files import read_report
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
-from dmm.files.outputs import check_folder
+from dmm.files.outputs import check_new_folder
 from dmm.files.prompts import read_prompts
 from dmm.pipeline.samplers import check_multiple, check_settings
 
@@ -110,13 +110,23 @@ def run(args: argparse.Namespace) -> None:
 
     Raises: UserError: see :func:`dmm.evaluation.evaluate.evaluate`; KeyboardInterrupt: with a word on how to go on.
     """
-    start = time.monotonic()
     prompts = _check(args)
     from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
+    from dmm.training.processes import claimed_by_main, join_processes, on_main
+
+    join_processes()
+    with claimed_by_main(args.output):
+        on_main(lambda: check_new_folder(args.output, overwrite=args.overwrite))
+        _evaluate(args, prompts)
+
+
+def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
+    start = time.monotonic()
     import platformdirs
     import torch
+    from accelerate import PartialState
 
     from dmm.evaluation.evaluate import Protocol, evaluate
     from dmm.evaluation.extractors import JudgeExtractor, open_extractor
@@ -124,10 +134,9 @@ def run(args: argparse.Namespace) -> None:
     from dmm.evaluation.preference import open_scorer
     from dmm.evaluation.sources import find_models
     from dmm.report.report import write_report
-    from dmm.training.processes import join_processes, leave, on_main
+    from dmm.training.processes import leave
 
-    state = join_processes()
-    on_main(lambda: check_folder(args.output, overwrite=args.overwrite))
+    state = PartialState()
     try:
         extractor = open_extractor(args.extractor, state.device)
         scorers = [open_scorer(text, state.device) for text in args.scores]

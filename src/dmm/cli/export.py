@@ -18,7 +18,8 @@ from pathlib import Path
 from dmm.cli.arguments import add_overwrite
 from dmm.cli.style_options import read_mix, write_style
 from dmm.errors import UserError
-from dmm.files.outputs import check_file, check_folder
+from dmm.files.claims import claimed
+from dmm.files.outputs import check_file, check_new_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,11 +56,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--output {args.output}: --all writes a folder, with the styles' patches in it; name a folder."
         )
-    (check_file if is_file else check_folder)(output, overwrite=args.overwrite)
-    try:
-        _export(args, output)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("nothing was written") from None
+    with claimed(output):
+        (check_file if is_file else check_new_folder)(output, overwrite=args.overwrite)
+        try:
+            _export(args, output)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("nothing was written") from None
 
 
 def _export(args: argparse.Namespace, output: Path) -> None:

@@ -50,7 +50,7 @@ from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_p
 from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
 from dmm.cli.style_options import add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError, nearest
-from dmm.files.outputs import check_file, check_folder, new_folder
+from dmm.files.outputs import check_file, check_folder, new_files
 from dmm.files.prompts import read_prompts
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 from dmm.pipeline.style_schedule import StyleSchedule, check_style
@@ -208,7 +208,7 @@ def _write(
                 **settings,
             )
         if layout is None:
-            with new_folder(output, overwrite=args.overwrite) as folder:
+            with new_files(output, overwrite=args.overwrite) as folder:
                 for image, picture in zip(images, pictures, strict=True):
                     parameters = replace(whole, prompt=picture.prompt, seed=str(picture.seed), style=_told([picture]))
                     save_png(image, folder / picture.file_name, parameters)

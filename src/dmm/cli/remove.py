@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("merged", metavar="MERGED", help="a merged model: a folder or a hub id")
     parser.add_argument("name", metavar="NAME", help="of the style")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="of the model without it")
-    parser.add_argument("--overwrite", action="store_true", help="replace files of the same name in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in DIR")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from dmm.cli.arguments import add_overwrite
 from dmm.errors import UserError
-from dmm.files.outputs import check_file, check_folder
+from dmm.files.outputs import check_file, check_new_folder
 
 if TYPE_CHECKING:
     from dmm.soup.ledger import Ledger
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads must be at least 1, not {args.threads}.")
     if output is not None:
-        (check_file if output.suffix == ".safetensors" else check_folder)(output, overwrite=args.overwrite)
+        (check_file if output.suffix == ".safetensors" else check_new_folder)(output, overwrite=args.overwrite)
 
     from dmm.models.libraries import quiet_libraries
 

@@ -15,6 +15,12 @@ from dmm.formats.tensors import read_header
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a stock pipeline that are neither fetched nor loaded: nothing of ours calls them."""
+PARTS = (
+    *("model_index.json", "model.safetensors", "styles", "scheduler", "vae", "unet", "transformer", "controlnet"),
+    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+    *UNUSED_COMPONENTS,
+)
+"""What of a folder is of one model, and goes with it when another takes its place."""
 VARIANT = "fp16"
 """The one variant that is looked for where a folder has no plain weights."""
 

@@ -18,6 +18,7 @@ import dmm
 from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files.outputs import new_file, new_folder
+from dmm.formats.folder import PARTS
 from dmm.formats.single_file import original_names, save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.maths.mixes import Mix
@@ -52,7 +53,7 @@ def export_style(
         with new_file(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
             _write_single_file(baked, temporary, dtype, metadata)
     else:
-        with new_folder(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
+        with new_folder(output, overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(output):
             _write_folder(baked, temporary, dtype, metadata)
 
 
@@ -72,7 +73,7 @@ def export_all(
     stock = stock_twin(pipe)
     models = {component.name: getattr(stock, component.name) for component in SD1.components}
     name = original_names(models, SD1)["unet"][_BIAS] if single_file else _BIAS
-    with new_folder(folder, overwrite=overwrite) as temporary, told_of_full_disk(folder):
+    with new_folder(folder, overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(folder):
         if single_file:
             _write_single_file(stock, temporary / CHECKPOINT_FILE, dtype, describe(pipe, None))
         else:
@@ -99,7 +100,7 @@ def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float3
             _write_single_file(stock, temporary, dtype, metadata)
             rewrite_file(temporary, prompts, SD1.components[0].original_prefix)
     else:
-        with new_folder(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
+        with new_folder(output, overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(output):
             _write_folder(stock, temporary, dtype, metadata)
             rewrite_folder(temporary, prompts)
 

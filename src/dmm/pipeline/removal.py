@@ -5,8 +5,10 @@ from pathlib import Path
 
 from dmm.errors import UserError
 from dmm.families import SD1
-from dmm.files.outputs import check_folder, new_folder
+from dmm.files.claims import claimed
+from dmm.files.outputs import check_new_folder, new_folder
 from dmm.formats.completing import complete_folder
+from dmm.formats.folder import PARTS
 from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.student import shrink
 from dmm.models.style_names import STYLES_FOLDER
@@ -25,18 +27,19 @@ def remove_style(merged: str | Path, name: str, output: Path, *, overwrite: bool
     Returns: the styles that are left.
     Raises: UserError: no merged model, no such style, no other style, or the output is not empty.
     """
-    check_folder(output, overwrite=overwrite)
-    folder = locate(ModelSource(merged))
-    style_prompts = read_side_car(folder)
-    if style_prompts is None:
-        raise UserError(f"{merged} has no {STYLES_FOLDER}/ folder, so it is a stock model without styles.")
-    left = shrink(style_prompts, name)
-    with new_folder(output, overwrite=overwrite) as building:
-        for part in _PARTS:
-            if (folder / part).is_dir():
-                shutil.copytree(folder / part, building / part)
-            elif (folder / part).is_file():
-                shutil.copy(folder / part, building / part)
-        complete_folder(building)
-        write_side_car(left, building)
-    return left.names
+    with claimed(output):
+        check_new_folder(output, overwrite=overwrite)
+        folder = locate(ModelSource(merged))
+        style_prompts = read_side_car(folder)
+        if style_prompts is None:
+            raise UserError(f"{merged} has no {STYLES_FOLDER}/ folder, so it is a stock model without styles.")
+        left = shrink(style_prompts, name)
+        with new_folder(output, overwrite=overwrite, parts=PARTS) as building:
+            for part in _PARTS:
+                if (folder / part).is_dir():
+                    shutil.copytree(folder / part, building / part)
+                elif (folder / part).is_file():
+                    shutil.copy(folder / part, building / part)
+            complete_folder(building)
+            write_side_car(left, building)
+        return left.names

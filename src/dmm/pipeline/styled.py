@@ -23,6 +23,7 @@ from dmm.errors import UserError
 from dmm.families import SD1
 from dmm.files.outputs import new_folder
 from dmm.formats.completing import complete_folder
+from dmm.formats.folder import PARTS
 from dmm.formats.lora import fuse_lora, read_lora
 from dmm.maths.mixes import Mix
 from dmm.models.adapting import Adaptation, Chosen, mixed_adapter, twin_of
@@ -256,7 +257,7 @@ def save_pipeline(
                 f"The styles are {prompts.names}, the provenance is of {[one.name for one in provenance]}."
             )
         prompts.provenance = provenance
-    with new_folder(Path(folder), overwrite=overwrite) as temporary, told_of_full_disk(folder):
+    with new_folder(Path(folder), overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(folder):
         write_stock_folder(stock_twin(pipe), temporary)
         write_side_car(prompts, temporary)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dmm.files.claims import claimed
 from dmm.soup.greedy import make_greedy_soup
 from dmm.soup.ledger import Ledger
 from dmm.soup.lora import make_lora
@@ -25,13 +26,17 @@ def cook(
         ledger: that of the soup which the recipe comes from; models must be those that it tells of.
         overwrite: replace an output that exists.
         threads: by default as many as there are cores.
-    Raises: UserError: anything that the user can mend, before anything is written.
+    Raises: UserError: another process is writing to the output; or anything else that the user can mend, before
+        anything is written.
     """
     expected = None if ledger is None else ledger.digests
-    if recipe.kind == "lora":
-        return make_lora(recipe, output, overwrite=overwrite, threads=threads, expected=expected, bar=bar)
-    if recipe.method == "greedy":
-        return make_greedy_soup(recipe, output, overwrite=overwrite, threads=threads, bar=bar)
-    # scores are of that very choice of models: another has none
-    greedy = ledger.greedy if ledger is not None and recipe == ledger.recipe else None
-    return make_soup(recipe, output, overwrite=overwrite, threads=threads, expected=expected, bar=bar, greedy=greedy)
+    with claimed(output):
+        if recipe.kind == "lora":
+            return make_lora(recipe, output, overwrite=overwrite, threads=threads, expected=expected, bar=bar)
+        if recipe.method == "greedy":
+            return make_greedy_soup(recipe, output, overwrite=overwrite, threads=threads, bar=bar)
+        # scores are of that very choice of models: another has none
+        greedy = ledger.greedy if ledger is not None and recipe == ledger.recipe else None
+        return make_soup(
+            recipe, output, overwrite=overwrite, threads=threads, expected=expected, bar=bar, greedy=greedy
+        )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.files.outputs import check_file, check_folder
+from dmm.files.outputs import check_file, check_new_folder
 from dmm.soup.make import Bar, Made, layout_of, make_soup, no_bar
 from dmm.soup.reading import Digests
 from dmm.soup.recipe import SoupRecipe
@@ -32,7 +32,7 @@ def make_greedy_soup(
     Source: Model soups, https://arxiv.org/abs/2203.05482, recipe 1.
     """
     assert recipe.score is not None  # the recipe saw to it
-    (check_file if layout_of(output) == "file" else check_folder)(output, overwrite=overwrite)
+    (check_file if layout_of(output) == "file" else check_new_folder)(output, overwrite=overwrite)
     digests = digests or Digests()
     output.resolve().parent.mkdir(parents=True, exist_ok=True)
     tried: list[dict[str, object]] = []

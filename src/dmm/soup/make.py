@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dmm.files.digest import sha256
 from dmm.files.json import read_json
-from dmm.files.outputs import check_disk, check_file, check_folder, new_file, new_folder
+from dmm.files.outputs import check_disk, check_file, check_new_folder, new_file, new_folder
 from dmm.formats.completing import complete_folder
-from dmm.formats.folder import UNUSED_COMPONENTS
+from dmm.formats.folder import PARTS, UNUSED_COMPONENTS
 from dmm.soup.ledger import check_digests, describe, labelled_digests
 from dmm.soup.models import Layout
 from dmm.soup.plan import Plan, plan_soup
@@ -77,7 +77,7 @@ def make_soup(
     """
     start = time.monotonic()
     layout = layout_of(output)
-    (check_file if layout == "file" else check_folder)(output, overwrite=overwrite)
+    (check_file if layout == "file" else check_new_folder)(output, overwrite=overwrite)
     digests = digests or Digests()
     with plan_soup(recipe, layout) as plan:
         known = digest_files(plan, digests, num_threads(threads), bar)
@@ -128,7 +128,11 @@ def _write(
     progress: Callable[[int], object],
     overwrite: bool,
 ) -> dict[str, int]:
-    place = new_file(output, overwrite=overwrite) if plan.layout == "file" else new_folder(output, overwrite=overwrite)
+    place = (
+        new_file(output, overwrite=overwrite)
+        if plan.layout == "file"
+        else new_folder(output, overwrite=overwrite, parts=PARTS)
+    )
     with place as temporary:
         by_path: dict[Path, list[int]] = {}
         for i, tensor in enumerate(plan.tensors):

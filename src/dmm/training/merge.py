@@ -50,7 +50,7 @@ from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
 from dmm.training.preparing import free_memory, prepare_data_of, style_terms
-from dmm.training.processes import join_processes, on_all, on_main
+from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
 from dmm.training.trainer import Trainer
 from dmm.training.watch import Watch, watched_groups
 
@@ -95,30 +95,31 @@ def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
         folder: of the run and its result.
         resume: go on with the run in ``folder``, or begin one where there is none.
         overwrite: remove what an earlier merge has written there, once everything is ready for the new one.
-    Raises: UserError: something is wrong with the recipe, its models, its data or the folder; Stopped: SIGINT or
-        SIGTERM came, and the run is saved.
+    Raises: UserError: something is wrong with the recipe, its models, its data or the folder, or another process is
+        writing to that; Stopped: SIGINT or SIGTERM came, and the run is saved.
     """
     start = time.monotonic()
     state = join_processes()
-    if not resume:
-        on_main(lambda: _check_new(folder, overwrite=overwrite))
-    if recipe.finetune is not None:  # the second stage's check comes after the first stage's training
-        prompts = recipe.finetune.synthesize.prompts
-        on_main(lambda: read_prompts(prompts))
-    unsized = recipe
-    recipe = on_main(lambda: with_size(unsized))
-    was_finished = []
-    for stage, place in _stages(recipe, folder):
-        check = partial(_check, stage, place, state.num_processes, state.device, resume, overwrite)
-        plan = on_main(check)
-        was_finished.append(plan is None)
-        if plan is not None:
-            try:
-                _run(stage, plan, place, resume=resume)
-            finally:
-                AcceleratorState._reset_state()  # so that a second merge in this process may have another precision
-    style_prompts = on_main(lambda: read_side_car(folder))
-    assert style_prompts is not None
+    with claimed_by_main(folder):
+        if not resume:
+            on_main(lambda: _check_new(folder, overwrite=overwrite))
+        if recipe.finetune is not None:  # the second stage's check comes after the first stage's training
+            prompts = recipe.finetune.synthesize.prompts
+            on_main(lambda: read_prompts(prompts))
+        unsized = recipe
+        recipe = on_main(lambda: with_size(unsized))
+        was_finished = []
+        for stage, place in _stages(recipe, folder):
+            check = partial(_check, stage, place, state.num_processes, state.device, resume, overwrite)
+            plan = on_main(check)
+            was_finished.append(plan is None)
+            if plan is not None:
+                try:
+                    _run(stage, plan, place, resume=resume)
+                finally:  # so that a second merge in this process may have another precision
+                    AcceleratorState._reset_state()
+        style_prompts = on_main(lambda: read_side_car(folder))
+        assert style_prompts is not None
     return Merged(folder, style_prompts.names, was_finished=all(was_finished), seconds=time.monotonic() - start)
 
 

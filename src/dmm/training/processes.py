@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from dmm.errors import UserError
+from dmm.files.claims import claimed
 
 Made = TypeVar("Made")
 
@@ -108,6 +110,14 @@ def on_all(work: Callable[[], Made]) -> Made:
     if any(failed):
         leave()
     return made
+
+
+@contextmanager
+def claimed_by_main(output: Path) -> Iterator[None]:
+    """:func:`dmm.files.claims.claimed` by the main process, for all of the run."""
+    with ExitStack() as stack:
+        on_main(lambda: stack.enter_context(claimed(output)))
+        yield
 
 
 def leave() -> None:
