@@ -105,6 +105,7 @@ def test_the_header_says_where_it_came_from(merged, tmp_path):
     assert json.loads(told["sd_merge_recipe"])["style"] == MIX
     assert json.loads(told["sd_merge_models"])["0" * 64]["name"] == "clay.safetensors"  # all three are of one digest
     assert not any("models/" in value for value in told.values())  # where they lay is nobody's business
+    assert not any(str(merged.parent) in path.read_text(encoding="utf-8") for path in (tmp_path / "ink").rglob("*.json"))
     folder = metadata_of(tmp_path / "ink/unet/diffusion_pytorch_model.safetensors")
     assert json.loads(folder["sd_merge_recipe"])["style"] == {"ink": 1.0}
 
@@ -137,6 +138,7 @@ def test_half_precision_opens_in_plain_diffusers(styled, tmp_path, dtype):
     for component, stem in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         stored = load_file(tmp_path / "half" / component / f"{stem}.safetensors")
         assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert {file.name for file in (tmp_path / "half/tokenizer").iterdir()} >= {"vocab.json", "merges.txt"}
     plain = plain_folder(tmp_path / "half")
     assert plain.text_encoder.dtype == plain.unet.dtype == torch.float32
     assert abs(paint(plain) - prompted).mean() < 5
