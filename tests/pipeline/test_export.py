@@ -105,7 +105,9 @@ def test_the_header_says_where_it_came_from(merged, tmp_path):
     assert json.loads(told["sd_merge_recipe"])["style"] == MIX
     assert json.loads(told["sd_merge_models"])["0" * 64]["name"] == "clay.safetensors"  # all three are of one digest
     assert not any("models/" in value for value in told.values())  # where they lay is nobody's business
-    assert not any(str(merged.parent) in path.read_text(encoding="utf-8") for path in (tmp_path / "ink").rglob("*.json"))
+    assert not any(
+        str(merged.parent) in path.read_text(encoding="utf-8") for path in (tmp_path / "ink").rglob("*.json")
+    )
     folder = metadata_of(tmp_path / "ink/unet/diffusion_pytorch_model.safetensors")
     assert json.loads(folder["sd_merge_recipe"])["style"] == {"ink": 1.0}
 
@@ -248,6 +250,7 @@ def test_a_v_prediction_model_says_so(tmp_path, sd1_folder):
     add_styles(pipe, StylePrompts(["ink"], dim=32))
     export_style(pipe, "ink", tmp_path / "v.safetensors")
     assert metadata_of(tmp_path / "v.safetensors")["modelspec.prediction_type"] == "v"
+    assert load_file(tmp_path / "v.safetensors")["v_pred"].numel() == 0  # what A1111, Forge and ComfyUI look for
 
 
 def test_a_controlnet_started_from_an_export_takes_its_style(styled, tmp_path):

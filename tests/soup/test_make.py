@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
-from dmm.formats.single_file import V_PREDICTION_MARK, save_single_file
+from dmm.formats.schedules import V_PREDICTION_MARK
+from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup import slices, stream, thresholds
 from dmm.soup.ledger import read_ledger

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dmm.data.training import STUDENT
+from dmm.formats.schedules import noise_schedule
 from dmm.maths.diffusion import add_noise, convert_prediction
 from dmm.maths.draws import draw
-from dmm.models.teachers import noise_schedule
 from dmm.pipeline.styled import temporary_style
 from dmm.training.batches import CaptionedLatents
 

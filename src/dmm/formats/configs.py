@@ -68,6 +68,18 @@ def describe_folder(folder: Path, file: Path) -> dict[str, str]:
     return {CONFIGS_KEY: _carried(folder), **_describe_source(str(folder), file)}
 
 
+def carried_config(path: Path, header: Header, name: str) -> dict[str, Any] | None:
+    """One of the configs that a single file carries; None where it does not.
+
+    Args:
+        name: of the config, as a pipeline folder has it.
+    Raises: UserError: what the file carries cannot be read.
+    """
+    told = header.metadata.get(CONFIGS_KEY)
+    config = None if told is None else _carried_files(path, told).get(name)
+    return config if isinstance(config, dict) else None
+
+
 def find_configs(path: Path, header: Header, family: Family) -> Path:
     """The pipeline folder whose configs and tokenizer a single file follows; its weights, if any, are of no account.
 
@@ -147,17 +159,14 @@ def _as_json(value: Any) -> str:
 
 def _unpack(path: Path, told: str, follows: str, family: Family) -> Path:
     """What a file carries, as a folder in the user's cache, with what it does not carry beside it."""
+    files = _carried_files(path, told)
     try:
-        files = dict(json.loads(told))
         missing = [name for name in _parts(files["model_index.json"]) if _is_tokenizer(name) and not _has(files, name)]
         for name in (*files, *missing):
             if not _SMALL_FILE.fullmatch(name if name in files else f"{name}/config.json"):
                 raise ValueError(f"it names '{name}'")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: its metadata '{CONFIGS_KEY}' cannot be read ({error!r}). Name a pipeline folder of the same "
-            "architecture as its config (config=, --config)."
-        ) from error
+        raise _unreadable(path, error) from error
     source = _source_of(path, follows, family) if missing else None
     digest = hashlib.sha256(f"{told}{source}".encode()).hexdigest()[:16]
     folder = platformdirs.user_cache_path("dmm") / "configs" / digest
@@ -172,6 +181,20 @@ def _unpack(path: Path, told: str, follows: str, family: Family) -> Path:
             assert source is not None
             shutil.copytree(source / name, building / name)
     return folder
+
+
+def _carried_files(path: Path, told: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(told))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: its metadata '{CONFIGS_KEY}' cannot be read ({error!r}). Name a pipeline folder of the same "
+        "architecture as its config (config=, --config)."
+    )
 
 
 def _has(files: Mapping[str, Any], part: str) -> bool:

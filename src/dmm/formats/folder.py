@@ -10,6 +10,7 @@ from dmm.errors import UserError
 from dmm.families import Component, Family, title_of_folder
 from dmm.files.json import read_json
 from dmm.formats.detect import LORA_FILE
+from dmm.formats.schedules import read_scheduler_config
 from dmm.formats.skeleton import build_skeletons, check_tensors
 from dmm.formats.tensors import read_header
 
@@ -55,7 +56,7 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
     for name in (*(component.name for component in family.components), "scheduler", "tokenizer"):
         if not isinstance(index.get(name), list):
             raise UserError(f"{folder / 'model_index.json'} names no {name}. The folder is incomplete; save it again.")
-    read_json(folder / "scheduler" / "scheduler_config.json")
+    read_scheduler_config(folder)
     tokenizer = folder / "tokenizer"
     if not ((tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()):
         raise UserError(f"{tokenizer} holds neither tokenizer.json nor vocab.json. Add the model's tokenizer.")

@@ -19,11 +19,16 @@ from dmm.errors import UserError
 from dmm.families import SD1, Family
 from dmm.formats.configs import describe_pipeline
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs
+from dmm.formats.schedules import (
+    V_PREDICTION_MARK,
+    ZERO_SNR_MARK,
+    marks,
+    read_scheduler_config,
+    said_of_schedule,
+    with_schedule,
+)
 from dmm.formats.skeleton import check_nothing_left, check_tensors
 from dmm.formats.tensors import Header, write_tensors
-
-V_PREDICTION_MARK = "v_pred"
-"""An empty tensor of this name says, by custom, that the UNet predicts v."""
 
 HARMLESS = (
     "model_ema.*",
@@ -38,6 +43,7 @@ HARMLESS = (
     "lvlb_weights",
     "scale_factor",
     V_PREDICTION_MARK,
+    ZERO_SNR_MARK,
 )
 """Left in files by training scripts and by older libraries; nothing that samples reads them."""
 
@@ -64,7 +70,7 @@ def check_single_file(path: Path, header: Header, config: Path, family: Family) 
         name for name in header.tensors if name not in used and not any(fnmatchcase(name, known) for known in HARMLESS)
     ]
     check_nothing_left(left, f"an {family.title} model of {config}'s architecture", str(path))
-    prediction_type_of(path, header)
+    scheduler_config_of(path, header, config)
     return skeletons
 
 
@@ -109,6 +115,16 @@ def prediction_type_of(path: Path, header: Header) -> str | None:
     return _SPEC_TO_PREDICTION[spec]
 
 
+def scheduler_config_of(path: Path, header: Header, configs: Path) -> dict[str, Any]:
+    """The scheduler config of a single file: of its configs, but for what the file itself says of its noise.
+
+    Raises: UserError: there is none, or the file says something that we do not know.
+    """
+    config = with_schedule(read_scheduler_config(configs), said_of_schedule(path, header))
+    said = prediction_type_of(path, header)
+    return config if said is None else config | {"prediction_type": said}
+
+
 def save_single_file(
     pipeline: Any,
     path: Path,
@@ -121,8 +137,9 @@ def save_single_file(
     Args:
         pipeline: a stock SD 1.x pipeline.
         dtype: of the written weights; by default each keeps its own.
-        metadata: further strings for the header. What the UNet predicts is written always: a file that does not say
-            is taken for an epsilon model. So are the configs, by which the file opens.
+        metadata: further strings for the header. What the UNet predicts, and of what noise, is written always: a file
+            that does not say is taken for an epsilon model of the usual schedule. So are the configs, by which the file
+            opens.
     Raises: UserError: the pipeline has an adapter, or tensors that the original layout has no name for.
     """
     family = SD1
@@ -141,13 +158,14 @@ def save_single_file(
             if is_vae_attention(theirs) and tensor.ndim == 2:
                 tensor = tensor[:, :, None, None]
             tensors[theirs] = tensor.to(dtype) if dtype else tensor
-    prediction_type = _PREDICTION_TO_SPEC[pipeline.scheduler.config.prediction_type]
+    scheduler = pipeline.scheduler.config
+    tensors |= {name: mark.to(dtype) if dtype else mark for name, mark in marks(scheduler).items()}
     written = {
         **describe_pipeline(pipeline, path),
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1",
-        "modelspec.prediction_type": prediction_type,
+        "modelspec.prediction_type": _PREDICTION_TO_SPEC[scheduler.prediction_type],
     }
     write_tensors(path, tensors, {**written, **(metadata or {})})
 

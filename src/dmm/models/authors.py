@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -24,7 +23,8 @@ from dmm.files.json import read_json
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import check_is_checkpoint
 from dmm.formats.folder import UNUSED_COMPONENTS, check_component, weight_files
-from dmm.formats.single_file import check_single_file, open_single_file
+from dmm.formats.schedules import open_scheduler, read_scheduler_config
+from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.skeleton import build_skeleton, check_tensors
 from dmm.formats.tensors import Header, check_finite, read_header, read_tensors, write_tensors
 from dmm.models.styles import Provenance, StylePrompts
@@ -94,6 +94,7 @@ def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, a
         config = config or find_configs(path, header, SD1)
         check_single_file(path, header, config, SD1)
         pipeline = open_single_file(path, SD1, config=config, torch_dtype=torch_dtype)
+        pipeline.scheduler = open_scheduler(scheduler_config_of(path, header, config))
     for component in SD1.components:
         check_finite(getattr(pipeline, component.name).state_dict(), f"{path}: {component.name}")
     return pipeline
@@ -154,12 +155,11 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
             use_safetensors=None if allow_pickle else True,
             local_files_only=True,
         ).to(torch_dtype)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    parts["scheduler"] = open_scheduler(read_scheduler_config(folder))
     try:
-        parts["scheduler"] = getattr(diffusers, scheduler["_class_name"]).from_config(scheduler)
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} has no tokenizer or scheduler that can be opened: {error}") from error
+        raise UserError(f"{folder} has no tokenizer that can be opened: {error}") from error
     return SD1.pipeline_class(**parts, **dict.fromkeys(UNUSED_COMPONENTS), requires_safety_checker=False)
 
 

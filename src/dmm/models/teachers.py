@@ -1,26 +1,26 @@
 """Teachers: models of any format, opened, checked and frozen."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from torch import nn
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, SD1
-from dmm.files.json import read_json
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import check_is_checkpoint, lora_file
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
-from dmm.formats.single_file import check_single_file, open_single_file, prediction_type_of
+from dmm.formats.schedules import open_scheduler, read_scheduler_config
+from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header
 from dmm.formats.vae import check_vae, fetch_vae, open_vae
 from dmm.maths.diffusion import PredictionType
@@ -72,6 +72,7 @@ class CheckedModel:
     skeletons: dict[str, Any]
     """Its components, without weights."""
     scheduler_config: dict[str, Any]
+    """With what it predicts, and what a single file says of its noise."""
     prediction_type: PredictionType
     loras: list[tuple[list[LoraLayerWeights], float]]
     """What is to be fused into the weights, and how strongly."""
@@ -93,17 +94,17 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
     with naming(name):
         expected = FAMILIES[family] if family else SD1
         path = locate(source)
-        said = None
         if path.is_dir():
             configs = path
             skeletons = check_folder(path, expected, allow_pickle=source.allow_pickle)
+            scheduler_config = read_scheduler_config(path)
             files, _ = weight_files(path / "unet", expected.components[0], source.allow_pickle)
         else:
             header = read_header(path, allow_pickle=source.allow_pickle)
             check_is_checkpoint(path, header, expected)
             configs = source.config or find_configs(path, header, expected)
             skeletons = check_single_file(path, header, configs, expected)
-            said = prediction_type_of(path, header)
+            scheduler_config = scheduler_config_of(path, header, configs)
             files = [path]
         loras = [(read_lora(lora, skeletons, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
         if source.loras:
@@ -111,14 +112,14 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
         vae = None if source.vae is None else _locate_vae(source.vae)
         if vae is not None:
             check_vae(vae, skeletons, expected, allow_pickle=source.allow_pickle)
-        scheduler_config = read_json(configs / "scheduler" / "scheduler_config.json")
-        found = source.prediction_type or said or scheduler_config.get("prediction_type", "epsilon")
+        found = source.prediction_type or scheduler_config.get("prediction_type", "epsilon")
         prediction_type = next((known for known in PREDICTION_TYPES if known == found), None)
         if prediction_type is None:
             raise UserError(
                 f"{path}: its scheduler's prediction type is '{found}'; one of {', '.join(PREDICTION_TYPES)} was "
                 "expected. Models of other prediction types cannot be merged."
             )
+        scheduler_config["prediction_type"] = prediction_type
         return CheckedModel(path, configs, skeletons, scheduler_config, prediction_type, loras, vae, tuple(files))
 
 
@@ -154,20 +155,12 @@ def open_pipeline(
                 checked.vae, config=checked.configs, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle
             )
             pipeline.register_modules(vae=vae)
-        scheduler = pipeline.scheduler
-        if scheduler.config.prediction_type != checked.prediction_type:
-            pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=checked.prediction_type)
+        pipeline.scheduler = open_scheduler(checked.scheduler_config)
         for component in expected.components:
             tensors = getattr(pipeline, component.name).state_dict()
             assert not any(tensor.is_meta for tensor in tensors.values()), f"{component.name} is not wholly loaded"
             check_finite(tensors, f"{path}: {component.name}")
         return pipeline
-
-
-def noise_schedule(scheduler_config: Mapping[str, Any]) -> Tensor:
-    """The cumulative signal power at every timestep, (T,), that a model's scheduler config tells of."""
-    alphas_cumprod: Tensor = DDPMScheduler.from_config(scheduler_config).alphas_cumprod
-    return alphas_cumprod
 
 
 def freeze(module: Module) -> Module:

@@ -16,9 +16,9 @@ from dmm.files.json import read_json
 from dmm.formats.detect import is_lora
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, weight_files
 from dmm.formats.lora import LoraLayerWeights
+from dmm.formats.schedules import V_PREDICTION_MARK
 from dmm.formats.single_file import (
     HARMLESS,
-    V_PREDICTION_MARK,
     is_vae_attention,
     original_names,
     prediction_type_of,

@@ -15,7 +15,7 @@ from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import lora_file
 from dmm.formats.lora import read_lora
-from dmm.formats.single_file import V_PREDICTION_MARK
+from dmm.formats.schedules import V_PREDICTION_MARK
 from dmm.formats.tensors import read_header
 from dmm.soup.blocks import Blocks
 from dmm.soup.models import (

@@ -38,10 +38,11 @@ from dmm.files.outputs import check_folder
 from dmm.files.pictures import grid, save_png
 from dmm.files.prompts import read_prompts
 from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, find_run
+from dmm.formats.schedules import noise_schedule
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER
-from dmm.models.teachers import noise_schedule, open_pipeline
+from dmm.models.teachers import open_pipeline
 from dmm.pipeline.sampling import sample
 from dmm.pipeline.styled import save_pipeline
 from dmm.recipes.parts import MAX_SEED, exists

@@ -14,6 +14,7 @@ from dmm.families import SD1
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_disk, held_bytes
 from dmm.files.prompts import read_prompts
+from dmm.formats.schedules import check_same_schedule, noise_schedule
 from dmm.maths.diffusion import PredictionType
 from dmm.maths.sharing import share_batch
 from dmm.models.conditioning import check_clip_skip
@@ -21,7 +22,7 @@ from dmm.models.discriminator import build_head
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.styles import Provenance, StylePrompts
-from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming, noise_schedule
+from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming
 from dmm.pipeline.samplers import check_multiple
 from dmm.recipes.recipe import Recipe, Teacher
 
@@ -327,17 +328,7 @@ def _check_alike(name: str, model: CheckedModel, base: CheckedModel) -> None:
             )
             raise UserError(f"{name}: the UNet has {key} {theirs.get(key)}, the student {ours.get(key)}. {advice}")
     powers, base_powers = (noise_schedule(one.scheduler_config) for one in (model, base))
-    if len(powers) != len(base_powers):
-        raise UserError(
-            f"{name}: its noise schedule has {len(powers)} steps, the student's {len(base_powers)}. Choose teachers "
-            "that were trained on the base's schedule."
-        )
-    if not torch.allclose(powers, base_powers, rtol=1e-4, atol=1e-8):
-        step = int((powers - base_powers).abs().argmax())
-        raise UserError(
-            f"{name}: its noise schedule is not the student's: alphas_cumprod at step {step} is {powers[step]:.6g}, "
-            f"the student's {base_powers[step]:.6g}. Choose teachers that were trained on the base's schedule."
-        )
+    check_same_schedule(name, powers, "the student's", base_powers)
     if model.prediction_type == "epsilon" and base.prediction_type == "v_prediction" and (powers == 0).any():
         raise UserError(
             f"{name}: it predicts epsilon on a schedule that ends in pure noise, where that says nothing of the "

@@ -1,0 +1,158 @@
+"""Noise schedules, as a folder's scheduler config and a single file's header tell of them.
+
+A single file has no scheduler config. By custom an empty tensor says that its UNet predicts v, and another that its
+schedule was rescaled to end in pure noise; other tools know no more. Files of our own carry their scheduler config.
+"""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from dmm.errors import UserError
+from dmm.files.json import read_json
+from dmm.formats.configs import carried_config
+from dmm.formats.tensors import Header
+
+V_PREDICTION_MARK = "v_pred"
+"""An empty tensor of this name says, by custom, that the UNet predicts v."""
+ZERO_SNR_MARK = "ztsnr"
+"""An empty tensor of this name says, by custom, that the schedule is rescaled to zero terminal SNR."""
+_FILE = "scheduler_config.json"
+_PARTS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("rescale_betas_zero_snr", "timestep_spacing"),
+)
+_MAX_STEPS = 100_000
+STOCK = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+"""What every tool takes a single file's schedule for."""
+
+
+def read_scheduler_config(folder: Path) -> dict[str, Any]:
+    """Read the scheduler config of a stock folder.
+
+    Raises: UserError: it is missing or broken, or of a scheduler that adds noise in another way than by betas.
+    """
+    path = folder / "scheduler" / _FILE
+    config = read_json(path)
+    name = str(config.get("_class_name"))
+    scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if scheduler is None:
+        raise UserError(f"{path} names the scheduler '{name}', which diffusers does not have. Save the folder again.")
+    if not _takes(scheduler, "beta_start") or config.get("use_flow_sigmas"):
+        raise UserError(
+            f"{path} names a {name} for models that are trained in another way, as by flow matching, and this one is "
+            "not. Put the scheduler_config.json of its base model in that place."
+        )
+    noise_schedule(config, str(path))
+    return config
+
+
+def open_scheduler(config: Mapping[str, Any]) -> Any:
+    """The scheduler of a config that :func:`read_scheduler_config` has passed."""
+    return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def noise_schedule(config: Mapping[str, Any], where: str = "The scheduler config") -> Tensor:
+    """The cumulative signal power at every timestep, (T,), that a model's scheduler config tells of.
+
+    Args:
+        where: the config's file, as the error's first words.
+    Raises: UserError: it tells of none.
+    """
+    try:
+        if int(config.get("num_train_timesteps", 0)) > _MAX_STEPS:
+            raise ValueError(f"num_train_timesteps is more than {_MAX_STEPS}")
+        alphas_cumprod: Tensor = DDPMScheduler.from_config(config).alphas_cumprod
+        told = alphas_cumprod.ndim == 1 and len(alphas_cumprod) > 0 and bool(alphas_cumprod.isfinite().all())
+        fault = "" if told else "not every step has a finite one"
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, NotImplementedError, AttributeError) as error:
+        fault = str(error).split("\n", 1)[0]
+    if fault:
+        raise UserError(f"{where} tells of no noise schedule: {fault}. Get another copy, or the base model's.")
+    return alphas_cumprod
+
+
+def check_same_schedule(name: str, schedule: Tensor, other: str, other_schedule: Tensor) -> None:
+    """Refuse a model that was trained on another noise schedule.
+
+    Args:
+        name: of the model, as the error's first words.
+        schedule, other_schedule: (T,), from :func:`noise_schedule`.
+        other: whose the other schedule is, as in ``the student's``.
+    Raises: UserError: they differ; with the values where they differ most.
+    """
+    if len(schedule) != len(other_schedule):
+        raise UserError(
+            f"{name}: its noise schedule has {len(schedule)} steps, {other} {len(other_schedule)}. Choose models that "
+            "were trained on one schedule."
+        )
+    if not torch.allclose(schedule, other_schedule, rtol=1e-4, atol=1e-8):
+        step = int((schedule - other_schedule).abs().argmax())
+        raise UserError(
+            f"{name}: its noise schedule is not {other}: alphas_cumprod at step {step} is {schedule[step]:.6g}, "
+            f"{other} {other_schedule[step]:.6g}. Choose models that were trained on one schedule."
+        )
+
+
+def ends_in_noise(schedule: Tensor) -> bool:
+    """Whether the last step of a noise schedule leaves nothing of the picture."""
+    return bool(schedule[-1] <= 1e-7)  # Euler's classes write 2**-24 for 0
+
+
+def marks(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The empty tensors by which a single file of a model with this scheduler config says what loaders look for."""
+    found = []
+    if config.get("prediction_type") == "v_prediction":
+        found.append(V_PREDICTION_MARK)
+    if ends_in_noise(noise_schedule(config)):
+        found.append(ZERO_SNR_MARK)
+    return {name: torch.zeros(0) for name in found}
+
+
+def untold_by_marks(config: Mapping[str, Any]) -> str | None:
+    """What other tools will not know of a single file with this schedule, for people; None where they know all."""
+    schedule = noise_schedule(config)
+    zero = ends_in_noise(schedule)
+    assumed = noise_schedule({**STOCK, "rescale_betas_zero_snr": zero})
+    if len(schedule) == len(assumed) and torch.allclose(schedule, assumed, rtol=1e-4, atol=1e-7):
+        return None
+    return (
+        "its noise schedule is its own, which a single file cannot say to other tools: they paint otherwise with it, "
+        "unless you give them the scheduler_config.json of a folder; a folder is safe everywhere"
+    )
+
+
+def said_of_schedule(path: Path, header: Header) -> dict[str, Any]:
+    """What a single file says of its noise schedule, as changes to a scheduler config; empty where it says nothing.
+
+    Its own word is worth more than that of the configs that it is opened with: it is a fact of the weights.
+
+    Raises: UserError: it says it, but not so that it can be read.
+    """
+    carried = carried_config(path, header, f"scheduler/{_FILE}") or {}
+    said = {name: carried.get(name) for name in _PARTS} if carried else {}
+    if carried:
+        noise_schedule(carried, f"{path}: the scheduler config that it carries")
+    if ZERO_SNR_MARK in header.tensors and not said.get("rescale_betas_zero_snr"):
+        # spread so that sampling begins where nothing of a picture is left: Lin et al. 2023, section 3.3
+        said |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return said
+
+
+def with_schedule(config: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler config with what a model says of its schedule; of another class where its own does not know that."""
+    changed = {name: value for name, value in {**config, **said}.items() if name not in said or said[name] is not None}
+    scheduler = getattr(diffusers, str(changed.get("_class_name")), DDPMScheduler)
+    if changed.get("rescale_betas_zero_snr") and not _takes(scheduler, "rescale_betas_zero_snr"):
+        changed |= {"_class_name": "DDIMScheduler", "clip_sample": False}
+    return changed
+
+
+def _takes(scheduler: Any, setting: str) -> bool:
+    return setting in inspect.signature(scheduler.__init__).parameters
