@@ -134,10 +134,10 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
     from dmm.evaluation.preference import open_scorer
     from dmm.evaluation.sources import find_models
     from dmm.report.report import write_report
-    from dmm.training.processes import leave
+    from dmm.training.ranks import told_once
 
     state = PartialState()
-    try:
+    with told_once():
         extractor = open_extractor(args.extractor, state.device)
         scorers = [open_scorer(text, state.device) for text in args.scores]
         if prompts is None:
@@ -145,10 +145,6 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
                 raise UserError("--prompts FILE is missing: name a file with what to paint, one prompt a line.")
             prompts = extractor.concepts
         models = find_models(args.model, dict(args.teachers), args.base, state.device, allow_pickle=args.allow_pickle)
-    except UserError:
-        if not state.is_main_process:  # all open the same
-            leave()
-        raise
     precision = args.precision or ("bf16" if state.device.type == "cpu" else "fp16")
     protocol = Protocol(
         prompts,

@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 
 from dmm.cli.arguments import add_overwrite
+from dmm.cli.opening import check_there
 from dmm.cli.style_options import read_mix, write_style
 from dmm.errors import UserError
 from dmm.files.claims import claimed
 from dmm.files.outputs import check_file, check_new_folder
+from dmm.maths.mixes import mix_weights
+from dmm.models.style_names import read_style_names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +59,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--output {args.output}: --all writes a folder, with the styles' patches in it; name a folder."
         )
+    check_there(args.model)
+    names = read_style_names(args.model)
+    if names and args.style:
+        mix_weights(names, args.style)
     with claimed(output):
         (check_file if is_file else check_new_folder)(output, overwrite=args.overwrite)
         try:
@@ -70,7 +77,6 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     quiet_libraries()
     import torch
 
-    from dmm.maths.mixes import mix_weights
     from dmm.models.teachers import ModelSource, locate
     from dmm.pipeline.export import export_all, export_authors, export_style
     from dmm.pipeline.styled import load_pipeline, read_styles, style_names

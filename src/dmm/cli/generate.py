@@ -48,10 +48,11 @@ from dmm.cli.opening import add_opening_options, check_opening, open_model, read
 from dmm.cli.output_names import name_output
 from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
 from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
-from dmm.cli.style_options import add_style_options, asks_for_styles, choose_styles, write_style
+from dmm.cli.style_options import Style, add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError, nearest
 from dmm.files.outputs import check_file, check_folder, new_files
 from dmm.files.prompts import read_prompts
+from dmm.models.style_names import read_style_names
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 from dmm.pipeline.style_schedule import StyleSchedule, check_style
 
@@ -117,6 +118,9 @@ def run(args: argparse.Namespace) -> None:
     _check(args, prompts, seeds)
     output, is_folder = name_output(args, prompts, seeds)
     (check_folder if is_folder else check_file)(output, overwrite=args.overwrite)
+    names = read_style_names(args.model)
+    if names is not None:
+        _check_count(len(prompts), len(seeds), len(_styles(args, names)))
     if args.pairs and not is_folder and len(prompts) * len(seeds) > 1:
         raise UserError("--pairs makes a grid of one prompt and one seed; name a folder as --output for more.")
     try:
@@ -138,13 +142,7 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
     path = locate(source)
     style_prompts = read_styles(path, allow_pickle=args.allow_pickle)
     names = style_prompts.names if style_prompts else []
-    if (asks_for_styles(args) or args.region) and not names:
-        raise UserError(f"{args.model} is a stock model without styles. Name a merged model, or leave out the styles.")
-    styles = choose_styles(args, names) if asks_for_styles(args) else [None]
-    for region in args.region:
-        check_style(names, region.style)
-    if args.panorama:
-        styles = [None]  # the styles are those of parts of each picture
+    styles = _styles(args, names)
     if names and styles == [None] and not asks_for_regions(args):
         print(
             f"dmm: note: without --style a merged model paints none of its styles: {', '.join(names)}", file=sys.stderr
@@ -262,6 +260,19 @@ def _check(args: argparse.Namespace, prompts: list[str], seeds: list[int]) -> No
     check_opening(args)
     check_plugins(args)
     check_regions(args)
+
+
+def _styles(args: argparse.Namespace, names: list[str]) -> list[Style] | list[None]:
+    """The styles to paint each prompt in, of a model that has ``names``; None is without one.
+
+    Raises: UserError: it has no styles, or not those.
+    """
+    if (asks_for_styles(args) or args.region) and not names:
+        raise UserError(f"{args.model} is a stock model without styles. Name a merged model, or leave out the styles.")
+    styles = choose_styles(args, names) if asks_for_styles(args) else None
+    for region in args.region:
+        check_style(names, region.style)
+    return [None] if styles is None or args.panorama else styles  # a panorama's are of parts of each picture
 
 
 def _check_count(num_prompts: int, num_seeds: int, num_styles: int = 1) -> None:

@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmm.errors import UserError
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, check_new
 from dmm.recipes.recipe import load_recipe
+from dmm.training.ranks import is_main_process, told_once
 
 if TYPE_CHECKING:
     from dmm.training.merge import Merged
@@ -79,21 +80,18 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what is there, --overwrite removes it: give one of them.")
+    with told_once():
+        recipe = load_recipe(args.recipe, overrides)
+        if not args.resume:
+            check_new(args.output, overwrite=args.overwrite)
     from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
     import torch
 
     from dmm.training.merge import merge
-    from dmm.training.processes import is_main_process, leave
     from dmm.training.trainer import Stopped
 
-    try:
-        recipe = load_recipe(args.recipe, overrides)
-    except UserError:
-        if not is_main_process():  # all read the same recipe
-            leave()
-        raise
     try:
         merged = merge(recipe, args.output, resume=args.resume, overwrite=args.overwrite)
     except torch.OutOfMemoryError as error:

@@ -51,16 +51,24 @@ def check_opening(args: argparse.Namespace) -> None:
 
     Raises: UserError.
     """
-    model = Path(args.model).expanduser()
-    might_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", args.model) and not model.parent.exists()
-    if not model.exists() and not might_be_hub_id:
-        raise UserError(f"{args.model}: no such file or folder. Check the path.")
-    check_finished(model)
+    check_there(args.model)
     if args.config is not None and not args.config.is_dir():
         raise UserError(f"--config {args.config}: no such folder. Name a stock pipeline folder.")
     for lora, _ in args.loras:
         if not lora.exists():
             raise UserError(f"--lora {lora}: no such file. Check the path.")
+
+
+def check_there(model: str) -> None:
+    """Refuse a model that is neither here nor might be on the hub, and a merge that has not ended.
+
+    Raises: UserError.
+    """
+    path = Path(model).expanduser()
+    might_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not path.parent.exists()
+    if not path.exists() and not might_be_hub_id:
+        raise UserError(f"{model}: no such file or folder. Check the path.")
+    check_finished(path)
 
 
 def read_source(args: argparse.Namespace) -> "ModelSource":

@@ -11,6 +11,11 @@ Examples:
 import argparse
 from pathlib import Path
 
+from dmm.cli.opening import check_there
+from dmm.files.outputs import check_new_folder
+from dmm.maths.mixes import check_name
+from dmm.models.style_names import read_style_names
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -25,6 +30,11 @@ def run(args: argparse.Namespace) -> None:
 
     Raises: UserError: see :func:`dmm.pipeline.removal.remove_style`.
     """
+    check_there(args.merged)
+    names = read_style_names(args.merged)
+    if names:
+        check_name(names, args.name)
+    check_new_folder(args.output, overwrite=args.overwrite)
     from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()

@@ -92,18 +92,18 @@ def run(args: argparse.Namespace) -> None:
     if output is not None:
         (check_file if output.suffix == ".safetensors" else check_new_folder)(output, overwrite=args.overwrite)
 
+    from dmm.soup.recipe import load_soup_recipe
+
+    recipe = load_soup_recipe(source, args.overrides) if is_recipe else None
+    if recipe is None and not source.exists():
+        raise UserError(f"{source}: no such file or folder. Name a recipe (.yaml) or a soup.")
     from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
-    from dmm.soup.ledger import read_ledger
-    from dmm.soup.recipe import load_soup_recipe
-
     ledger = None
-    if is_recipe:
-        recipe = load_soup_recipe(source, args.overrides)
-    else:
-        if not source.exists():
-            raise UserError(f"{source}: no such file or folder. Name a recipe (.yaml) or a soup.")
+    if recipe is None:
+        from dmm.soup.ledger import read_ledger
+
         ledger = read_ledger(source, args.models)
         if output is None:
             print(_told(source, ledger))

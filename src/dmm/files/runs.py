@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dmm.errors import UserError
+from dmm.files.outputs import check_folder
 from dmm.files.yaml import read_yaml
 
 RECIPE = "recipe.yaml"
@@ -77,6 +78,22 @@ def check_finished(folder: Path) -> None:
         go_on = f"the recipe that it began with, --output {folder} and --resume"
     paint = "; `dmm generate --from-checkpoint` paints with what is saved" if run.step else ""
     raise UserError(f"{folder} is a merge that has not ended: {run.told()}. Go on with {go_on}{paint}.")
+
+
+def check_new(folder: Path, *, overwrite: bool) -> None:
+    """Refuse the folder of an earlier merge, or of anything else, for a new one.
+
+    Raises: UserError: with what is there, and how to go on with it or to replace it.
+    """
+    run = None if overwrite else find_run(folder)
+    if run is not None and run.is_finished:
+        raise UserError(f"'{folder}' holds a merge. Name another output, or add --overwrite to replace it.")
+    if run is not None:
+        raise UserError(
+            f"'{folder}' holds a merge that has not ended: {run.told()}. --resume goes on with it, --overwrite begins "
+            "anew; or name another output."
+        )
+    check_folder(folder, overwrite=overwrite)
 
 
 def checkpoints(root: Path) -> list[Path]:

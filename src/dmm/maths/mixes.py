@@ -22,9 +22,7 @@ def mix_weights(names: Sequence[str], style: Mix) -> list[float]:
         raise UserError(f"A style is a name, or a mix such as {{'ink': 0.7, 'photo': 0.3}}; {style!r} is neither.")
     mix = {style: 1.0} if isinstance(style, str) else {name: _number(name, style[name]) for name in style}
     for name in mix:
-        if name not in names:
-            near = nearest(str(name), names)
-            raise UserError(f"There is no style '{name}'{near}; the styles are {', '.join(names)}.")
+        check_name(names, name)
     total = sum(mix.values())
     if not abs(total - 1) <= 1e-4:  # false for NaN, too
         told = ", ".join(f"{name}={weight:g}" for name, weight in mix.items()) or "none"
@@ -32,6 +30,13 @@ def mix_weights(names: Sequence[str], style: Mix) -> list[float]:
             f"The weights of a mix must sum to 1; these ({told}) sum to {total:g}.{_normalised(mix, total)}"
         )
     return [mix.get(name, 0.0) for name in names]
+
+
+def check_name(names: Sequence[str], name: str) -> None:
+    """Raise: UserError: there is no style of that name."""
+    if name not in names:
+        near = nearest(str(name), names)
+        raise UserError(f"There is no style '{name}'{near}; the styles are {', '.join(names)}.")
 
 
 def _number(name: str, weight: Any) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmm.errors import UserError, nearest
+from dmm.errors import UserError
+from dmm.maths.mixes import check_name
 from dmm.models.adapters import Adapter, Factors
 from dmm.models.features import BlockTap
 from dmm.models.styles import StylePrompts, attach_styles, styled_embedding
@@ -50,8 +51,7 @@ def shrink(style_prompts: StylePrompts, name: str) -> StylePrompts:
     Raises: UserError: there is no style of that name, or no other.
     """
     names = style_prompts.names
-    if name not in names:
-        raise UserError(f"There is no style '{name}'{nearest(name, names)}; the styles are {', '.join(names)}.")
+    check_name(names, name)
     if len(names) == 1:
         raise UserError(f"'{name}' is the only style: without it nothing is left to choose from.")
     kept = [i for i, one in enumerate(names) if one != name]

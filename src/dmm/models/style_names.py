@@ -12,15 +12,20 @@ STYLES_FOLDER = "styles"
 STYLE_PROMPTS_CLASS = "StylePrompts"
 
 
-def read_style_names(folder: Path) -> list[str]:
-    """The styles of a merged model, in the order of its codebook; none of a stock one.
+def read_style_names(model: str) -> list[str] | None:
+    """The styles of a model, as far as they can be told without its weights.
 
     Args:
-        folder: of the whole pipeline; a file, or the authors' layout, has no side-car to read and so no names here.
+        model: a folder, a single file or a hub id.
+    Returns: the styles in the order of the codebook, none of a stock folder; None where only weights, or the hub, tell.
     Raises: UserError: the side-car's config is missing or broken.
     """
-    styles = folder / STYLES_FOLDER
-    return read_style_config(styles / "config.json")[0] if styles.is_dir() else []
+    folder = Path(model).expanduser()
+    if (folder / STYLES_FOLDER).is_dir():
+        return read_style_config(folder / STYLES_FOLDER / "config.json")[0]
+    index = folder / "model_index.json"
+    # the authors' pipelines, whose classes are named for the method, have their styles among the UNet's weights
+    return [] if index.is_file() and "DMM" not in str(read_json(index).get("_class_name")) else None
 
 
 def read_style_config(path: Path) -> tuple[list[str], int]:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from dmm.soup.applying import accumulator
 from dmm.soup.plan import Merged
-from dmm.soup.registry import accumulator
 
 PIECE = 2**20
 """Elements that are written at a time: fewer cost more of the system's time."""

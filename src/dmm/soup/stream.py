@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmm.soup.applying import APPLY, Slice
 from dmm.soup.methods import gram_matrix
 from dmm.soup.plan import Merged, Plan
 from dmm.soup.reading import num_not_finite
-from dmm.soup.registry import Slice
 from dmm.soup.slices import pieces, slices, sums
 from dmm.soup.thresholds import thresholds
 from dmm.soup.writing import NewWeightFile
@@ -133,7 +133,7 @@ def _merge(plan: Plan, tensor: Merged, start: int, stop: int, measured: Tensor |
         density=plan.density,
         scale=plan.recipe.scale,
     )
-    return plan.method.apply(one)
+    return APPLY[plan.recipe.method](one)
 
 
 def _gram(tensor: Merged, progress: Progress) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dmm.errors import UserError
 from dmm.recipes.recipe import Training
 from dmm.training.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
-from dmm.training.processes import leave
+from dmm.training.ranks import leave
 
 
 class Learner:

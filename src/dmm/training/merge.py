@@ -37,7 +37,7 @@ from dmm.families import SD1
 from dmm.files.outputs import check_folder
 from dmm.files.pictures import grid, save_png
 from dmm.files.prompts import read_prompts
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, find_run
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, check_new
 from dmm.formats.schedules import noise_schedule
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
@@ -103,7 +103,7 @@ def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
     state = join_processes()
     with claimed_by_main(folder):
         if not resume:
-            on_main(lambda: _check_new(folder, overwrite=overwrite))
+            on_main(lambda: check_new(folder, overwrite=overwrite))
         if recipe.finetune is not None:  # the second stage's check comes after the first stage's training
             prompts = recipe.finetune.synthesize.prompts
             on_main(lambda: read_prompts(prompts))
@@ -236,19 +236,6 @@ def _build_watch(
     groups = watched_groups([len(role.styles) for role in roles], *_places(accelerator))
     fixed = new_batches(groups=groups, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
     return Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, list(plan.styles))
-
-
-def _check_new(folder: Path, *, overwrite: bool) -> None:
-    """Refuse the folder of an earlier merge, or of anything else, for a new one."""
-    run = None if overwrite else find_run(folder)
-    if run is not None and run.is_finished:
-        raise UserError(f"'{folder}' holds a merge. Name another output, or add --overwrite to replace it.")
-    if run is not None:
-        raise UserError(
-            f"'{folder}' holds a merge that has not ended: {run.told()}. --resume goes on with it, --overwrite begins "
-            "anew; or name another output."
-        )
-    check_folder(folder, overwrite=overwrite)
 
 
 def _check(

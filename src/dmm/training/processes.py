@@ -6,7 +6,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -19,13 +18,13 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 
 from dmm.errors import UserError
 from dmm.files.claims import claimed
+from dmm.training.ranks import leave
 
 Made = TypeVar("Made")
 
 # Whichever process is done with its data first waits for the others in a collective, for hours if need be. What ends
 # its wait where one dies is the launcher, or the connection that it closes.
 _TIMEOUT = timedelta(days=7)
-_TELLING_SECONDS = 10.0  # at most: once the process that tells has ended, launchers end the others
 _HANG_SECONDS = 20.0  # launchers kill 30 s after they have asked
 
 
@@ -52,11 +51,6 @@ def _part() -> None:
     """Leave the other processes: one that ends with its connections open aborts, now and then, in their threads."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for the run; can be asked before :func:`join_processes`."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def on_main(work: Callable[[], Made]) -> Made:
@@ -118,15 +112,6 @@ def claimed_by_main(output: Path) -> Iterator[None]:
     with ExitStack() as stack:
         on_main(lambda: stack.enter_context(claimed(output)))
         yield
-
-
-def leave() -> None:
-    """End a process that is not the one that tells, with what is wrong left for that to tell.
-
-    Raises: SystemExit: a little later: a launcher kills all once the first has ended.
-    """
-    time.sleep(_TELLING_SECONDS)
-    sys.exit(2)
 
 
 @contextmanager

@@ -1,0 +1,79 @@
+"""What can be known without torch and diffusers is said without waiting for them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dmm.cli import COMMANDS
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "numpy", "matplotlib")
+RUN = f"""
+import sys
+from dmm.cli import main
+try:
+    status = main(sys.argv[1:])
+except SystemExit as stop:  # how --help ends
+    status = stop.code or 0
+loaded = [name for name in {HEAVY} if name in sys.modules]
+print("status", status, "loaded", *loaded)
+"""
+RECIPE = """\
+base: {merged}
+teachers: [{{name: ink, model: {merged}}}]
+data: {{images: {merged}}}
+"""
+
+
+def run(folder, *arguments):
+    """What a command says, the last line telling its exit status and what heavy it imported."""
+    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout + done.stderr, done.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def folder(tmp_path, merged, sd1_folder):
+    (tmp_path / "merged").symlink_to(merged)
+    (tmp_path / "stock").symlink_to(sd1_folder)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")
+    (tmp_path / "there.png").write_text("mine")
+    (tmp_path / "bad.yaml").write_text("base: stock\nteachers: []\ndata: {}\n")
+    (tmp_path / "good.yaml").write_text(RECIPE.format(merged="merged"))
+    (tmp_path / "soup.yaml").write_text("method: sup\nteachers: []\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(tmp_path, command):
+    assert run(tmp_path, command, "--help")[1] == "status 0 loaded"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate merged fox --style inc", "There is no style 'inc'; did you mean 'ink'"),
+        ("generate merged fox --style ink=0.5,photo=0.6", "must sum to 1"),
+        ("generate merged fox --styles ink,clai", "There is no style 'clai'"),
+        ("generate merged fox --strip ink,fotos", "There is no style 'fotos'"),
+        ("generate stock fox --style ink", "a stock model without styles"),
+        ("generate nowhere.safetensors fox", "nowhere.safetensors: no such file or folder"),
+        ("generate merged fox --lora nowhere.safetensors", "--lora nowhere.safetensors: no such file"),
+        ("generate merged fox --output there.png", "'there.png' exists"),
+        ("export merged --style inc --output out.safetensors", "There is no style 'inc'"),
+        ("export nowhere --style ink --output out.safetensors", "nowhere: no such file or folder"),
+        ("export merged --style ink --output there.png/", "'there.png' is a file"),
+        ("remove merged inc --output out", "There is no style 'inc'"),
+        ("remove merged ink --output there", "is not empty"),
+        ("merge bad.yaml --output out", "the list is empty, expected at least one teacher"),
+        ("merge good.yaml --output there", "is not empty"),
+        ("add merged bad.yaml --output out", "the list is empty, expected at least one teacher"),
+        ("soup soup.yaml --output out", "found 'sup', expected"),
+        ("soup nowhere.safetensors", "nowhere.safetensors: no such file or folder"),
+    ],
+)
+def test_refusals(folder, command, message):
+    told, last = run(folder, *command.split())
+    assert message in told
+    assert last == "status 2 loaded"
