@@ -83,7 +83,13 @@ def check_component(at: Path, component: Component, model: Any, *, allow_pickle:
     tensors: dict[str, Tensor] = {}
     files, _ = weight_files(at, component, allow_pickle)
     for file in files:
-        tensors.update(read_header(file, allow_pickle=allow_pickle).tensors)
+        header = read_header(file, allow_pickle=allow_pickle)
+        if header.scales:
+            raise UserError(
+                f"{file} keeps weights in scaled fp8, which a diffusers folder has no place for. Pass the single file "
+                "that it came from, or the model in fp16, bf16 or fp32."
+            )
+        tensors.update(header.tensors)
     check_tensors(model, _current_names(model, tensors), str(at))
 
 

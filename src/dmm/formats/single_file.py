@@ -1,6 +1,8 @@
 """Single files in Stable Diffusion's original layout, as A1111 and ComfyUI read them: check, open, save."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
@@ -28,7 +30,7 @@ from dmm.formats.schedules import (
     with_schedule,
 )
 from dmm.formats.skeleton import check_nothing_left, check_tensors
-from dmm.formats.tensors import Header, write_tensors
+from dmm.formats.tensors import Header, read_header, read_tensors, write_tensors
 
 HARMLESS = (
     "model_ema.*",
@@ -89,14 +91,27 @@ def check_vae_file(path: Path, header: Header, skeletons: Mapping[str, Any], fam
 
 def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: torch.dtype) -> Any:
     """Load the pipeline of a file that ``check_single_file`` has passed; its scheduler is the config's."""
-    return family.pipeline_class.from_single_file(
-        str(path),
-        config=str(config),
-        dtype=torch_dtype,
-        local_files_only=True,
-        requires_safety_checker=False,
-        **dict.fromkeys(UNUSED_COMPONENTS),
-    )
+    with _plain_file(path) as plain:
+        return family.pipeline_class.from_single_file(
+            str(plain),
+            config=str(config),
+            dtype=torch_dtype,
+            local_files_only=True,
+            requires_safety_checker=False,
+            **dict.fromkeys(UNUSED_COMPONENTS),
+        )
+
+
+@contextmanager
+def _plain_file(path: Path) -> Iterator[Path]:
+    """A file of the same model that diffusers reads as it stands: not scaled, not pickled, named as it expects."""
+    if path.suffix == ".safetensors" and not read_header(path).scales:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="dmm-") as folder:
+        plain = Path(folder) / "model.safetensors"
+        write_tensors(plain, read_tensors(path), {"format": "pt"})
+        yield plain
 
 
 def prediction_type_of(path: Path, header: Header) -> str | None:

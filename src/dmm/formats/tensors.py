@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmm.errors import UserError
-
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+from dmm.formats.pickles import check_pickle_allowed, is_pickle, unpickle
+from dmm.formats.quantised import check_not_packed, declared_unpacked, is_of_quantisation, scales_of, unpack
 
 _MAX_HEADER = 100_000_000  # bytes, as the format has it; what claims more is no header at all
 DTYPES = {
@@ -25,6 +25,13 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -45,6 +52,10 @@ class Header:
     metadata: dict[str, str]
     offsets: dict[str, tuple[int, int]] = field(default_factory=dict)
     """First byte of each tensor in the file, and the one after its last; empty of a pickle."""
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    """As ``tensors``, but of all that is in the file, as it is kept there."""
+    scales: dict[str, str] = field(default_factory=dict)
+    """Of weights in scaled fp8, which ``tensors`` has unpacked: the names of their scales."""
 
 
 def read_header(path: Path, *, allow_pickle: bool = False) -> Header:
@@ -62,18 +73,28 @@ def read_header(path: Path, *, allow_pickle: bool = False) -> Header:
         raise UserError(f"{path} is empty. Download it again.")
     if beginning.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` where it came from.")
+    if beginning.startswith(b"GGUF"):
+        raise UserError(
+            f"{path} is quantised: it is a GGUF file. Get the model as .safetensors, in fp16, bf16 or fp32."
+        )
     # a pickle is told by what it holds: a name can lie
-    if beginning.startswith((b"PK\x03\x04", b"\x80\x02")):
-        _check_pickle_allowed(path, allow_pickle)
-        return Header(_unpickle(path, "meta"), {})
-    if path.suffix != ".safetensors":
+    if is_pickle(beginning):
+        check_pickle_allowed(path, allow_pickle)
+        return _unpacked(path, Header(unpickle(path, "meta"), {}))
+    if path.suffix.lower() != ".safetensors":
         raise UserError(f"{path} is neither a pickle nor named .safetensors. Pass weights in the safetensors format.")
-    return _read_safetensors_header(path)
+    return _unpacked(path, _read_safetensors_header(path))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the weights of a file that ``read_header`` has passed, onto the CPU."""
-    return load_file(path) if path.suffix == ".safetensors" else _unpickle(path, "cpu")
+    """Read the weights of a file that ``read_header`` has passed, onto the CPU; scaled fp8 in float32."""
+    stored = load_file(path) if path.suffix.lower() == ".safetensors" else unpickle(path, "cpu")
+    scales = scales_of(path, stored)
+    return {
+        name: unpack(tensor, stored[scales[name]]) if name in scales else tensor
+        for name, tensor in stored.items()
+        if not is_of_quantisation(name)
+    }
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -137,18 +158,26 @@ def _read_safetensors_header(path: Path) -> Header:
         )
     try:
         declared: dict[str, Any] = json.loads(text or b"")
-        metadata = declared.pop("__metadata__", {})
+        metadata = declared.pop("__metadata__", None) or {}  # null, which the library opens, is none
         offsets = {}
         for name, entry in declared.items():
             begin, stop = entry["data_offsets"]
             offsets[name] = (8 + length + begin, 8 + length + stop)
         end = max((stop for _, stop in offsets.values()), default=8 + length)
-        tensors = {
-            name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-            for name, entry in declared.items()
-        }
+        unknown = {str(entry["dtype"]): name for name, entry in declared.items() if entry["dtype"] not in DTYPES}
+        if not unknown:
+            tensors = {
+                name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+                for name, entry in declared.items()
+            }
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path} is not a safetensors file: its header cannot be read ({error!r}).") from error
+    if unknown:
+        dtype, name = next(iter(unknown.items()))
+        raise UserError(
+            f"{path}: '{name}' is kept as {dtype[:40]}, a dtype that is not read here; one of {', '.join(DTYPES)} was "
+            "expected. Get the model in fp16, bf16 or fp32."
+        )
     if end < size:
         raise UserError(
             f"{path} has bytes too many: its header declares {end} bytes, the file has {size}. Download it again."
@@ -168,6 +197,14 @@ def _read_safetensors_header(path: Path) -> Header:
     return Header(tensors, metadata, offsets)
 
 
+def _unpacked(path: Path, stored: Header) -> Header:
+    """A header as its file is read: what is packed is refused, what is scaled is unpacked."""
+    check_not_packed(path, stored.tensors)
+    scales = scales_of(path, stored.tensors)
+    tensors = declared_unpacked(stored.tensors, scales)
+    return Header(tensors, stored.metadata, stored.offsets, stored.tensors, scales)
+
+
 def _check_offsets(
     path: Path, tensors: Mapping[str, Tensor], offsets: Mapping[str, tuple[int, int]], start: int
 ) -> None:
@@ -183,28 +220,3 @@ def _check_offsets(
             start, before = end, f"'{name}'"
             continue
         raise UserError(f"{path} is not a valid safetensors file: '{name}' {fault}. Download it again.")
-
-
-def _check_pickle_allowed(path: Path, allow_pickle: bool) -> None:
-    if not allow_pickle:
-        raise UserError(
-            f"{path} is a pickle, which can run code when it is opened. Pass a .safetensors file, or allow pickles "
-            "(allow_pickle, --allow-pickle) if you trust it."
-        )
-    if path.suffix not in PICKLE_SUFFIXES:
-        raise UserError(f"{path} is a pickle by content but not by name. Rename it to end in .ckpt.")
-
-
-def _unpickle(path: Path, device: str) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for what it cannot or will not read
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} cannot be read as a pickle of tensors alone, and no other is opened: {reason}"
-        ) from error
-    while isinstance(loaded, dict) and "state_dict" in loaded:
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise UserError(f"{path} holds a {type(loaded).__name__} where named tensors were expected.")
-    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}

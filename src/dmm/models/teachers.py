@@ -19,9 +19,10 @@ from dmm.formats.configs import find_configs
 from dmm.formats.detect import check_is_checkpoint, lora_file
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
+from dmm.formats.pickles import PICKLE_SUFFIXES
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
-from dmm.formats.tensors import PICKLE_SUFFIXES, check_finite, read_header
+from dmm.formats.tensors import check_finite, read_header
 from dmm.formats.vae import check_vae, fetch_vae, open_vae
 from dmm.maths.diffusion import PredictionType
 from dmm.models.style_names import STYLES_FOLDER

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.files.outputs import new_file
+from dmm.formats.quantised import unpack
 from dmm.formats.tensors import read_header
 from dmm.soup.writing import as_bytes
 
@@ -43,6 +44,7 @@ class WeightFile:
         header = read_header(path)
         self.path = path
         self.tensors = header.tensors
+        self._stored, self._scales = header.stored, header.scales
         self.metadata = header.metadata
         self._offsets = header.offsets
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -59,8 +61,11 @@ class WeightFile:
             dtype: of what is returned, by default the file's.
         Raises: UserError: the file ends before them: it was changed.
         """
-        kept = self.tensors[name].dtype
+        kept = self._stored[name].dtype
         at, count = self._offsets[name][0] + start * kept.itemsize, (stop - start) * kept.itemsize
+        if name in self._scales:
+            stored = self._read(at, _scratch(count)).view(kept)
+            return unpack(stored, self._scale(name), self._rows(name, start, stop)).to(dtype or torch.float32)
         if dtype in (None, kept):
             return self._read(at, torch.empty(count, dtype=torch.uint8)).view(kept)
         # what is converted is another tensor: this thread's reads of this kind share a place
@@ -69,6 +74,15 @@ class WeightFile:
     def in_order(self) -> list[str]:
         """The tensors' names, as they lie in the file."""
         return sorted(self.tensors, key=self._offsets.__getitem__)
+
+    def _scale(self, name: str) -> Tensor:
+        scale = self._stored[self._scales[name]]
+        at = self._offsets[self._scales[name]][0]
+        return self._read(at, torch.empty(scale.nbytes, dtype=torch.uint8)).view(scale.dtype)
+
+    def _rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Which output each of some elements is of."""
+        return torch.arange(start, stop) // self._stored[name][0].numel()
 
     def check_unchanged(self) -> None:
         """Check that the file is still the one that was opened.
@@ -96,7 +110,7 @@ class WeightFile:
             progress(self.num_bytes)
             return known
         digest = hashlib.sha256()
-        names = self.in_order()
+        names = sorted(self._stored, key=self._offsets.__getitem__)  # of all that is in the file
         beginning = self._offsets[names[0]][0] if names else os.fstat(self._descriptor).st_size
         digest.update(as_bytes(self._read(0, _scratch(beginning))))
         progress(beginning)
@@ -107,9 +121,9 @@ class WeightFile:
                 digest.update(as_bytes(chunk))
                 progress(len(chunk))
                 # a chunk's length is a multiple of every dtype's, so that none cuts a number
-                if num_not_finite(chunk.view(self.tensors[name].dtype)):
+                if num_not_finite(chunk.view(self._stored[name].dtype)):
                     raise UserError(
-                        f"{self.path}: '{name}' holds values that are NaN or infinite in {self.tensors[name].dtype}. "
+                        f"{self.path}: '{name}' holds values that are NaN or infinite in {self._stored[name].dtype}. "
                         "The file is damaged, or was saved in a dtype too small for it; get another copy."
                     )
         self.check_unchanged()
