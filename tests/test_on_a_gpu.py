@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import tiny_pipeline
+from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from dmm.cli import main
@@ -105,3 +106,20 @@ def test_it_is_evaluated(dmm, models, tmp_path):
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["fidt"] > 0
     assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_an_offloaded_model_paints_as_one_that_is_not(dmm, merged, tmp_path):
+    for name, options in (("plain", []), ("model", ["--offload", "model"]), ("layers", ["--offload", "sequential"])):
+        command = ["generate", merged, "a cat", "--style", "ink", "--steps", 2, "--precision", "fp32", *options]
+        dmm(*command, "--output", tmp_path / f"{name}.png")
+    plain, model, layers = (Image.open(tmp_path / f"{name}.png") for name in ("plain", "model", "layers"))
+    for offloaded in (model, layers):
+        assert max(high for _, high in ImageChops.difference(plain, offloaded).getextrema()) <= 1
+
+
+def test_a_merge_runs_on_the_processor_where_it_is_told_to(dmm, models, tmp_path):
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    dmm("merge", write_recipe(models / "cpu.yaml", **TWO), "--output", tmp_path / "merged", "--device", "cpu")
+    assert torch.cuda.max_memory_allocated() == before
+    assert (tmp_path / "merged" / UNET).exists()

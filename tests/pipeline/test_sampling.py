@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import MAX_TOKENS, tiny_pipeline
-from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DPMSolverMultistepScheduler, LCMScheduler, PNDMScheduler, TCDScheduler
 
 from dmm.errors import UserError
 from dmm.models.styles import styled_embedding
@@ -179,6 +179,27 @@ def test_every_sampler_paints(pipeline, sampler):
     first, again = (arrays(pipeline, ["a cat"], [0], sampler=sampler) for _ in range(2))
     assert (first == again).all()
     assert first.std() > 1
+
+
+@pytest.mark.parametrize(("sampler", "scheduler_class"), [("LCM", LCMScheduler), ("TCD", TCDScheduler)])
+def test_samplers_of_distilled_models_paint_as_diffusers_has_them(pipeline, sampler, scheduler_class):
+    ours = arrays(pipeline, ["a cat"], [3], sampler=sampler, steps=4, guidance_scale=1.5)
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config, timestep_spacing="leading")
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        "a cat",
+        num_inference_steps=4,
+        guidance_scale=1.5,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+        eta=0.3,  # LCM takes none
+    ).images[0]
+    assert abs(ours[0] - (theirs * 255).round()).max() <= 1
+
+
+def test_more_steps_than_a_distilled_models_sampler_has_are_refused(pipeline):
+    with pytest.raises(UserError, match="The sampler LCM takes at most 50 steps; 60 were asked for"):
+        arrays(pipeline, ["a cat"], [0], sampler="LCM", steps=60)
 
 
 def test_what_the_text_encoder_does_not_read_is_known(pipeline):

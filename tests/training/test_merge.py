@@ -410,6 +410,10 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(merge, models, tmp
     assert "logging.trackers names wandb, which is not installed" in told("--set", "logging.trackers=[wandb]")
     assert "there is a config, which only a base that is a single file needs" in told(config="base")
     assert "give one of them" in told("--resume", "--overwrite")
+    assert "--device cuda:99: torch finds" in told("--device", "cuda:99")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "--device cpu is for one process, and the launcher started 2" in told("--device", "cpu")
     (models / "empty.txt").write_text("\n")
     assert "is empty" in told(data={"synthesize": {"prompts": "empty.txt"}})
 

@@ -56,6 +56,19 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
 
 
+def add_device(parser: "argparse._ActionsContainer") -> None:
+    """``--device``, the same in every command that computes."""
+    parser.add_argument(
+        "--device", metavar="NAME", type=_device, help="cuda, cuda:1, mps or cpu (default: the best there is)"
+    )
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", text):
+        raise argparse.ArgumentTypeError(f"there is no device '{text}'; choose cuda, cuda:1, mps or cpu")
+    return text
+
+
 def read_seeds(text: str) -> list[int]:
     """Seeds as people write them: ``3``, ``0-7``, ``1,2,5`` or ``0-3,8``.
 

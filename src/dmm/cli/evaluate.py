@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dmm.cli.arguments import add_device
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
 from dmm.files.outputs import check_new_folder
@@ -102,6 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     painting.add_argument(
         "--precision", choices=("fp32", "fp16", "bf16"), help="of the weights (default: fp16 on a GPU, bf16 on a CPU)"
     )
+    add_device(painting)
     painting.add_argument("--allow-pickle", action="store_true", help="open .ckpt and .bin files too")
 
 
@@ -116,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     from dmm.training.processes import claimed_by_main, join_processes, on_main
 
-    join_processes()
+    join_processes(args.device)
     with claimed_by_main(args.output):
         on_main(lambda: check_new_folder(args.output, overwrite=args.overwrite))
         _evaluate(args, prompts)

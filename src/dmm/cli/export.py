@@ -15,7 +15,7 @@ import argparse
 import time
 from pathlib import Path
 
-from dmm.cli.arguments import add_overwrite
+from dmm.cli.arguments import add_device, add_overwrite
 from dmm.cli.opening import check_there
 from dmm.cli.style_options import read_mix, write_style
 from dmm.errors import UserError
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="the pipeline folder that a single file follows (default: what it says, or its family's, from the hub)",
     )
+    add_device(parser)
     add_overwrite(parser)
 
 
@@ -77,6 +78,7 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     quiet_libraries()
     import torch
 
+    from dmm.models.devices import find_device
     from dmm.models.teachers import ModelSource, locate
     from dmm.pipeline.export import export_all, export_authors, export_style
     from dmm.pipeline.styled import load_pipeline, read_styles, style_names
@@ -86,7 +88,7 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     prompts = read_styles(path)
     if prompts is not None and args.style:
         mix_weights(prompts.names, args.style)  # before the weights are loaded
-    pipe = load_pipeline(path, config=args.config)
+    pipe = load_pipeline(path, config=args.config, device=find_device(args.device) if args.device else None)
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     if args.style:
         export_style(pipe, args.style, output, dtype=dtype, overwrite=args.overwrite)

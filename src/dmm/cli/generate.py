@@ -44,7 +44,7 @@ from dmm.cli.arguments import (
     write_seeds,
 )
 from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_pictures
-from dmm.cli.opening import add_opening_options, check_opening, open_model, read_source
+from dmm.cli.opening import add_opening_options, check_opening, open_model, place_model, read_source
 from dmm.cli.output_names import name_output
 from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
 from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
@@ -171,6 +171,7 @@ def _write(
     _tell_of_cut_prompts(pipeline, [*dict.fromkeys(picture.prompt for picture in pictures), args.negative])
     controls, beginning, ip_adapter = read_plugins(args)
     pipeline, inputs = add_plugins(pipeline, controls=controls, start=beginning, ip_adapter=ip_adapter)
+    place_model(args, pipeline)
     width, height = args.panorama or args.width, args.height
     if beginning is not None and width is height is None:
         width, height = (max(8, side // 8 * 8) for side in open_picture(beginning.image).size)

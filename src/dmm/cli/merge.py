@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmm.cli.arguments import add_device
 from dmm.errors import UserError
 from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, check_new
 from dmm.recipes.recipe import load_recipe
@@ -53,6 +54,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with the run in DIR, or begin one where there is none"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier merge in DIR")
+    add_device(parser)
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -93,7 +95,7 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from dmm.training.trainer import Stopped
 
     try:
-        merged = merge(recipe, args.output, resume=args.resume, overwrite=args.overwrite)
+        merged = merge(recipe, args.output, resume=args.resume, overwrite=args.overwrite, device=args.device)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The device ran out of memory: lower training.micro_batch_size, or set training.gradient_checkpointing to "

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmm.cli.arguments import read_scaled_path
+from dmm.cli.arguments import add_device, read_scaled_path
 from dmm.errors import UserError
 from dmm.files.runs import check_finished
 
@@ -38,8 +38,11 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
         help="what a single file predicts, where it does not say (default: what the model says)",
     )
     opening.add_argument("--allow-pickle", action="store_true", help="open .ckpt and .bin files too")
+    add_device(opening)
     opening.add_argument(
-        "--device", metavar="NAME", type=_device, help="cuda, cuda:1, mps or cpu (default: the best there is)"
+        "--offload",
+        choices=("model", "sequential"),
+        help="keep in a GPU's memory only what computes: a model at a time, or, far slower, a layer at a time",
     )
     opening.add_argument(
         "--precision", choices=("fp32", "fp16", "bf16"), help="of the weights (default: fp16 on a GPU, fp32 on a CPU)"
@@ -85,7 +88,7 @@ def read_source(args: argparse.Namespace) -> "ModelSource":
 
 
 def open_model(args: argparse.Namespace, source: "ModelSource", style_prompts: "StylePrompts | None") -> Any:
-    """Open a model in the dtype and on the device that the options tell.
+    """Open a model in the dtype that the options tell; :func:`place_model` puts it where it runs.
 
     Args:
         style_prompts: of a merged model; None of a stock one.
@@ -93,26 +96,29 @@ def open_model(args: argparse.Namespace, source: "ModelSource", style_prompts: "
     """
     import torch
 
+    from dmm.models.devices import find_device
     from dmm.models.teachers import open_pipeline
     from dmm.pipeline.styled import open_styled
 
-    device = args.device or (
-        "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    )
-    kind, _, index = device.partition(":")
-    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
-    if int(index or 0) >= available:
-        raise UserError(f"--device {device}: torch finds {available} of '{kind}' here; choose another, or cpu.")
-    precision = args.precision or ("fp32" if kind == "cpu" else "fp16")
+    device = find_device(args.device)
+    if args.offload and device.type == "cpu":
+        raise UserError("--offload frees the memory of a GPU, and there is none in use here; leave it out.")
+    precision = args.precision or ("fp32" if device.type == "cpu" else "fp16")
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     if style_prompts is None:
-        pipeline = open_pipeline(source, torch_dtype=dtype)
-    else:
-        pipeline = open_styled(source, style_prompts, torch_dtype=dtype)
-    return pipeline.to(device)
+        return open_pipeline(source, torch_dtype=dtype)
+    return open_styled(source, style_prompts, torch_dtype=dtype)
 
 
-def _device(text: str) -> str:
-    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", text):
-        raise argparse.ArgumentTypeError(f"there is no device '{text}'; choose cuda, cuda:1, mps or cpu")
-    return text
+def place_model(args: argparse.Namespace, pipeline: Any) -> None:
+    """Put a pipeline, with all that was added to it, on the device that the options tell, or offload it."""
+    from dmm.models.devices import find_device
+
+    device = find_device(args.device)
+    match args.offload:
+        case "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        case "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        case _:
+            pipeline.to(device)

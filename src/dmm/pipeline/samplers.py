@@ -21,11 +21,13 @@ class Sampler:
         settings: what the name implies; set over the model's own scheduler config, which may come
             from another sampler that had other settings.
         timestep_spacing: how the steps are spread, unless the model asks for "trailing".
+        eta: share of fresh noise in each step, of schedulers that take one.
     """
 
     scheduler: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     timestep_spacing: str = "linspace"
+    eta: float = 0.0
 
 
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -47,6 +49,10 @@ SAMPLERS: Mapping[str, Sampler] = {
     "UniPC": Sampler(
         "UniPCMultistepScheduler", _SIGMAS | {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}
     ),
+    # for models, or LoRAs, that were distilled to paint in a few steps
+    "LCM": Sampler("LCMScheduler", {"clip_sample": False}, timestep_spacing="leading"),
+    # gamma of the paper (arXiv:2402.19159), at the value that its authors and diffusers recommend
+    "TCD": Sampler("TCDScheduler", {"clip_sample": False}, timestep_spacing="leading", eta=0.3),
 }
 
 

@@ -154,6 +154,12 @@ def _sample_batches(
     trained_steps = scheduler.config.num_train_timesteps
     if steps > trained_steps:
         raise UserError(f"The model knows {trained_steps} steps; {steps} were asked for.")
+    distilled_steps = scheduler.config.get("original_inference_steps", steps)
+    if steps > distilled_steps:
+        raise UserError(
+            f"The sampler {sampler} takes at most {distilled_steps} steps; {steps} were asked for. It is for models "
+            "that paint in 2 to 8."
+        )
     if batch_size is None:
         batch_size = usual_batch_size(width, height)
 
@@ -183,6 +189,7 @@ def _sample_batches(
                     height=height,
                     clip_skip=clip_skip,
                     output_type=output_type,
+                    eta=SAMPLERS[sampler].eta,
                 )
             yield images
 

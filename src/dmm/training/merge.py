@@ -86,7 +86,9 @@ class Merged:
     seconds: float
 
 
-def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False) -> Merged:
+def merge(
+    recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False, device: str | None = None
+) -> Merged:
     """Distil a recipe's teachers into one student, and save it as a pipeline.
 
     Called in every process of a run; all prepare data, and the main one saves. Nothing is written before training
@@ -96,11 +98,12 @@ def merge(recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool
         folder: of the run and its result.
         resume: go on with the run in ``folder``, or begin one where there is none.
         overwrite: remove what an earlier merge has written there, once everything is ready for the new one.
+        device: where to run, see :func:`dmm.training.processes.join_processes`.
     Raises: UserError: something is wrong with the recipe, its models, its data or the folder, or another process is
         writing to that; Stopped: SIGINT or SIGTERM came, and the run is saved.
     """
     start = time.monotonic()
-    state = join_processes()
+    state = join_processes(device)
     with claimed_by_main(folder):
         if not resume:
             on_main(lambda: check_new(folder, overwrite=overwrite))

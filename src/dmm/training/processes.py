@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 
 from dmm.errors import UserError
 from dmm.files.claims import claimed
+from dmm.models.devices import find_device
 from dmm.training.ranks import leave
 
 Made = TypeVar("Made")
@@ -28,12 +29,20 @@ _TIMEOUT = timedelta(days=7)
 _HANG_SECONDS = 20.0  # launchers kill 30 s after they have asked
 
 
-def join_processes() -> PartialState:
+def join_processes(device: str | None = None) -> PartialState:
     """Find the other processes of the run, if a launcher has started some, and the device of this one.
 
-    Raises: UserError: there are others, but they did not find each other.
+    Args:
+        device: of a process by itself, by its name; by default the best there is. A launcher deals them out.
+    Raises: UserError: there are others, but they did not find each other, or a device was named; no such device.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
+    if device is not None and started > 1:
+        raise UserError(
+            f"--device {device} is for one process, and the launcher started {started}, each with a device of its own. "
+            "Leave it out."
+        )
+    chosen = None if device is None else find_device(device)
     # on a machine without an accelerator, processes look for each other only if they are told to use the CPU
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu, timeout=_TIMEOUT) if started > 1 else PartialState(cpu=cpu)
@@ -42,6 +51,10 @@ def join_processes() -> PartialState:
             f"The launcher started {started} processes, but this one found {state.num_processes}, so that they would "
             "overwrite each other's work. Launch with torchrun, or with accelerate launch."
         )
+    if chosen is not None:
+        state.device = chosen  # what accelerate asks from then on
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
     if started > 1:
         atexit.register(_part)
     return state
