@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from dmm.families.sd1 import SD1
 from dmm.maths.sharing import share_batch
 from dmm.models.student import StyledStudent
 from dmm.models.styles import StylePrompts
@@ -153,7 +154,9 @@ def main() -> None:
             "logging": {"every": 1, "sample_every": None},
         }
     )
-    student = StyledStudent(build_unet(args.width, torch.float32, device, 0), StylePrompts(names, dim=4 * args.width))
+    student = StyledStudent(
+        build_unet(args.width, torch.float32, device, 0), StylePrompts(names, dim=4 * args.width), SD1
+    )
     teachers = {}
     for index in range(args.teachers):
         unet = freeze(build_unet(args.width, torch.bfloat16, device, 1 + index))

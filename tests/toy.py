@@ -16,6 +16,7 @@ from conftest import tiny_unet
 from diffusers import DDPMScheduler
 
 from dmm.errors import UserError
+from dmm.families.sd1 import SD1
 from dmm.maths.sharing import share_batch
 from dmm.models.discriminator import Discriminator
 from dmm.models.student import StyledStudent
@@ -70,7 +71,7 @@ def toy_recipe(**settings):
 def toy_student():
     torch.manual_seed(0)
     unet = tiny_unet()
-    return StyledStudent(unet, StylePrompts(STYLES, dim=32))
+    return StyledStudent(unet, StylePrompts(STYLES, dim=32), SD1)
 
 
 def toy_teachers():

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from denoising import encode_views
+from dmm.families import family_of
 from dmm.formats.lora import save_kohya_lora
 from drawings import STYLES, read_drawings
 from fine_tuning import fine_tune
@@ -68,7 +69,7 @@ def main() -> None:
     experts = args.work / f"{prefix}experts"
     experts.mkdir(exist_ok=True)
     if args.lora_rank:
-        save_kohya_lora(experts / f"{name}.safetensors", unet=pipeline.unet)
+        save_kohya_lora(experts / f"{name}.safetensors", {"unet": pipeline.unet}, family_of(pipeline))
     else:
         told = {"prediction_type": args.prediction_type}
         if args.zero_terminal_snr:  # such a model is sampled from its very last step

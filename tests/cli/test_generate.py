@@ -12,6 +12,7 @@ from PIL import Image
 
 import dmm.pipeline.sampling
 from dmm.cli import COMMANDS, main
+from dmm.families.sd1 import SD1
 from dmm.files.parameters import lora_hash, model_hash, read_parameters
 from dmm.files.pictures import GAP, MARGIN, SMALLEST_CELL
 from dmm.formats.lora import save_kohya_lora
@@ -108,7 +109,7 @@ def test_a_single_file_paints_as_the_folder_it_came_from(generate, tmp_path, sd1
 def test_a_lora_acts_by_its_scale_and_is_told(generate, tmp_path, pipeline):
     lora = tmp_path / "ink.safetensors"
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False))
-    save_kohya_lora(lora, unet=pipeline.unet)
+    save_kohya_lora(lora, {"unet": pipeline.unet}, SD1)
     for name, option in (("without", []), ("none", [f"{lora}:0"]), ("half", [f"{lora}:0.5"]), ("whole", [lora])):
         assert generate("a cat", "--output", f"{name}.png", *(["--lora", *option] if option else [])) == 0
     without, none, half, whole = (pixels(tmp_path / f"{name}.png") for name in ("without", "none", "half", "whole"))

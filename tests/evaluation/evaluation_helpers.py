@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dmm.evaluation.evaluate import Protocol, evaluate
 from dmm.evaluation.held_out import Model
 from dmm.evaluation.painting import Painting
+from dmm.families.sd1 import SD1
 from dmm.models.styles import bake, detach_styles
 from dmm.pipeline.styled import temporary_style
 
@@ -40,7 +41,7 @@ def baked(style):
     pipeline = strongly_styled()
     with temporary_style(pipeline, style):
         term = pipeline.unet.time_embedding.term
-    bake(pipeline.unet, term)
+    bake(pipeline.unet, term, SD1.port)
     unet = UNet2DConditionModel.from_config(pipeline.unet.config)
     unet.load_state_dict(pipeline.unet.state_dict())
     pipeline.register_modules(unet=unet)

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmm.errors import UserError
+from dmm.families.sd1 import SD1
 from dmm.formats.lora import fuse_lora, read_lora, save_kohya_lora
 
 UNET_TARGETS = ["to_q", "to_out.0", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut", "time_emb_proj", "linear_1"]
@@ -38,7 +39,7 @@ def adapted(rank=4, alpha=2.0, **config) -> StableDiffusionPipeline:
 
 def write_lora(path, **config):
     pipeline = adapted(**config)
-    save_kohya_lora(path, unet=pipeline.unet, text_encoder=pipeline.text_encoder)
+    save_kohya_lora(path, {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}, SD1)
     return path
 
 
@@ -150,7 +151,7 @@ def test_alpha_from_pefts_config_counts(pipeline, tmp_path, rslora, scaling):
     layers = read_lora(tmp_path, models_of(pipeline))
     assert {layer.scaling for layer in layers} == {scaling}
     # and kohya's layout carries the same scaling
-    save_kohya_lora(tmp_path / "kohya.safetensors", unet=source.unet)
+    save_kohya_lora(tmp_path / "kohya.safetensors", {"unet": source.unet}, SD1)
     assert {layer.scaling for layer in read_lora(tmp_path / "kohya.safetensors", models_of(pipeline))} == {scaling}
 
 
@@ -253,5 +254,5 @@ def test_a_missing_lora(pipeline, tmp_path):
 
 def test_writing_without_an_adapter(pipeline, tmp_path):
     with pytest.raises(UserError, match="no LoRA adapter to write"):
-        save_kohya_lora(tmp_path / "x.safetensors", unet=pipeline.unet)
+        save_kohya_lora(tmp_path / "x.safetensors", {"unet": pipeline.unet}, SD1)
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families.sd1 import SD1
 from dmm.formats.single_file import original_names, save_single_file
 
 

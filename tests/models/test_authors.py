@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dmm.errors import UserError
 from dmm.models.authors import is_authors
-from dmm.models.styles import styled_embedding
+from dmm.models.styles import styled_port
 from dmm.pipeline.export import export_authors
 from dmm.pipeline.styled import load_pipeline, save_pipeline, set_style, style_names
 
@@ -131,7 +131,7 @@ def test_ours_in_their_layout_keeps_names_and_provenance(merged, sd1_folder, tmp
     export_authors(ours, tmp_path / output)
     back = load_pipeline(tmp_path / output, config=sd1_folder if output.endswith("safetensors") else None)
     assert style_names(back) == STYLE_NAMES
-    assert styled_embedding(back.unet).style_prompts.provenance == PROVENANCE
+    assert styled_port(back.unet).style_prompts.provenance == PROVENANCE
     assert same_weights(back, ours)
     for style in (*STYLE_NAMES, None):
         set_style(ours, style)
@@ -143,7 +143,7 @@ def test_styles_without_provenance_keep_their_names(styled, tmp_path):
     export_authors(styled, tmp_path / "theirs")
     back = load_pipeline(tmp_path / "theirs")
     assert style_names(back) == STYLE_NAMES
-    assert not styled_embedding(back.unet).style_prompts.provenance
+    assert not styled_port(back.unet).style_prompts.provenance
 
 
 def test_tools_that_ignore_the_extra_tensors_paint_the_average(styled, sd1_folder, tmp_path):
@@ -160,7 +160,7 @@ def test_half_precision(styled, tmp_path):
     export_authors(styled, tmp_path / "theirs", dtype=torch.float16)
     assert {tensor.dtype for tensor in load_file(tmp_path / "theirs" / UNET).values()} == {torch.float16}
     back = load_pipeline(tmp_path / "theirs")
-    assert back.unet.dtype == styled_embedding(back.unet).style_prompts.embeddings.dtype == torch.float32
+    assert back.unet.dtype == styled_port(back.unet).style_prompts.embeddings.dtype == torch.float32
     set_style(styled, "ink")
     set_style(back, "ink")
     assert abs(paint(back) - paint(styled)).mean() < 5

@@ -8,6 +8,7 @@ from conftest import tiny_unet
 from distill_helpers import NAMES, new_batch, new_teachers
 from toy import ALPHAS_CUMPROD
 
+from dmm.families.sd1 import SD1
 from dmm.maths.diffusion import add_noise, epsilon_to_velocity, predict_x0, rediffuse
 from dmm.maths.draws import draw_again
 from dmm.maths.losses import adversarial_loss, discriminator_loss
@@ -21,7 +22,7 @@ from dmm.training.distill import Adversary, Rediffusion, discriminate, distill
 def student():
     torch.manual_seed(0)
     unet = tiny_unet()
-    return StyledStudent(unet, StylePrompts(NAMES, dim=unet.time_embedding.linear_2.out_features))
+    return StyledStudent(unet, StylePrompts(NAMES, dim=unet.time_embedding.linear_2.out_features), SD1)
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from dmm.errors import UserError
-from dmm.models.styles import StylePrompts, attach_styles, bake, detach_styles, style_weights, styled_embedding
+from dmm.families.sd1 import SD1
+from dmm.models.styles import StylePrompts, attach_styles, bake, detach_styles, style_weights, styled_port
 
 NAMES = ("ink", "photo", "clay")
 
@@ -43,12 +44,12 @@ def call(unet, batch=2):
 
 def set_term(unet, prompts, style):
     with torch.no_grad():
-        styled_embedding(unet).term = None if style is None else prompts(style_weights(NAMES, style))
+        styled_port(unet).term = None if style is None else prompts(style_weights(NAMES, style))
 
 
 def test_with_no_style_set_a_styled_unet_equals_the_plain_one_bit_for_bit(unet, prompts):
     plain = call(unet)
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     assert torch.equal(call(unet), plain)
     set_term(unet, prompts, "ink")
     assert not torch.equal(call(unet), plain)
@@ -60,7 +61,7 @@ def test_with_no_style_set_a_styled_unet_equals_the_plain_one_bit_for_bit(unet, 
 
 def test_a_styled_unet_saves_as_the_plain_one(unet, prompts, tmp_path):
     unet.save_pretrained(tmp_path / "plain")
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     unet.save_pretrained(tmp_path / "styled")
     for file in ("config.json", "diffusion_pytorch_model.safetensors"):
         assert (tmp_path / "styled" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
@@ -71,19 +72,19 @@ def test_a_styled_unet_saves_as_the_plain_one(unet, prompts, tmp_path):
 @pytest.mark.parametrize("style", ["photo", {"ink": 0.7, "clay": 0.3}])
 def test_a_baked_style_equals_the_prompted_one(unet, prompts, style):
     baked = copy.deepcopy(unet)
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     set_term(unet, prompts, style)
-    bake(baked, styled_embedding(unet).term)
-    assert styled_embedding(baked) is None
+    bake(baked, styled_port(unet).term, SD1.port)
+    assert styled_port(baked) is None
     torch.testing.assert_close(call(baked), call(unet), rtol=0, atol=2e-6)
 
 
 def test_baking_takes_attached_styles_off(unet, prompts):
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     set_term(unet, prompts, "ink")
     prompted = call(unet)
-    bake(unet, styled_embedding(unet).term)
-    assert styled_embedding(unet) is None
+    bake(unet, styled_port(unet).term, SD1.port)
+    assert styled_port(unet) is None
     torch.testing.assert_close(call(unet), prompted, rtol=0, atol=2e-6)
 
 
@@ -94,7 +95,7 @@ def test_the_mix_is_taken_before_the_mlp(prompts):
 
 
 def test_one_style_an_image_equals_each_style_alone(unet, prompts):
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     alone = []
     for i, style in enumerate(("ink", "clay")):
         set_term(unet, prompts, style)
@@ -104,7 +105,7 @@ def test_one_style_an_image_equals_each_style_alone(unet, prompts):
 
 
 def test_guidance_makes_blocks_of_the_list_and_other_batches_are_refused(unet, prompts):
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     set_term(unet, prompts, ["ink", "clay"])
     assert torch.isfinite(call(unet, batch=4)).all()
     with pytest.raises(ValueError, match="2 styles were set, one for each image, and the images of a batch are 3: set"):
@@ -114,25 +115,25 @@ def test_guidance_makes_blocks_of_the_list_and_other_batches_are_refused(unet, p
 
 
 def test_a_copy_has_a_style_of_its_own(unet, prompts):
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     set_term(unet, prompts, "ink")
     prompted, twin = call(unet), copy.deepcopy(unet)
     set_term(unet, prompts, None)
     assert torch.equal(call(twin), prompted)
-    assert styled_embedding(twin).style_prompts.names == list(NAMES)
+    assert styled_port(twin).style_prompts.names == list(NAMES)
 
 
 def test_the_term_follows_the_model_to_another_dtype(unet, prompts):
-    attach_styles(unet, prompts)
+    attach_styles(unet, prompts, SD1.port)
     set_term(unet, prompts, "ink")
     unet.to(torch.bfloat16)
-    assert styled_embedding(unet).term.dtype == torch.bfloat16
-    assert styled_embedding(unet).style_prompts.embeddings.dtype == torch.bfloat16
+    assert styled_port(unet).term.dtype == torch.bfloat16
+    assert styled_port(unet).style_prompts.embeddings.dtype == torch.bfloat16
 
 
 def test_the_codebook_gets_its_gradient_through_the_unet(unet, prompts):
-    attach_styles(unet, prompts)
-    styled_embedding(unet).term = prompts(style_weights(NAMES, ["ink", "photo"]))
+    attach_styles(unet, prompts, SD1.port)
+    styled_port(unet).term = prompts(style_weights(NAMES, ["ink", "photo"]))
     unet(torch.randn(2, 4, 8, 8), torch.tensor(10), torch.randn(2, 5, 16)).sample.square().mean().backward()
     norms = prompts.embeddings.grad.norm(dim=1)
     assert (norms[:2] > 0).all()
@@ -169,4 +170,4 @@ def test_wrong_styles_are_told(style, message):
 
 def test_style_prompts_of_another_width_are_refused(unet):
     with pytest.raises(UserError, match="16 wide"):
-        attach_styles(unet, StylePrompts(NAMES, dim=16))
+        attach_styles(unet, StylePrompts(NAMES, dim=16), SD1.port)

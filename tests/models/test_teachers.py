@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import dmm.models.teachers
 from dmm.errors import UserError
+from dmm.families.sd1 import SD1
 from dmm.formats.lora import save_kohya_lora
 from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, freeze, open_pipeline
@@ -57,7 +58,7 @@ def test_a_lora_is_fused_and_gone(sd1_folder, sd1_file, pipeline, tmp_path):
     # diffusers, to compare with, recognises a text encoder's kohya LoRA only by its out_proj
     text_targets = ["q_proj", "out_proj"]
     adapted.text_encoder.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=text_targets))
-    save_kohya_lora(tmp_path / "lora.safetensors", unet=adapted.unet, text_encoder=adapted.text_encoder)
+    save_kohya_lora(tmp_path / "lora.safetensors", {"unet": adapted.unet, "text_encoder": adapted.text_encoder}, SD1)
     source = {"loras": ((tmp_path / "lora.safetensors", 0.5),)}
     folder = open_pipeline(ModelSource(sd1_folder, **source))
     file = open_pipeline(ModelSource(sd1_file, config=sd1_folder, **source))
@@ -77,7 +78,7 @@ def test_loras_add_up_each_at_its_scale(sd1_folder, tmp_path):
         torch.manual_seed(seed)
         adapted.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
         paths.append(tmp_path / f"{seed}.safetensors")
-        save_kohya_lora(paths[-1], unet=adapted.unet)
+        save_kohya_lora(paths[-1], {"unet": adapted.unet}, SD1)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
 
     def weight(*loras):
@@ -446,7 +447,7 @@ def test_broken_configs(sd1_folder, tmp_path):
 def test_a_lora_as_the_model(sd1_folder, pipeline, tmp_path):
     pipeline.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    save_kohya_lora(path, unet=pipeline.unet)
+    save_kohya_lora(path, {"unet": pipeline.unet}, SD1)
     refused(ModelSource(path, config=sd1_folder), "is a LoRA, not a full model. Pass it as the LoRA")
     refused(ModelSource(tmp_path), "holds a LoRA, not a full model. Pass it as the LoRA")
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmm.errors import UserError
-from dmm.models.styles import StylePrompts, styled_embedding
+from dmm.models.styles import StylePrompts, styled_port
 from dmm.pipeline.export import export_all, export_style, patch_files
 from dmm.pipeline.styled import add_styles, load_pipeline, save_pipeline, set_style, stock_twin
 
@@ -89,7 +89,7 @@ def test_a_stock_twin_shares_all_weights_but_the_module_that_embeds_time(styled)
     own = {name for name in ours if ours[name].data_ptr() != theirs[name].data_ptr()}
     assert own
     assert all(name.startswith("time_embedding.") for name in own)
-    assert styled_embedding(twin.unet) is None
+    assert styled_port(twin.unet) is None
 
 
 def test_the_header_says_where_it_came_from(merged, tmp_path):
@@ -113,7 +113,7 @@ def test_the_header_says_where_it_came_from(merged, tmp_path):
 
 
 def test_sources_are_told_by_their_digests(styled, tmp_path):
-    styled_embedding(styled.unet).style_prompts.provenance = [
+    styled_port(styled.unet).style_prompts.provenance = [
         type(one)(one.name, one.source, str(i) * 64, one.family, one.prediction_type)
         for i, one in enumerate(PROVENANCE)
     ]

@@ -29,7 +29,7 @@ from PIL import Image
 from plugin_helpers import save_ip_adapter, save_lora, tiny_controlnet, tiny_t2i_adapter
 
 from dmm.errors import UserError
-from dmm.models.styles import styled_embedding
+from dmm.models.styles import styled_port
 from dmm.pipeline.plugins import Control, IPAdapter, Start, add_plugins
 from dmm.pipeline.samplers import SAMPLERS
 from dmm.pipeline.sampling import build_scheduler, sample
@@ -296,7 +296,7 @@ def test_changing_styles_does_not_compile_anew(styled):
 
 def test_an_error_in_the_middle_of_a_run_leaves_the_style_as_it_was_set(styled):
     set_style(styled, MIX)
-    before, term = paint(styled), styled_embedding(styled.unet).term
+    before, term = paint(styled), styled_port(styled.unet).term
 
     def fail(_pipe, step, _timestep, tensors):
         if step == 1:
@@ -305,7 +305,7 @@ def test_an_error_in_the_middle_of_a_run_leaves_the_style_as_it_was_set(styled):
 
     with pytest.raises(KeyError):
         paint(styled, callback_on_step_end=fail)
-    assert styled_embedding(styled.unet).term is term
+    assert styled_port(styled.unet).term is term
     assert (paint(styled) == before).all()
 
 

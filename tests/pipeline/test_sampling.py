@@ -5,7 +5,7 @@ from conftest import MAX_TOKENS, tiny_pipeline
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler, PNDMScheduler, TCDScheduler
 
 from dmm.errors import UserError
-from dmm.models.styles import styled_embedding
+from dmm.models.styles import styled_port
 from dmm.pipeline.samplers import SAMPLERS
 from dmm.pipeline.sampling import build_scheduler, picture_size, sample, sample_latents, unread
 from dmm.pipeline.styled import set_style
@@ -89,9 +89,9 @@ def test_a_pictures_style_is_its_own_whatever_the_batch(styled):
 
 def test_the_pipelines_own_style_is_back_whenever_a_picture_is_given_out(styled):
     set_style(styled, "clay")
-    own = styled_embedding(styled.unet).term
+    own = styled_port(styled.unet).term
     for _ in sample(styled, PROMPTS, SEEDS, styles=["ink"] * 5, steps=1, batch_size=2):
-        assert styled_embedding(styled.unet).term is own
+        assert styled_port(styled.unet).term is own
 
 
 def test_wrong_styles_are_told_before_any_work(styled, pipeline):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import dmm
 from dmm.errors import UserError
-from dmm.models.styles import styled_embedding
+from dmm.models.styles import styled_port
 from dmm.pipeline.samplers import SAMPLERS
 from dmm.pipeline.sampling import build_scheduler, sample
 from dmm.pipeline.style_schedule import StyleSchedule
@@ -74,7 +74,7 @@ def test_each_part_paints_as_the_model_baked_in_its_style(styled):
 
 def test_the_style_that_was_set_is_set_again_even_after_an_error(styled):
     set_style(styled, "photo")
-    before = styled_embedding(styled.unet).term
+    before = styled_port(styled.unet).term
 
     def fail(running, step, timestep, tensors):
         if step == 2:
@@ -83,12 +83,12 @@ def test_the_style_that_was_set_is_set_again_even_after_an_error(styled):
 
     with pytest.raises(KeyError), style_over_time(styled, INK_THEN_MIX) as callback:
         paint(styled, steps=4, callback_on_step_end=fail)
-    assert styled_embedding(styled.unet).term is before
+    assert styled_port(styled.unet).term is before
 
 
 def test_an_error_in_the_middle_of_sampling_leaves_the_style_as_it_was_set(styled):
     set_style(styled, "photo")
-    before = styled_embedding(styled.unet).term
+    before = styled_port(styled.unet).term
     calls = []
 
     def fail(share):
@@ -98,7 +98,7 @@ def test_an_error_in_the_middle_of_sampling_leaves_the_style_as_it_was_set(style
 
     with pytest.raises(KeyError):
         list(sample(styled, ["a cat"] * 2, [0, 1], styles=["ink", INK_THEN_MIX], steps=4, progress=fail))
-    assert styled_embedding(styled.unet).term is before
+    assert styled_port(styled.unet).term is before
 
 
 def test_every_image_may_have_a_schedule_of_its_own(styled):
@@ -116,7 +116,7 @@ def test_a_run_that_begins_with_an_image_is_divided_as_it_is_run(styled):
     seen = []
 
     def watch(running, step, timestep, tensors):
-        seen.append(styled_embedding(running.unet).term)
+        seen.append(styled_port(running.unet).term)
         return callback(running, step, timestep, tensors)
 
     with style_over_time(styled, INK_THEN_MIX) as callback:

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 import dmm
 import dmm.models.teachers
 from dmm.errors import UserError
-from dmm.models.styles import StylePrompts, bake, styled_embedding
+from dmm.families.sd1 import SD1
+from dmm.models.styles import StylePrompts, bake, styled_port
 from dmm.pipeline.style_schedule import StyleSchedule
 from dmm.pipeline.styled import load_pipeline, save_pipeline, set_style, share, style_names, temporary_style
 
@@ -70,17 +71,17 @@ def test_a_list_that_does_not_fit_the_batch_is_refused(styled):
 def test_a_baked_style_paints_as_the_prompted_one(styled):
     set_style(styled, {"ink": 0.7, "photo": 0.3})
     prompted = paint(styled)
-    bake(styled.unet, styled_embedding(styled.unet).term)
+    bake(styled.unet, styled_port(styled.unet).term, SD1.port)
     assert abs(paint(styled) - prompted).max() <= 2
 
 
 def test_the_term_is_computed_in_float32_whatever_the_dtype(styled):
     set_style(styled, "ink")
-    exact = styled_embedding(styled.unet).term.bfloat16()
+    exact = styled_port(styled.unet).term.bfloat16()
     styled.unet.to(torch.bfloat16)
-    prompts = styled_embedding(styled.unet).style_prompts
+    prompts = styled_port(styled.unet).style_prompts
     set_style(styled, "ink")
-    term = styled_embedding(styled.unet).term
+    term = styled_port(styled.unet).term
     assert term.dtype == torch.bfloat16
     assert term.requires_grad is False
     assert torch.equal(term, StylePrompts.forward(copy.deepcopy(prompts).float(), torch.eye(3)[0]).bfloat16())
@@ -102,10 +103,10 @@ def test_the_term_is_computed_in_float32_whatever_the_dtype(styled):
 )
 def test_wrong_styles_are_told_and_change_nothing(styled, style, message):
     set_style(styled, "clay")
-    before = styled_embedding(styled.unet).term
+    before = styled_port(styled.unet).term
     with pytest.raises(UserError, match=message):
         set_style(styled, style)
-    assert styled_embedding(styled.unet).term is before
+    assert styled_port(styled.unet).term is before
 
 
 def test_a_stock_pipeline_has_no_styles(pipeline, tmp_path):
@@ -118,11 +119,11 @@ def test_a_stock_pipeline_has_no_styles(pipeline, tmp_path):
 
 def test_a_temporary_style_is_undone_even_by_an_error(styled):
     set_style(styled, "ink")
-    before = styled_embedding(styled.unet).term
+    before = styled_port(styled.unet).term
     with pytest.raises(KeyError), temporary_style(styled, "photo"):
-        assert styled_embedding(styled.unet).term is not before
+        assert styled_port(styled.unet).term is not before
         raise KeyError
-    assert styled_embedding(styled.unet).term is before
+    assert styled_port(styled.unet).term is before
 
 
 # other pipelines, copies, threads
@@ -212,7 +213,7 @@ def test_what_is_saved_is_what_is_loaded(styled, merged, tmp_path):
     loaded = load_pipeline(merged)
     assert same_weights(loaded, styled)
     assert style_names(loaded) == NAMES
-    ours, theirs = (styled_embedding(pipe.unet).style_prompts for pipe in (styled, loaded))
+    ours, theirs = (styled_port(pipe.unet).style_prompts for pipe in (styled, loaded))
     assert all(tensor.equal(theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
     set_style(styled, "ink")
     set_style(loaded, "ink")
@@ -253,7 +254,7 @@ def test_styles_say_where_they_came_from(merged):
         "family": "sd1",
         "prediction_type": "epsilon",
     }
-    prompts = styled_embedding(load_pipeline(merged).unet).style_prompts
+    prompts = styled_port(load_pipeline(merged).unet).style_prompts
     assert prompts.provenance == PROVENANCE
     assert copy.deepcopy(prompts).provenance == PROVENANCE
 
@@ -299,8 +300,8 @@ def test_save_pretrained_warns_of_what_it_leaves_out(styled, tmp_path):
 def test_weights_may_be_loaded_in_half_precision(merged):
     pipe = load_pipeline(merged, torch_dtype=torch.bfloat16, device="cpu")
     set_style(pipe, "ink")
-    assert pipe.unet.dtype == styled_embedding(pipe.unet).term.dtype == torch.bfloat16
-    assert styled_embedding(pipe.unet).style_prompts.embeddings.dtype == torch.float32
+    assert pipe.unet.dtype == styled_port(pipe.unet).term.dtype == torch.bfloat16
+    assert styled_port(pipe.unet).style_prompts.embeddings.dtype == torch.float32
     paint(pipe)
 
 

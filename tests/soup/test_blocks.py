@@ -3,7 +3,7 @@ from conftest import tiny_pipeline, tiny_unet
 from diffusers import UNet2DConditionModel
 
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families.sd1 import SD1
 from dmm.formats.single_file import original_names
 from dmm.soup.blocks import Blocks
 

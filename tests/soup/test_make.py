@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
+from dmm.families.sd1 import SD1
 from dmm.formats.schedules import V_PREDICTION_MARK
 from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, open_pipeline
@@ -358,7 +359,7 @@ def test_a_lora_on_a_model_is_fused_as_the_merge_fuses_it(models, tmp_path, dige
     pipe = tiny_pipeline()
     torch.manual_seed(5)
     pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=["to_q", "conv1"]))
-    save_kohya_lora(tmp_path / "lora.safetensors", unet=pipe.unet)
+    save_kohya_lora(tmp_path / "lora.safetensors", {"unet": pipe.unet}, SD1)
     teachers = [{"name": "a", "lora": str(tmp_path / "lora.safetensors"), "lora_scale": 0.7}]
     one = SoupRecipe(method="soup", base=str(models / "base"), teachers=teachers)
     soup = open_pipeline(ModelSource(make_soup(one, tmp_path / "soup", digests=digests).path))

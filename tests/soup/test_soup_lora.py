@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
+from dmm.families.sd1 import SD1
 from dmm.formats.lora import read_lora, save_kohya_lora
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup.cook import cook
@@ -26,7 +27,7 @@ def loras(tmp_path_factory):
         torch.manual_seed(rank)
         targets = TARGETS if name == "a" else TARGETS[:2]
         pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=4, init_lora_weights=False, target_modules=targets))
-        save_kohya_lora(folder / f"{name}.safetensors", unet=pipe.unet)
+        save_kohya_lora(folder / f"{name}.safetensors", {"unet": pipe.unet}, SD1)
     return folder
 
 

@@ -20,6 +20,7 @@ from dmm.data import Synthesis, prepare_data
 from dmm.data.synthesis import share_out
 from dmm.data.training import STUDENT, student_in
 from dmm.errors import UserError
+from dmm.families.sd1 import SD1
 from dmm.files.yaml import write_yaml
 from dmm.maths.sharing import share_batch
 from dmm.models.student import StyledStudent, grow, shrink
@@ -171,12 +172,12 @@ def test_a_grown_codebook_keeps_its_rows_and_a_shrunk_one_the_others():
 def new_student(names=NAMES):
     torch.manual_seed(0)
     unet = tiny_unet()
-    return StyledStudent(unet, StylePrompts(names, dim=unet.time_embedding.linear_2.out_features))
+    return StyledStudent(unet, StylePrompts(names, dim=unet.time_embedding.linear_2.out_features), SD1)
 
 
 def test_a_student_that_has_not_moved_says_what_it_said():
     earlier = new_student()
-    student = StyledStudent(copy.deepcopy(earlier.unet), grow(earlier.style_prompts, ["line"]))
+    student = StyledStudent(copy.deepcopy(earlier.unet), grow(earlier.style_prompts, ["line"]), SD1)
     batch = new_batch(earlier)
     weights = torch.cat([batch.style_weights, torch.zeros(len(batch.style_weights), 1)], 1)
     parts = [Part(0, slice(None), batch.conditioning)]

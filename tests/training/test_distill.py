@@ -7,10 +7,11 @@ import pytest
 import torch
 from distill_helpers import NAMES, new_batch, new_teachers, new_unet
 
+from dmm.families.sd1 import SD1
 from dmm.maths.diffusion import convert_prediction
 from dmm.models.features import BlockTap, unet_blocks
 from dmm.models.student import StyledStudent
-from dmm.models.styles import StylePrompts, styled_embedding
+from dmm.models.styles import StylePrompts, styled_port
 from dmm.models.teachers import freeze
 from dmm.training.distill import Batch, Part, Teacher, distill
 
@@ -18,7 +19,7 @@ from dmm.training.distill import Batch, Part, Teacher, distill
 @pytest.fixture
 def student():
     unet = new_unet(0)
-    return StyledStudent(unet, StylePrompts(NAMES, dim=unet.time_embedding.linear_2.out_features))
+    return StyledStudent(unet, StylePrompts(NAMES, dim=unet.time_embedding.linear_2.out_features), SD1)
 
 
 def test_the_blocks_are_every_down_block_the_mid_block_and_every_up_block(student):
@@ -42,10 +43,10 @@ def test_a_fresh_student_with_the_style_skipped_equals_its_base_bit_for_bit(stud
 def test_the_term_is_cleared_after_every_call_even_a_failed_one(student):
     batch = new_batch(student)
     student(batch.x_t, batch.timesteps, batch.conditioning, batch.style_weights)
-    assert styled_embedding(student.unet).term is None
+    assert styled_port(student.unet).term is None
     with pytest.raises(TypeError):
         student(batch.x_t, batch.timesteps, {"nonsense": batch.x_t}, batch.style_weights)
-    assert styled_embedding(student.unet).term is None
+    assert styled_port(student.unet).term is None
 
 
 def test_a_student_of_its_own_weights_has_nothing_to_learn(student):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 import dmm
 from dmm.cli import main
+from dmm.families.sd1 import SD1
 from dmm.files.digest import sha256
 from dmm.files.yaml import write_yaml
 from dmm.formats.lora import save_kohya_lora
@@ -42,7 +43,7 @@ def models(sd1_folder, tmp_path_factory):
     adapted = tiny_pipeline()
     torch.manual_seed(3)
     adapted.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "conv1"]))
-    save_kohya_lora(folder / "lora.safetensors", unet=adapted.unet)
+    save_kohya_lora(folder / "lora.safetensors", {"unet": adapted.unet}, SD1)
     save_single_file(tiny_pipeline(2, "v_prediction"), folder / "velocity.safetensors")
     torch.manual_seed(4)
     tiny_vae().save_pretrained(folder / "vae")
@@ -459,7 +460,7 @@ def test_loras_of_every_layout_are_teachers_at_once(merge, models, tmp_path, cap
     torch.manual_seed(5)
     adapted.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "conv1"]))
     peft = get_peft_model_state_dict(adapted.unet)
-    save_kohya_lora(models / "kohya.safetensors", unet=adapted.unet)
+    save_kohya_lora(models / "kohya.safetensors", {"unet": adapted.unet}, SD1)
     StableDiffusionPipeline.save_lora_weights(models / "peft", peft)
     StableDiffusionPipeline.save_lora_weights(models / "diffusers", convert_state_dict_to_diffusers(peft))
     teachers = [

@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState
 from conftest import tiny_unet
 from toy import ALPHAS_CUMPROD, STYLES, ToyData, toy_student, toy_teachers
 
+from dmm.families.sd1 import SD1
 from dmm.maths.sharing import share_batch
 from dmm.models.student import StyledStudent
 from dmm.models.styles import StylePrompts
@@ -36,7 +37,7 @@ def silent(unet):
     prompts = StylePrompts(STYLES, dim=32)
     torch.nn.init.zeros_(prompts.linear_2.weight)
     torch.nn.init.zeros_(prompts.linear_2.bias)
-    return StyledStudent(unet, prompts).eval()
+    return StyledStudent(unet, prompts, SD1).eval()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

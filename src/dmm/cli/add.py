@@ -3,7 +3,7 @@
 A recipe says what is added, as that of dmm merge does; the base is MERGED, unless a LoRA needs the model that it
 was made for:
 
-  base: models/sd15                     # what LoRAs are put on; may be left out if there is none
+  base: models/base                     # what LoRAs are put on; may be left out if there is none
   teachers:
     - {name: pastel, model: models/pastel}
     - {name: line, lora: line.safetensors}

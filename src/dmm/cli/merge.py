@@ -2,7 +2,7 @@
 
 A recipe says what is merged, on what data and how. The smallest one, whose teachers paint their own data:
 
-  base: models/sd15                     # its VAE, text encoder and start become the student's
+  base: models/base                     # its VAE, text encoder and start become the student's
   teachers:
     - {name: ink, model: models/ink}    # a pipeline folder, a single file or a hub id
     - {name: photo, lora: photo.safetensors, lora_scale: 0.8}

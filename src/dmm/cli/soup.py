@@ -15,7 +15,7 @@ a shard, bit for bit; the models must still be there.
 
 Examples:
   dmm soup recipe.yaml --output soup.safetensors
-  dmm soup recipe.yaml --output soup --set method=ties --set base=models/sd15
+  dmm soup recipe.yaml --output soup --set method=ties --set base=models/base
   dmm soup soup.safetensors                                          # what is in it?
   dmm soup soup.safetensors --remove ink --output without-ink.safetensors
   dmm soup soup.safetensors --add clay=clay.safetensors --output more.safetensors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm.models.styles import styled_embedding
+from dmm.models.styles import styled_port
 
 _VERSION = 1  # raise it when our own way of making cached content changes
 _VAE_CONFIG = ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor")
@@ -43,7 +43,7 @@ def digest_text_encoder(text_encoder: Any) -> str:
 
 def digest_unet(unet: Any) -> str:
     """Identity of a UNet and of the style that is set on it."""
-    styled = styled_embedding(unet)
+    styled = styled_port(unet)
     term = None if styled is None or styled.term is None else digest_tensors({"term": styled.term})
     return _digest_module(unet, {"config": public_config(unet), "style": term})
 

@@ -14,6 +14,7 @@ from dmm.data.encoding import check_rows, encode_images
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
+from dmm.families import denoiser_of
 from dmm.models.conditioning import check_clip_skip, tokenize
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_settings
 from dmm.pipeline.sampling import picture_size, sample, sample_latents
@@ -129,7 +130,7 @@ def synthesize(
         "clip_skip": clip_skip,
     }
     made_by = {
-        "unet": digest_unet(pipeline.unet),
+        "unet": digest_unet(denoiser_of(pipeline)),
         "text_encoder": digest_text_encoder(pipeline.text_encoder),
         "scheduler": public_config(pipeline.scheduler),
         "vaes": None if own_vae == students_vae else [own_vae, students_vae],

@@ -44,8 +44,9 @@ from dmm.evaluation.mixing import Mix, mixing_scores
 from dmm.evaluation.painting import Painting, paint, share_of
 from dmm.evaluation.preference import Scorer
 from dmm.evaluation.score_error import ScoreError
+from dmm.families import denoiser_of
 from dmm.files.outputs import check_disk, held_bytes
-from dmm.models.styles import style_weights, styled_embedding
+from dmm.models.styles import style_weights, styled_port
 from dmm.models.teachers import naming
 from dmm.pipeline.sampling import picture_size
 from dmm.pipeline.styled import style_names, temporary_style
@@ -124,7 +125,7 @@ def evaluate(
     bar = partial(_bar, shown=show_progress and state.is_main_process)
     styles, painting = list(teachers), protocol.painting
     pipeline = student.open(painting.dtype(state.device))
-    has_styles = styled_embedding(pipeline.unet) is not None
+    has_styles = styled_port(denoiser_of(pipeline)) is not None
     width, height = _check(pipeline, styles, extractor, protocol, mixes, cache)
 
     mine = place.rows(protocol.num_images)
@@ -213,7 +214,7 @@ def _check(
 
     Returns: the pictures' width and height.
     """
-    has_styles = styled_embedding(pipeline.unet) is not None
+    has_styles = styled_port(denoiser_of(pipeline)) is not None
     known = style_names(pipeline) if has_styles else styles
     for style in styles:
         if style not in known:

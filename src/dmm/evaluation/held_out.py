@@ -20,6 +20,7 @@ from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, dige
 from dmm.data.rows import cached_rows
 from dmm.evaluation.painting import Painting
 from dmm.evaluation.score_error import References, ScoreError, score_error
+from dmm.families import denoiser_of
 from dmm.models.teachers import naming
 from dmm.pipeline.styled import temporary_style
 from dmm.training.batches import CaptionedLatents
@@ -196,7 +197,7 @@ def join(errors: Sequence[ScoreError]) -> ScoreError:
 
 def _digests(pipeline: Any) -> dict[str, Any]:
     return {
-        "unet": digest_unet(pipeline.unet),
+        "unet": digest_unet(denoiser_of(pipeline)),
         "text_encoder": digest_text_encoder(pipeline.text_encoder),
         "vae": digest_vae(pipeline.vae),
         "scheduler": public_config(pipeline.scheduler),

@@ -19,6 +19,7 @@ from torch import Tensor
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import Place, Rows, cached_rows
 from dmm.data.synthesis import Share
+from dmm.families import denoiser_of
 from dmm.models.conditioning import tokenize
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, check_settings
 from dmm.pipeline.sampling import picture_size, sample
@@ -94,14 +95,14 @@ def paint(
     settings = {**asdict(painting), "width": width, "height": height, "clip_skip": clip_skip}
     precision = settings.pop("precision")
     made_by = {
-        "unet": digest_unet(pipeline.unet),
+        "unet": digest_unet(denoiser_of(pipeline)),
         "text_encoder": digest_text_encoder(pipeline.text_encoder),
         "vae": digest_vae(pipeline.vae),
         "scheduler": public_config(pipeline.scheduler),
         "precision": precision,
         **settings,
     }
-    is_autocast = precision == "bf16" and pipeline.unet.dtype == torch.float32
+    is_autocast = precision == "bf16" and denoiser_of(pipeline).dtype == torch.float32
 
     def key(rows: range) -> str:
         tokens = tokenize(pipeline, [painting.negative_prompt, *share.prompts[rows.start : rows.stop]])

@@ -1,108 +1,100 @@
-"""What differs between the families of models: SD 1.x opens, the others are told apart and refused by name.
+"""What differs between the families of models, one file a family; nothing outside of this package names one.
 
-A family is told by the names of its parts and tensors, never by their widths: a narrow SD 1.x is one all the same.
+A family is told by the names of its parts and tensors, never by their widths: a narrow model is one of its family all
+the same. :data:`FAMILIES` holds those that open; the others are told apart and refused by name.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
+from dmm.errors import UserError
+from dmm.families.family import Component, Family
+from dmm.families.sd1 import SD1
+from dmm.families.strangers import LORA_MARKERS, STRANGERS, Stranger
 
+__all__ = [
+    "FAMILIES",
+    "LORA_MARKERS",
+    "STRANGERS",
+    "Component",
+    "Family",
+    "Stranger",
+    "denoiser_of",
+    "family_of",
+    "family_of_class",
+    "family_of_names",
+    "known_titles",
+    "set_denoiser",
+]
 
-@dataclass(frozen=True)
-class Component:
-    """A part of a pipeline that has weights."""
-
-    name: str
-    """Its attribute of the pipeline and its subfolder of a stock folder."""
-    model_class: Any
-    original_prefix: str
-    """What its tensors' names begin with in a single file of the original layout."""
-    weights_name: str
-    """Stem of its weight files in a stock folder."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One family whose models can be opened and merged."""
-
-    name: str
-    title: str
-    """What people call it."""
-    pipeline_class: Any
-    components: tuple[Component, ...]
-    time_embedding: str
-    """Name, in the UNet, of the module that embeds time."""
-    hub_id: str
-    """Of the model whose configs and tokenizer a single file follows that says nothing itself: diffusers' choice."""
-
-
-SD1 = Family(
-    name="sd1",
-    title="SD 1.x",
-    pipeline_class=StableDiffusionPipeline,
-    components=(
-        Component("unet", UNet2DConditionModel, "model.diffusion_model.", "diffusion_pytorch_model"),
-        Component("vae", AutoencoderKL, "first_stage_model.", "diffusion_pytorch_model"),
-        Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model"),
-    ),
-    time_embedding="time_embedding",
-    hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
-)
 FAMILIES = {family.name: family for family in (SD1,)}
 
-# the first that is found in any tensor's name tells a single file's family; the order matters where one family's
-# files hold another's parts
-_MARKERS = (
-    ("control_model.", "a ControlNet"),
-    ("controlnet_", "a ControlNet"),
-    ("joint_blocks.", "SD 3"),
-    ("double_blocks.", "FLUX"),
-    ("model_embedding.weight", "a DMM merge in the authors' layout"),
-    ("conditioner.embedders.", "SDXL"),
-    ("diffusion_model.label_emb.", "SDXL"),
-    ("cond_stage_model.model.", "SD 2.x"),
-    ("model.diffusion_model.input_blocks.", SD1.title),
-    ("cond_stage_model.transformer.", SD1.title),
-)
-# pipeline classes of stock folders, by the beginning of their names
-_PIPELINES = (
-    ("StableDiffusionXL", "SDXL"),
-    ("StableDiffusion3", "SD 3"),
-    ("Flux", "FLUX"),
-    ("StableDiffusionDMM", "a DMM merge in the authors' layout"),
-)
 
-
-def title_of_keys(keys: Iterable[str]) -> tuple[str, str] | None:
+def family_of_names(names: Iterable[str]) -> tuple[Family | Stranger, str] | None:
     """Tell a single file's family.
 
     Args:
-        keys: the names of its tensors.
-    Returns: the family's title and the name that gave it away; None where no name is known.
+        names: of its tensors.
+    Returns: the family and the name that gave it away; None where no name is known.
     """
-    keys = list(keys)
-    for marker, title in _MARKERS:
-        for key in keys:
-            if marker in key:
-                return title, key
+    names = list(names)
+    # strangers first: their files may hold a family's parts too
+    known: list[Family | Stranger] = [*STRANGERS, *FAMILIES.values()]
+    for family in known:
+        for marker in family.markers:
+            for name in names:
+                if marker in name:
+                    return family, name
     return None
 
 
-def title_of_folder(class_name: str, unet_config: Mapping[str, Any]) -> str:
+def family_of_class(pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> Family | Stranger:
     """Tell a stock folder's family.
 
     Args:
-        class_name: of its pipeline, as ``model_index.json`` has it.
-        unet_config: what ``unet/config.json`` holds; empty where there is none.
-    Returns: the family's title, or the class's name where the family is not one that we know.
+        pipeline: the name of its class, as ``model_index.json`` has it.
+        configs: of its components, by their names.
+    Returns: a stranger of the class's name where the family is not one that we know.
     """
-    for beginning, title in _PIPELINES:
-        if class_name.startswith(beginning):
-            return title
-    if class_name != SD1.pipeline_class.__name__:
-        return class_name
-    # SD 2.x has the pipeline class of SD 1.x, but linear layers around its attention where SD 1.x convolves
-    return "SD 2.x" if unet_config.get("use_linear_projection") else SD1.title
+    for family in FAMILIES.values():
+        name = family.denoiser.name
+        if pipeline == family.pipeline_class.__name__ and family.owns(configs.get(name, {})):
+            return family
+    for stranger in STRANGERS:
+        if stranger.pipeline and pipeline.startswith(stranger.pipeline) and stranger.owns(configs.get("unet", {})):
+            return stranger
+    return Stranger(pipeline)
+
+
+def family_of(pipeline: Any) -> Family:
+    """The family of an open pipeline, whatever it does: pipelines that begin with an image are of the same one.
+
+    Raises: UserError: none that we know.
+    """
+    found = [
+        family
+        for family in FAMILIES.values()
+        if all(hasattr(pipeline, component.name) for component in family.components)
+        and family.owns(getattr(pipeline, family.denoiser.name).config)
+    ]
+    for family in found:
+        if type(pipeline) is family.pipeline_class:
+            return family
+    if not found:
+        raise UserError(f"A {type(pipeline).__name__} cannot be used: {known_titles()} was expected.")
+    return found[0]
+
+
+def denoiser_of(pipeline: Any) -> Any:
+    """What an open pipeline denoises with: its UNet, or whatever its family calls it."""
+    return getattr(pipeline, family_of(pipeline).denoiser.name)
+
+
+def set_denoiser(pipeline: Any, denoiser: Any) -> None:
+    """Give an open pipeline another denoiser of its family."""
+    setattr(pipeline, family_of(pipeline).denoiser.name, denoiser)
+
+
+def known_titles() -> str:
+    """The families that open, for people."""
+    return " or ".join(family.title for family in FAMILIES.values())

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.families import Family, title_of_keys
+from dmm.families import FAMILIES, Family, Stranger, family_of_names, known_titles
 from dmm.formats.tensors import Header
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -24,10 +24,12 @@ def lora_file(path: Path) -> Path:
     return path / LORA_FILE if path.is_dir() else path
 
 
-def check_is_checkpoint(path: Path, header: Header, family: Family) -> None:
-    """Check that a single file is a full checkpoint of ``family``.
+def family_of_file(path: Path, header: Header, expected: Family | None = None) -> Family:
+    """The family of a single file that holds a full checkpoint.
 
-    Raises: UserError: a LoRA, another family's, one part of a model, or nothing that we know.
+    Args:
+        expected: which it must be of; by default any.
+    Raises: UserError: a LoRA, of another family, one part of a model, or nothing that we know.
     """
     names = header.tensors
     if is_lora(names):
@@ -35,23 +37,34 @@ def check_is_checkpoint(path: Path, header: Header, family: Family) -> None:
             f"{path} is a LoRA, not a full model. Pass it as the LoRA (lora=, --lora) and the model it was trained "
             "on as the model."
         )
-    match title_of_keys(names):
-        case (family.title, _):
-            pass
-        case (title, name):
-            raise UserError(
-                f"{path} is {title} (it holds '{name}'); {family.title} was expected. Choose models of one family."
-            )
-        case _ if any(part in name for name in names for part in _DIFFUSERS_PARTS):
-            raise UserError(
-                f"{path} is one part of a diffusers model (it holds '{next(iter(names))}'). Pass the folder that "
-                "holds its model_index.json."
-            )
-        case _:
-            raise UserError(
-                f"{path}: none of its {len(names)} tensors has a name that we know{_example(names)}. "
-                f"{family.title} was expected, with names such as '{family.components[0].original_prefix}...'."
-            )
+    title = expected.title if expected else known_titles()
+    told = family_of_names(names)
+    if told is None and any(part in name for name in names for part in _DIFFUSERS_PARTS):
+        raise UserError(
+            f"{path} is one part of a diffusers model (it holds '{next(iter(names))}'). Pass the folder that "
+            "holds its model_index.json."
+        )
+    if told is None:
+        example = (expected or next(iter(FAMILIES.values()))).denoiser.original_prefix
+        raise UserError(
+            f"{path}: none of its {len(names)} tensors has a name that we know{_example(names)}. "
+            f"{title} was expected, with names such as '{example}...'."
+        )
+    family, name = told
+    if isinstance(family, Stranger) or family is not (expected or family):
+        raise UserError(
+            f"{path} is {family.title} (it holds '{name}'); {title} was expected. Choose models of one family."
+        )
+    return family
+
+
+def check_is_checkpoint(path: Path, header: Header, family: Family) -> None:
+    """Check that a single file is a full checkpoint of ``family``.
+
+    Raises: UserError: as :func:`family_of_file`; or a part is missing.
+    """
+    family_of_file(path, header, family)
+    names = header.tensors
     for component in family.components:
         if not any(name.startswith(component.original_prefix) for name in names):
             raise UserError(
@@ -68,9 +81,11 @@ def check_is_lora(path: Path, header: Header) -> None:
     names = header.tensors
     if is_lora(names):
         return
-    found = title_of_keys(names)
+    found = family_of_names(names)
     if found:
-        raise UserError(f"{path} is a full checkpoint ({found[0]}), not a LoRA. Pass it as the model, without a LoRA.")
+        raise UserError(
+            f"{path} is a full checkpoint ({found[0].title}), not a LoRA. Pass it as the model, without a LoRA."
+        )
     raise UserError(
         f"{path} is no LoRA: none of its {len(names)} tensors has a LoRA's name{_example(names)}. "
         "Names such as 'lora_unet_....lora_down.weight' were expected."

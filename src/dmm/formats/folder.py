@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import Component, Family, title_of_folder
+from dmm.families import Component, Family, Stranger, family_of_class, known_titles
 from dmm.files.json import read_json
 from dmm.formats.detect import LORA_FILE
-from dmm.formats.schedules import read_scheduler_config
 from dmm.formats.skeleton import build_skeletons, check_tensors
 from dmm.formats.tensors import read_header
 
@@ -35,6 +34,50 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
     Returns: its components' skeletons (see ``build_skeletons``).
     Raises: UserError: no pipeline folder, of another family, or a config that is missing or broken.
     """
+    index = _read_index(folder)
+    found = tell_folder(folder)
+    if found is not family:
+        raise _other_family(folder, found, family.title)
+    for name in (*(component.name for component in family.components), "scheduler", "tokenizer"):
+        if not isinstance(index.get(name), list):
+            raise UserError(f"{folder / 'model_index.json'} names no {name}. The folder is incomplete; save it again.")
+    read_scheduler_config(folder)
+    tokenizer = folder / "tokenizer"
+    if not ((tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()):
+        raise UserError(f"{tokenizer} holds neither tokenizer.json nor vocab.json. Add the model's tokenizer.")
+    return build_skeletons(folder, family)
+
+
+def family_of_folder(folder: Path) -> Family:
+    """The family of a stock folder, by its JSON files alone.
+
+    Raises: UserError: no pipeline folder, or of no family that opens.
+    """
+    found = tell_folder(folder)
+    if isinstance(found, Stranger):
+        raise _other_family(folder, found, known_titles())
+    return found
+
+
+def tell_folder(folder: Path) -> Family | Stranger:
+    """What a stock folder holds, whether it opens or not.
+
+    Raises: UserError: no pipeline folder, or a config that is broken.
+    """
+    index = _read_index(folder)
+    configs = {path.parent.name: read_json(path) for path in folder.glob("*/config.json") if path.parent.name in index}
+    return family_of_class(str(index.get("_class_name")), configs)
+
+
+def _other_family(folder: Path, found: Family | Stranger, expected: str) -> UserError:
+    class_name = _read_index(folder).get("_class_name")
+    return UserError(
+        f"{folder} is {found.title} (model_index.json: {class_name}); {expected} was expected. "
+        "Choose models of one family."
+    )
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Pass a stock diffusers pipeline folder.")
     if (folder / LORA_FILE).is_file():
@@ -44,23 +87,7 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
             f"{folder} holds no model_index.json, so it is no stock diffusers pipeline folder. Pass the folder that "
             "`save_pretrained` of a pipeline wrote, or a single .safetensors file."
         )
-    index = read_json(folder / "model_index.json")
-    unet_config_path = folder / "unet" / "config.json"
-    unet_config = read_json(unet_config_path) if unet_config_path.is_file() else {}
-    found = title_of_folder(str(index.get("_class_name")), unet_config)
-    if found != family.title:
-        raise UserError(
-            f"{folder} is {found} (model_index.json: {index.get('_class_name')}); {family.title} was expected. "
-            "Choose models of one family."
-        )
-    for name in (*(component.name for component in family.components), "scheduler", "tokenizer"):
-        if not isinstance(index.get(name), list):
-            raise UserError(f"{folder / 'model_index.json'} names no {name}. The folder is incomplete; save it again.")
-    read_scheduler_config(folder)
-    tokenizer = folder / "tokenizer"
-    if not ((tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()):
-        raise UserError(f"{tokenizer} holds neither tokenizer.json nor vocab.json. Add the model's tokenizer.")
-    return build_skeletons(folder, family)
+    return read_json(folder / "model_index.json")
 
 
 def check_folder(folder: Path, family: Family, *, allow_pickle: bool) -> dict[str, Any]:

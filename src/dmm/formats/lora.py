@@ -20,6 +20,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from dmm.errors import UserError
+from dmm.families import LORA_MARKERS, Family
 from dmm.formats.detect import LORA_FILE, check_is_lora
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 
@@ -106,24 +107,25 @@ def fuse_lora(pipeline: Any, lora: list[LoraLayerWeights], scale: float) -> None
 
 def save_kohya_lora(
     path: Path,
+    models: Mapping[str, nn.Module],
+    family: Family,
     *,
-    unet: nn.Module | None = None,
-    text_encoder: nn.Module | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the PEFT adapter of a UNet, of a text encoder, or of both in kohya's layout.
+    """Write the PEFT adapters of a pipeline's parts in kohya's layout.
 
     Args:
-        unet, text_encoder: models with one LoRA adapter (``add_adapter``) on linear layers and convolutions.
+        models: by the components' names, with one LoRA adapter each (``add_adapter``) on linear layers, convolutions.
+        family: of the pipeline.
         dtype: of the written weights; by default each keeps its own. Alphas are float32.
         metadata: further strings for the header.
     Raises: UserError: there is no adapter.
     """
     tensors: dict[str, Tensor] = {}
     ranks: set[int] = set()
-    for component, model in (("unet", unet), ("text_encoder", text_encoder)):
-        for module, layer in model.named_modules() if model else ():
+    for component, model in models.items():
+        for module, layer in model.named_modules():
             if not isinstance(layer, LoraLayer):
                 continue
             (adapter,) = layer.active_adapters
@@ -138,7 +140,7 @@ def save_kohya_lora(
         raise UserError(f"{path}: the model has no LoRA adapter to write. Add one with `add_adapter` and train it.")
     written = {
         "format": "pt",
-        "ss_base_model_version": "sd_v1",
+        **family.lora_metadata,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
     }
@@ -170,7 +172,7 @@ def _layers_by_name(models: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
                 layouts = [kohya_name(component, module), f"{component}.{module}"]
                 if component == "text_encoder":
                     # with and without the level that transformers 5.6 dropped; diffusers' writer of kohya's layout
-                    # says te1, as SDXL does
+                    # says te1 of any model
                     layouts.append(f"{component}.text_model.{module}")
                     flat = module.replace(".", "_")
                     layouts += [f"lora_te{one}_{level}{flat}" for one in ("", "1") for level in ("", "text_model_")]
@@ -189,8 +191,10 @@ def _check_known(path: Path, names: list[str], layers: Mapping[str, object]) -> 
     unknown = [name for name in names if name not in layers]
     if not unknown:
         return
-    sdxl = any(name.startswith(("lora_te2_", "text_encoder_2.")) or "input_blocks" in name for name in names)
-    advice = "It is an SDXL LoRA" if sdxl else "It was trained on another architecture"
+    advice = next(
+        (f"It is of {title}" for title, marker in LORA_MARKERS if any(marker in name for name in names)),
+        "It was trained on another architecture",
+    )
     if len(unknown) == len(names):
         raise UserError(
             f"{path}: none of its {len(names)} layers is one of this model's: it has '{unknown[0]}', the model "

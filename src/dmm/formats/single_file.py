@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import SD1, Family
+from dmm.families import Family, family_of
 from dmm.formats.configs import describe_pipeline
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs
 from dmm.formats.schedules import (
@@ -150,15 +150,14 @@ def save_single_file(
     """Write a pipeline as one safetensors file of the original layout.
 
     Args:
-        pipeline: a stock SD 1.x pipeline.
+        pipeline: a stock pipeline.
         dtype: of the written weights; by default each keeps its own.
         metadata: further strings for the header. What the UNet predicts, and of what noise, is written always: a file
             that does not say is taken for an epsilon model of the usual schedule. So are the configs, by which the file
             opens.
     Raises: UserError: the pipeline has an adapter, or tensors that the original layout has no name for.
     """
-    family = SD1
-    models = {component.name: getattr(pipeline, component.name) for component in family.components}
+    family, models = family_of(pipeline), pipeline.components
     tensors: dict[str, Tensor] = {}
     for component, names in original_names(models, family).items():
         if any(isinstance(module, BaseTunerLayer) for module in models[component].modules()):
@@ -179,7 +178,7 @@ def save_single_file(
         **describe_pipeline(pipeline, path),
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-v1",
+        "modelspec.architecture": family.architecture,
         "modelspec.prediction_type": _PREDICTION_TO_SPEC[scheduler.prediction_type],
     }
     write_tensors(path, tensors, {**written, **(metadata or {})})

@@ -91,8 +91,8 @@ def rediffuse(
     """The clean latents that a model predicts at timestep t, diffused again with other noise to a timestep s >= t.
 
     At large t the clean latents themselves are unbounded: an error of the predicted noise comes back
-    sqrt((1 - alpha_bar_t) / alpha_bar_t) times as large, about 15 at the end of SD 1.x's schedule. Diffused to s they
-    are multiplied by sqrt(alpha_bar_s), and what is left of that factor is at most 1.
+    sqrt((1 - alpha_bar_t) / alpha_bar_t) times as large, about 15 at the end of the commonest schedule. Diffused to s
+    they are multiplied by sqrt(alpha_bar_s), and what is left of that factor is at most 1.
 
     Args:
         model_output, x_t, noise: (B, C, H, W).

@@ -126,8 +126,6 @@ def write_adapter(adapter: Adapter, folder: Path, stem: str, metadata: Mapping[s
             check_finite(tensors, str(path))
             header = {
                 "format": "pt",
-                "modelspec.architecture": "stable-diffusion-v1/lora",
-                "ss_base_model_version": "sd_v1",
                 "ss_network_module": "networks.lora",
                 "ss_network_dim": "Dynamic",
                 _NAMES: json.dumps(names),

@@ -1,4 +1,4 @@
-"""The layout in which DMM's authors released their merged models: read and written, SD 1.x.
+"""The layout in which DMM's authors released their merged models: read and written.
 
 Their UNet holds the side-car itself. In its state dict stand ``model_embedding.weight``, the (N, D) codebook, and
 ``add_embedding.linear_{1,2}.{weight,bias}``, the MLP; in its config, ``addition_embed_type: model_merge`` and
@@ -18,10 +18,9 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families import FAMILIES, STRANGERS, Family, Stranger, family_of, family_of_names, known_titles
 from dmm.files.json import read_json
 from dmm.formats.configs import find_configs
-from dmm.formats.detect import check_is_checkpoint
 from dmm.formats.folder import UNUSED_COMPONENTS, check_component, weight_files
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
@@ -29,7 +28,7 @@ from dmm.formats.skeleton import build_skeleton, check_tensors
 from dmm.formats.tensors import Header, check_finite, read_header, read_tensors, write_tensors
 from dmm.models.styles import Provenance, StylePrompts
 
-PIPELINE_CLASS = "StableDiffusionDMMPipeline"
+_KNOWN: list[Family | Stranger] = [*FAMILIES.values(), *STRANGERS]
 UNET_CLASS = "DMMUNet2DConditionModel"
 UNET_MODULE = "modeling.dmm_unet"
 """Where the authors' code finds the class, as their model_index.json says."""
@@ -45,22 +44,24 @@ _NAMES = {
     "add_embedding.linear_2.weight": "linear_2.weight",
     "add_embedding.linear_2.bias": "linear_2.bias",
 }
-_EMBED_TYPE = "model_merge"
 
 
 def is_authors(path: Path, *, allow_pickle: bool = False) -> bool:
     """Whether a path holds a merged model in the authors' layout, a folder or a single file."""
     if path.is_dir():
         index = path / "model_index.json"
-        return index.is_file() and read_json(index).get("_class_name") == PIPELINE_CLASS
+        return index.is_file() and read_json(index).get("_class_name") in [
+            one.authors.pipeline for one in _KNOWN if one.authors
+        ]
     return any(name.endswith(_CODEBOOK) for name in read_header(path, allow_pickle=allow_pickle).tensors)
 
 
 def read_authors_styles(path: Path, *, allow_pickle: bool = False) -> StylePrompts:
     """Read the style prompts of what :func:`is_authors`, in float32.
 
-    Raises: UserError: it is SDXL, which is not opened yet; a file is missing or damaged; or the parts do not fit.
+    Raises: UserError: it is of a family that does not open; a file is missing or damaged; or the parts do not fit.
     """
+    _family_of(path, allow_pickle)
     files = _unet_files(path, allow_pickle)
     tensors, metadata = _side_car(path, files, allow_pickle)
     num_styles, dim = tensors["embeddings"].shape
@@ -88,24 +89,24 @@ def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, a
         pipeline = _open_folder(path, torch_dtype, allow_pickle)
     else:
         header = read_header(path, allow_pickle=allow_pickle)
+        family = _family_of(path, allow_pickle)
         stock = {name: tensor for name, tensor in header.tensors.items() if not name.endswith(tuple(_NAMES))}
         header = Header(stock, header.metadata)
-        check_is_checkpoint(path, header, SD1)
-        config = config or find_configs(path, header, SD1)
-        check_single_file(path, header, config, SD1)
-        pipeline = open_single_file(path, SD1, config=config, torch_dtype=torch_dtype)
+        config = config or find_configs(path, header, family)
+        check_single_file(path, header, config, family)
+        pipeline = open_single_file(path, family, config=config, torch_dtype=torch_dtype)
         pipeline.scheduler = open_scheduler(scheduler_config_of(path, header, config))
-    for component in SD1.components:
+    for component in family_of(pipeline).components:
         check_finite(getattr(pipeline, component.name).state_dict(), f"{path}: {component.name}")
     return pipeline
 
 
-def rewrite_folder(folder: Path, prompts: StylePrompts) -> None:
+def rewrite_folder(folder: Path, prompts: StylePrompts, family: Family) -> None:
     """Turn a stock pipeline folder, in place, into one of the authors' layout with these styles."""
-    _edit_json(folder / "model_index.json", {"_class_name": PIPELINE_CLASS, "unet": [UNET_MODULE, UNET_CLASS]})
+    _edit_json(folder / "model_index.json", {"_class_name": family.authors.pipeline, "unet": [UNET_MODULE, UNET_CLASS]})
     _edit_json(
         folder / "unet" / "config.json",
-        {"_class_name": UNET_CLASS, "addition_embed_type": _EMBED_TYPE, "num_models": len(prompts.names)},
+        {"_class_name": UNET_CLASS, "addition_embed_type": family.authors.embed_type, "num_models": len(prompts.names)},
     )
     (file,) = _unet_files(folder, allow_pickle=False)
     rewrite_file(file, prompts, prefix="")
@@ -128,10 +129,11 @@ def rewrite_file(file: Path, prompts: StylePrompts, prefix: str) -> None:
 
 
 def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> Any:
-    unet_component, *others = SD1.components
+    family = _family_of(folder, allow_pickle)
+    unet_component, *others = family.components
     for component in others:
         at = folder / component.name
-        check_component(at, component, build_skeleton(at, component, SD1), allow_pickle=allow_pickle)
+        check_component(at, component, build_skeleton(at, component, family), allow_pickle=allow_pickle)
     config = read_json(folder / "unet" / "config.json")
     stock = {name: value for name, value in config.items() if name not in ("addition_embed_type", "num_models")}
     try:
@@ -160,18 +162,32 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{folder} has no tokenizer that can be opened: {error}") from error
-    return SD1.pipeline_class(**parts, **dict.fromkeys(UNUSED_COMPONENTS), requires_safety_checker=False)
+    return family.pipeline_class(**parts, **dict.fromkeys(UNUSED_COMPONENTS), requires_safety_checker=False)
 
 
 def _unet_files(path: Path, allow_pickle: bool) -> list[Path]:
     if not path.is_dir():
         return [path]
-    config = path / "unet" / "config.json"
-    found = read_json(config).get("addition_embed_type")
-    if found != _EMBED_TYPE:
-        kind = "SDXL" if found == f"{_EMBED_TYPE}_xl" else f"of addition_embed_type {found}"
-        raise UserError(f"{config}: this merge in the authors' layout is {kind}; {SD1.title} was expected.")
-    return weight_files(path / "unet", SD1.components[0], allow_pickle)[0]
+    return weight_files(path / "unet", _family_of(path, allow_pickle).denoiser, allow_pickle)[0]
+
+
+def _family_of(path: Path, allow_pickle: bool) -> Family:
+    """The family of a merge in the authors' layout.
+
+    Raises: UserError: none that opens.
+    """
+    told: Family | Stranger | None
+    if path.is_dir():
+        embed_type = read_json(path / "unet" / "config.json").get("addition_embed_type")
+        told = next((one for one in _KNOWN if one.authors and one.authors.embed_type == embed_type), None)
+        kind = f"of addition_embed_type {embed_type}"
+    else:
+        names = [name for name in read_header(path, allow_pickle=allow_pickle).tensors if _CODEBOOK not in name]
+        told, kind = (family_of_names(names) or (None,))[0], "of no family that we know"
+    if not isinstance(told, Family):
+        kind = told.title if told else kind
+        raise UserError(f"{path}: this merge in the authors' layout is {kind}; {known_titles()} was expected.")
+    return told
 
 
 def _side_car(path: Path, files: list[Path], allow_pickle: bool) -> tuple[dict[str, Tensor], Mapping[str, str]]:
@@ -181,8 +197,6 @@ def _side_car(path: Path, files: list[Path], allow_pickle: bool) -> tuple[dict[s
     for file in files:
         header = read_header(file, allow_pickle=allow_pickle)
         theirs = {name: _NAMES[key] for name in header.tensors for key in _NAMES if name.endswith(key)}
-        if any("add_embedding2." in name or name.startswith("conditioner.") for name in header.tensors):
-            raise UserError(f"{path}: this merge in the authors' layout is SDXL; {SD1.title} was expected.")
         if theirs and file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:  # five of gigabytes
                 found |= {ours: tensors.get_tensor(name) for name, ours in theirs.items()}

@@ -17,6 +17,7 @@ import torch
 from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.files.json import read_json
+from dmm.formats.folder import family_of_folder
 from dmm.formats.skeleton import check_tensors
 from dmm.formats.tensors import check_finite, read_header
 from dmm.models.adapter_files import INDEX, read_adapters, write_adapters
@@ -62,15 +63,19 @@ def _read_weights(styles: Path, names: list[str], dim: int) -> StylePrompts:
 
 
 def write_side_car(prompts: StylePrompts, folder: Path) -> None:
-    """Write style prompts, adapters and their provenance where it is known, into the folder of a whole pipeline."""
+    """Write style prompts, adapters and their provenance where it is known, into the folder of a whole pipeline
+    that is otherwise written already.
+    """
     styles = folder / STYLES_FOLDER
     if prompts.config.dim:
         prompts.save_pretrained(styles)
     else:
         prompts.save_config(styles)
     if prompts.adapters:
-        digest = sha256(*sorted((folder / "unet").glob("*.safetensors")))
-        told = {one.name: _metadata(one) for one in prompts.provenance}
+        family = family_of_folder(folder)
+        digest = sha256(*sorted((folder / family.denoiser.name).glob("*.safetensors")))
+        told = {one.name: family.lora_metadata | _metadata(one) for one in prompts.provenance}
+        told = dict.fromkeys(prompts.names, family.lora_metadata) | told
         in_order = {name: prompts.adapters[name] for name in prompts.names if name in prompts.adapters}
         write_adapters(in_order, styles, base_sha256=digest, metadata=told)
     if prompts.provenance:

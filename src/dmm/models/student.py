@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dmm.errors import UserError
+from dmm.families import Family
 from dmm.maths.mixes import check_name
 from dmm.models.adapters import Adapter, Factors
 from dmm.models.features import BlockTap
-from dmm.models.styles import StylePrompts, attach_styles, styled_embedding
+from dmm.models.styles import StylePrompts, attach_styles, styled_port
 from dmm.models.unfused import changes_of, set_changes
 
 
@@ -71,12 +72,13 @@ class StyledStudent(nn.Module):
     Args:
         unet: a stock UNet; styles are attached to it.
         style_prompts: as wide as the UNet's timestep embedding.
+        family: the UNet's.
     Raises: UserError: the widths differ.
     """
 
-    def __init__(self, unet: Any, style_prompts: StylePrompts) -> None:
+    def __init__(self, unet: Any, style_prompts: StylePrompts, family: Family) -> None:
         super().__init__()
-        attach_styles(unet, style_prompts)
+        attach_styles(unet, style_prompts, family.port)
         self.unet = unet
         self.style_prompts = style_prompts
         self._tap = BlockTap(unet)
@@ -92,14 +94,14 @@ class StyledStudent(nn.Module):
             conditioning: keyword arguments of the UNet, such as ``encoder_hidden_states``, (B, T, D).
             style_weights: (B, N).
         """
-        embedding = styled_embedding(self.unet)
-        assert embedding is not None
-        embedding.term = self.style_prompts(style_weights)
+        port = styled_port(self.unet)
+        assert port is not None
+        port.term = self.style_prompts(style_weights)
         try:
             with self._tap.catch() as features:
                 prediction = self.unet(x_t, timesteps, **conditioning, return_dict=False)[0]
         finally:
-            embedding.term = None
+            port.term = None
         return StudentOutput(prediction, dict(features))
 
 

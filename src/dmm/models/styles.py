@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -50,8 +49,8 @@ class StylePrompts(ModelMixin, ConfigMixin):
 
     Args:
         names: of the N styles, in the order of the codebook's rows.
-        dim: D, the width of the model's timestep embedding; 1280 in SD 1.x and SDXL. 0 where styles are adapters
-            alone, and have no prompt.
+        dim: D, the width of the model's timestep embedding; 1280 in most UNets. 0 where styles are adapters alone, and
+            have no prompt.
     Source: DMM §3.3, §A.1.
     """
 
@@ -87,37 +86,24 @@ class StylePrompts(ModelMixin, ConfigMixin):
         return term
 
 
-class StyledTimestepEmbedding(TimestepEmbedding):
-    """A model's own timestep embedding, which also adds the current style term.
+class StyledLinear(nn.Linear):
+    """The last linear layer of what embeds time, which also adds the current style term.
 
-    Its parameters are those of the module that it replaces, under the same names, so that the model
-    saves, loads and trains as if it were stock. The side-car and the term are plain attributes: what
-    is no submodule is not saved with the model, and what is no buffer is not made equal across
-    processes by DDP.
+    Its parameters are those of the layer that it was, under the same names, so that the model saves, loads and trains
+    as if it were stock. The side-car and the term are plain attributes: what is no submodule is not saved with the
+    model, and what is no buffer is not made equal across processes by DDP.
     """
 
     style_prompts: StylePrompts
     term: Tensor | None
     adaptation: Adaptation
 
-    @classmethod
-    def replace(cls, plain: TimestepEmbedding, style_prompts: StylePrompts) -> "StyledTimestepEmbedding":
-        """A styled embedding on the parameters of ``plain``, with no style set."""
-        styled = cls.__new__(cls)
-        nn.Module.__init__(styled)
-        styled.__dict__.update(plain.__dict__)
-        # __setattr__ would register the side-car as a submodule
-        styled.__dict__["style_prompts"] = style_prompts
-        styled.__dict__["term"] = None
-        styled.__dict__["adaptation"] = Adaptation()
-        return styled
-
-    def forward(self, sample: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Embed (B, ...) timesteps; (B, D), with the style term where one is set.
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, ..., D_in) to (B, ..., D), with the style term where one is set.
 
         Raises: ValueError: the term is of S styles and B is not S, 2 S or 3 S (guidance makes blocks of S).
         """
-        embedding = super().forward(sample, condition)
+        embedding = super().forward(input)
         if self.term is None:
             return embedding
         term = self.term.to(embedding)  # its device, too: offloading moves parameters only
@@ -132,37 +118,40 @@ class StyledTimestepEmbedding(TimestepEmbedding):
                     "style for all, or as many as prompts x images per prompt."
                 )
             term = term.repeat(blocks, 1)
+            term = term.reshape(len(term), *(1,) * (embedding.ndim - 2), -1)
         return embedding + term
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "StyledTimestepEmbedding":
+    def _apply(self, fn: Any, recurse: bool = True) -> "StyledLinear":
         super()._apply(fn, recurse)
         if self.term is not None:
-            self.__dict__["term"] = fn(self.term)
+            self.term = fn(self.term)
         self.style_prompts._apply(fn, recurse)
         return self
 
 
-def attach_styles(model: Any, style_prompts: StylePrompts, time_embedding: str = "time_embedding") -> None:
+def attach_styles(model: Any, style_prompts: StylePrompts, port: str) -> None:
     """Let a diffusers model take style terms; until one is set its output does not change by a bit.
 
     Args:
-        model: a UNet or a ControlNet; any model one of whose modules embeds time.
-        time_embedding: the name of that module.
-    Raises: UserError: the module's width is not that of the style prompts.
+        model: a denoiser or a ControlNet; any model one of whose modules embeds time.
+        port: the path of that module's last linear layer, which becomes a :class:`StyledLinear` in place.
+    Raises: UserError: the layer's width is not that of the style prompts.
     """
-    plain = model.get_submodule(time_embedding)
-    dim = plain.linear_2.out_features
-    if style_prompts.config.dim not in (0, dim):
+    linear = model.get_submodule(port)
+    if style_prompts.config.dim not in (0, linear.out_features):
         raise UserError(
-            f"The style prompts are {style_prompts.config.dim} wide, the model's timestep embedding {dim}: "
-            "they belong to another model."
+            f"The style prompts are {style_prompts.config.dim} wide, the model's timestep embedding "
+            f"{linear.out_features}: they belong to another model."
         )
-    model.set_submodule(time_embedding, StyledTimestepEmbedding.replace(plain, style_prompts))
+    linear.__class__ = StyledLinear
+    vars(linear)["style_prompts"] = style_prompts  # __setattr__ would register the side-car as a submodule
+    linear.term = None
+    linear.adaptation = Adaptation()
 
 
-def styled_embedding(model: nn.Module) -> StyledTimestepEmbedding | None:
-    """The module of ``model`` that takes style terms; None where :func:`attach_styles` has not been."""
-    return next((module for module in model.modules() if isinstance(module, StyledTimestepEmbedding)), None)
+def styled_port(model: nn.Module) -> StyledLinear | None:
+    """The layer of ``model`` that takes style terms; None where :func:`attach_styles` has not been."""
+    return next((module for module in model.modules() if isinstance(module, StyledLinear)), None)
 
 
 def style_weights(names: Sequence[str], style: Mix | Sequence[Mix]) -> Tensor:
@@ -182,31 +171,23 @@ def style_weights(names: Sequence[str], style: Mix | Sequence[Mix]) -> Tensor:
 
 
 @torch.no_grad()
-def bake(model: Any, term: Tensor, time_embedding: str = "time_embedding") -> None:
+def bake(model: Any, term: Tensor, port: str) -> None:
     """Add a style term to the bias after which it would be added; the model is then stock and paints that style.
 
     Args:
         model: a diffusers model as for :func:`attach_styles`, changed in place; attached styles are taken off.
         term: (D,), of :class:`StylePrompts`.
+        port: see :func:`attach_styles`.
     """
-    module = model.get_submodule(time_embedding)
-    if isinstance(module, StyledTimestepEmbedding):
-        module = _plain(module)
-        model.set_submodule(time_embedding, module)
-    module.linear_2.bias.add_(term.to(module.linear_2.bias))
+    detach_styles(model)
+    bias = model.get_submodule(port).bias
+    bias.add_(term.to(bias))
 
 
-def detach_styles(model: Any, time_embedding: str = "time_embedding") -> None:
+def detach_styles(model: nn.Module) -> None:
     """Undo :func:`attach_styles`: the model is stock again."""
-    module = model.get_submodule(time_embedding)
-    if isinstance(module, StyledTimestepEmbedding):
-        model.set_submodule(time_embedding, _plain(module))
-
-
-def _plain(styled: StyledTimestepEmbedding) -> TimestepEmbedding:
-    plain = TimestepEmbedding.__new__(TimestepEmbedding)
-    nn.Module.__init__(plain)
-    plain.__dict__.update(
-        {k: v for k, v in styled.__dict__.items() if k not in ("style_prompts", "term", "adaptation")}
-    )
-    return plain
+    linear: nn.Linear | None = styled_port(model)
+    if linear is not None:
+        for name in ("style_prompts", "term", "adaptation"):
+            del vars(linear)[name]
+        linear.__class__ = nn.Linear

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
 from dmm.errors import UserError
-from dmm.families import FAMILIES, SD1
+from dmm.families import Family
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
-from dmm.formats.detect import check_is_checkpoint, lora_file
-from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, open_folder, weight_files
+from dmm.formats.detect import family_of_file, lora_file
+from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, family_of_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
 from dmm.formats.pickles import PICKLE_SUFFIXES
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
@@ -66,6 +66,7 @@ class ModelSource:
 class CheckedModel:
     """What is known of a model before its weights are loaded."""
 
+    family: Family
     path: Path
     """Where it is here."""
     configs: Path
@@ -82,29 +83,34 @@ class CheckedModel:
     unet_files: tuple[Path, ...]
     """What holds the UNet's weights; of LoRAs, their files."""
 
+    @property
+    def denoiser(self) -> Any:
+        """Its skeleton."""
+        return self.skeletons[self.family.denoiser.name]
 
-def check_model(source: ModelSource, *, family: str | None = None, name: str | None = None) -> CheckedModel:
+
+def check_model(source: ModelSource, *, family: Family | None = None, name: str | None = None) -> CheckedModel:
     """Check everything about a model that can be known without loading its weights.
 
     Args:
-        family: which is expected, a key of ``dmm.families.FAMILIES``; by default SD 1.x.
+        family: which is expected; by default any.
         name: what error messages call the model, such as ``teacher 'noto'``; by default they begin with its path.
     Raises: UserError: whatever is wrong with the files: missing, cut short, pickled, of another family or
         architecture, incomplete, or a LoRA that does not fit.
     """
     with naming(name):
-        expected = FAMILIES[family] if family else SD1
         path = locate(source)
         if path.is_dir():
             configs = path
-            skeletons = check_folder(path, expected, allow_pickle=source.allow_pickle)
+            family = family or family_of_folder(path)
+            skeletons = check_folder(path, family, allow_pickle=source.allow_pickle)
             scheduler_config = read_scheduler_config(path)
-            files, _ = weight_files(path / "unet", expected.components[0], source.allow_pickle)
+            files, _ = weight_files(path / family.denoiser.name, family.denoiser, source.allow_pickle)
         else:
             header = read_header(path, allow_pickle=source.allow_pickle)
-            check_is_checkpoint(path, header, expected)
-            configs = source.config or find_configs(path, header, expected)
-            skeletons = check_single_file(path, header, configs, expected)
+            family = family or family_of_file(path, header)
+            configs = source.config or find_configs(path, header, family)
+            skeletons = check_single_file(path, header, configs, family)
             scheduler_config = scheduler_config_of(path, header, configs)
             files = [path]
         loras = [(read_lora(lora, skeletons, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
@@ -112,7 +118,7 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
             files = [lora_file(lora) for lora, _ in source.loras]
         vae = None if source.vae is None else _locate_vae(source.vae)
         if vae is not None:
-            check_vae(vae, skeletons, expected, allow_pickle=source.allow_pickle)
+            check_vae(vae, skeletons, family, allow_pickle=source.allow_pickle)
         found = source.prediction_type or scheduler_config.get("prediction_type", "epsilon")
         prediction_type = next((known for known in PREDICTION_TYPES if known == found), None)
         if prediction_type is None:
@@ -121,16 +127,18 @@ def check_model(source: ModelSource, *, family: str | None = None, name: str | N
                 "expected. Models of other prediction types cannot be merged."
             )
         scheduler_config["prediction_type"] = prediction_type
-        return CheckedModel(path, configs, skeletons, scheduler_config, prediction_type, loras, vae, tuple(files))
+        return CheckedModel(
+            family, path, configs, skeletons, scheduler_config, prediction_type, loras, vae, tuple(files)
+        )
 
 
 def open_pipeline(
     source: ModelSource,
     *,
     torch_dtype: torch.dtype = torch.float32,
-    family: str | None = None,
+    family: Family | None = None,
     name: str | None = None,
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """Open a model of any format as a stock pipeline.
 
     Everything that can be checked without loading weights is, before any are. LoRAs are fused into the weights,
@@ -141,14 +149,14 @@ def open_pipeline(
         family, name: see :func:`check_model`.
     Raises: UserError: as :func:`check_model`; or values that are not finite.
     """
-    expected = FAMILIES[family] if family else SD1
     checked = check_model(source, family=family, name=name)
+    family = checked.family
     with naming(name):
         path = checked.path
         if path.is_dir():
-            pipeline = open_folder(path, expected, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
+            pipeline = open_folder(path, family, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
         else:
-            pipeline = open_single_file(path, expected, config=checked.configs, torch_dtype=torch_dtype)
+            pipeline = open_single_file(path, family, config=checked.configs, torch_dtype=torch_dtype)
         for lora, scale in checked.loras:
             fuse_lora(pipeline, lora, scale)
         if checked.vae is not None:
@@ -157,7 +165,7 @@ def open_pipeline(
             )
             pipeline.register_modules(vae=vae)
         pipeline.scheduler = open_scheduler(checked.scheduler_config)
-        for component in expected.components:
+        for component in family.components:
             tensors = getattr(pipeline, component.name).state_dict()
             assert not any(tensor.is_meta for tensor in tensors.values()), f"{component.name} is not wholly loaded"
             check_finite(tensors, f"{path}: {component.name}")
@@ -191,7 +199,7 @@ def locate(source: ModelSource) -> Path:
         return path
     hub_id = str(source.model)
     try:
-        downloaded = StableDiffusionPipeline.download(
+        downloaded = DiffusionPipeline.download(
             hub_id, use_safetensors=None if source.allow_pickle else True, **dict.fromkeys(UNUSED_COMPONENTS)
         )
         # diffusers fetches only what model_index.json names; the snapshot's folder is named by its revision

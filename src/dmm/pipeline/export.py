@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dmm
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families import denoiser_of, family_of
 from dmm.files.outputs import new_file, new_folder
 from dmm.formats.folder import PARTS
 from dmm.formats.single_file import original_names, save_single_file
@@ -30,8 +30,6 @@ SINGLE_FILE = ".safetensors"
 """An output of this suffix is a single file of the original layout; any other is a folder."""
 CHECKPOINT_FILE = "model.safetensors"
 PATCH_FOLDER = "styles"
-
-_BIAS = f"{SD1.time_embedding}.linear_2.bias"
 
 
 def export_style(
@@ -70,9 +68,8 @@ def export_all(
         single_file: put ``model.safetensors``, of the original layout, in it instead.
     Raises: UserError: see :func:`export_style`.
     """
-    stock = stock_twin(pipe)
-    models = {component.name: getattr(stock, component.name) for component in SD1.components}
-    name = original_names(models, SD1)["unet"][_BIAS] if single_file else _BIAS
+    stock, family = stock_twin(pipe), family_of(pipe)
+    name = original_names(stock.components, family)[family.denoiser.name][family.bias] if single_file else family.bias
     with new_folder(folder, overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(folder):
         if single_file:
             _write_single_file(stock, temporary / CHECKPOINT_FILE, dtype, describe(pipe, None))
@@ -80,7 +77,7 @@ def export_all(
             _write_folder(stock, temporary, dtype, describe(pipe, None))
         (temporary / PATCH_FOLDER).mkdir()
         for style, file in zip(style_prompts_of(pipe).names, patch_files(pipe), strict=True):
-            bias: Tensor = stock_twin(pipe, style).unet.get_parameter(_BIAS)
+            bias: Tensor = denoiser_of(stock_twin(pipe, style)).get_parameter(family.bias)
             patch = {name: bias.detach().to(dtype)}
             check_finite(patch, f"the style '{style}'")
             write_tensors(temporary / PATCH_FOLDER / file, patch, {"format": "pt", **describe(pipe, {style: 1.0})})
@@ -98,11 +95,11 @@ def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float3
     if output.suffix == SINGLE_FILE:
         with new_file(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
             _write_single_file(stock, temporary, dtype, metadata)
-            rewrite_file(temporary, prompts, SD1.components[0].original_prefix)
+            rewrite_file(temporary, prompts, family_of(pipe).denoiser.original_prefix)
     else:
         with new_folder(output, overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(output):
             _write_folder(stock, temporary, dtype, metadata)
-            rewrite_folder(temporary, prompts)
+            rewrite_folder(temporary, prompts, family_of(pipe))
 
 
 def patch_files(pipe: Any) -> list[str]:
@@ -121,7 +118,7 @@ def describe(pipe: Any, mix: Mapping[str, float] | None) -> dict[str, str]:
     """
     provenance = style_prompts_of(pipe).provenance
     told = "style-less average" if mix is None else ", ".join(f"{name}={weight:g}" for name, weight in mix.items())
-    size = pipe.unet.config.sample_size
+    size = denoiser_of(pipe).config.sample_size
     height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
     metadata = {
         "modelspec.title": f"DMM merge: {told}",
@@ -154,18 +151,19 @@ def _write_single_file(pipe: Any, path: Path, dtype: torch.dtype, metadata: Mapp
 def _write_folder(pipe: Any, folder: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
     _check_in(pipe, dtype)
     write_stock_folder(pipe, folder)
-    for component in SD1.components:
+    family = family_of(pipe)
+    for component in family.components:
         for file in (folder / component.name).glob("*.safetensors"):
             tensors = {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in read_tensors(file).items()
             }
-            more = metadata if component.name == "unet" else {}
+            more = metadata if component is family.denoiser else {}
             write_tensors(file, tensors, {**read_header(file).metadata, **more})
 
 
 def _check_in(pipe: Any, dtype: torch.dtype) -> None:
-    for component in SD1.components:
+    for component in family_of(pipe).components:
         model = getattr(pipe, component.name)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise UserError(

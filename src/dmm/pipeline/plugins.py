@@ -9,20 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import (
-    ControlNetModel,
-    StableDiffusionControlNetImg2ImgPipeline,
-    StableDiffusionControlNetInpaintPipeline,
-    StableDiffusionControlNetPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-    StableDiffusionPipeline,
-)
+from diffusers import ControlNetModel
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
 
 from dmm.errors import UserError
+from dmm.families import denoiser_of, family_of
 from dmm.files.json import read_json
 from dmm.formats.tensors import read_header
 
@@ -81,17 +74,10 @@ def add_plugins(
     nets = [_open_controlnet(control.model, pipe) for control in controls]
     parts = dict(pipe.components)
     if ip_adapter is not None:
-        _check_ip_adapter(ip_adapter.file, pipe.unet)
+        _check_ip_adapter(ip_adapter.file, denoiser_of(pipe))
         parts["image_encoder"] = _open_image_encoder(ip_adapter, pipe)
-    kinds = {
-        (False, False, False): StableDiffusionPipeline,
-        (False, True, False): StableDiffusionImg2ImgPipeline,
-        (False, True, True): StableDiffusionInpaintPipeline,
-        (True, False, False): StableDiffusionControlNetPipeline,
-        (True, True, False): StableDiffusionControlNetImg2ImgPipeline,
-        (True, True, True): StableDiffusionControlNetInpaintPipeline,
-    }
-    kind: Any = kinds[bool(nets), start is not None, start is not None and start.mask is not None]
+    guides = [("control", bool(nets)), ("image", start is not None), ("mask", start is not None and bool(start.mask))]
+    kind = family_of(pipe).pipelines[frozenset(name for name, given in guides if given)]
     if nets:
         parts["controlnet"] = nets if len(nets) > 1 else nets[0]
     guided = kind(**parts, requires_safety_checker=False)
@@ -171,12 +157,12 @@ def _open_controlnet(folder: Path, pipe: Any) -> ControlNetModel:
             f"{folder} holds a {config.get('_class_name')}, not a {ControlNetModel.__name__}. Name a ControlNet's "
             "diffusers folder."
         )
-    check_controlnet(config, pipe.unet, str(folder))
+    check_controlnet(config, denoiser_of(pipe), str(folder))
     try:
-        net = ControlNetModel.from_pretrained(folder, torch_dtype=pipe.unet.dtype, local_files_only=True)
+        net = ControlNetModel.from_pretrained(folder, torch_dtype=denoiser_of(pipe).dtype, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: the ControlNet could not be opened: {str(error).splitlines()[0]}") from error
-    return net.to(pipe.unet.device)
+    return net.to(denoiser_of(pipe).device)
 
 
 def _check_ip_adapter(file: Path, unet: Any) -> None:
@@ -210,8 +196,10 @@ def _open_image_encoder(adapter: IPAdapter, pipe: Any) -> nn.Module:
             f"{folder}: no CLIP image encoder there, which the IP-Adapter {adapter.file} needs. Name its folder with "
             "--image-encoder."
         )
-    encoder = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=pipe.unet.dtype, local_files_only=True)
-    return encoder.to(pipe.unet.device)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(
+        folder, dtype=denoiser_of(pipe).dtype, local_files_only=True
+    )
+    return encoder.to(denoiser_of(pipe).device)
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.families import denoiser_of, set_denoiser
 from dmm.maths.canvas import WINDOWS, Box, box_mask, region_weights, tile_starts
 from dmm.maths.mixes import Mix
 from dmm.models.conditioning import encode_tokens, tokenize
@@ -117,7 +118,8 @@ def paint_regions(
         )
     rows = _rows(layers, sides[1] // factor, sides[0] // factor, overlap, WINDOWS[window])
     ours = copy.copy(pipe)
-    ours.unet = _stand_in(pipe.unet, _RegionalDenoiser(pipe, rows, batch_size or usual_batch_size(*sides)))
+    regional = _RegionalDenoiser(pipe, rows, batch_size or usual_batch_size(*sides))
+    set_denoiser(ours, _stand_in(denoiser_of(pipe), regional))
     with _tiled_vae(pipe.vae, is_tiled=sides != (width, height)):
         (picture,) = sample(
             ours, [prompt], [seed], width=width, height=height, clip_skip=clip_skip, progress=progress, **settings
@@ -174,7 +176,7 @@ class _RegionalDenoiser:
             tiles = torch.stack([sample[(slice(None), slice(None), *row.place)] for row in rows], 1).flatten(0, 1)
             read = [_conditioning(row.layer.conditioning, arguments, num_parts) for row in rows]
             with temporary_style(self._pipe, [row.layer.style for row in rows]):
-                output = self._pipe.unet(tiles, timestep, *args, **_stack(read))[0]
+                output = denoiser_of(self._pipe)(tiles, timestep, *args, **_stack(read))[0]
             for row, of_row in zip(rows, output.unflatten(0, (num_parts, len(rows))).unbind(1), strict=True):
                 weights = row.weights.to(predicted)
                 predicted[(slice(None), slice(None), *row.place)] += weights * of_row.float()

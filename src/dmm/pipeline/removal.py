@@ -4,17 +4,14 @@ import shutil
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.families import SD1
 from dmm.files.claims import claimed
 from dmm.files.outputs import check_new_folder, new_folder
 from dmm.formats.completing import complete_folder
-from dmm.formats.folder import PARTS
+from dmm.formats.folder import PARTS, family_of_folder
 from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.student import shrink
 from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.teachers import ModelSource, locate
-
-_PARTS = ("model_index.json", "scheduler", "tokenizer", *(component.name for component in SD1.components))
 
 
 def remove_style(merged: str | Path, name: str, output: Path, *, overwrite: bool = False) -> list[str]:
@@ -35,7 +32,8 @@ def remove_style(merged: str | Path, name: str, output: Path, *, overwrite: bool
             raise UserError(f"{merged} has no {STYLES_FOLDER}/ folder, so it is a stock model without styles.")
         left = shrink(style_prompts, name)
         with new_folder(output, overwrite=overwrite, parts=PARTS) as building:
-            for part in _PARTS:
+            family = family_of_folder(folder)
+            for part in ("model_index.json", "scheduler", "tokenizer", *(one.name for one in family.components)):
                 if (folder / part).is_dir():
                     shutil.copytree(folder / part, building / part)
                 elif (folder / part).is_file():

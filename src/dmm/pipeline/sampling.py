@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.families import denoiser_of
 from dmm.maths.mixes import Mix
 from dmm.models.conditioning import check_clip_skip, encode_tokens, tokenize
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
@@ -215,10 +216,10 @@ def _sample_batch(
     sizes = {name: size for name, size in (("width", width), ("height", height)) if name in accepted}
     if "strength" not in accepted:  # what begins with an image adds noise of its own to it
         factor = pipeline.vae_scale_factor
-        shape = (1, pipeline.unet.config.in_channels, height // factor, width // factor)
+        shape = (1, denoiser_of(pipeline).config.in_channels, height // factor, width // factor)
         # drawn here and in float32: left to itself, the pipeline draws other noise in half precision
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
-        inputs = {**inputs, "latents": noise.to(pipeline.unet.dtype)}
+        inputs = {**inputs, "latents": noise.to(denoiser_of(pipeline).dtype)}
 
     def on_step(running: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
@@ -235,7 +236,7 @@ def _sample_batch(
     ).images
     if not images.isfinite().all():
         raise UserError(
-            f"The pictures came out as NaN, computed in {str(pipeline.unet.dtype).removeprefix('torch.')}. "
+            f"The pictures came out as NaN, computed in {str(denoiser_of(pipeline).dtype).removeprefix('torch.')}. "
             "Some models overflow in float16: use bf16 or fp32. If fp32 does the same, the checkpoint is damaged."
         )
     return images
@@ -247,7 +248,7 @@ def _leave(_running: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -
 
 def _read_prompts(pipeline: Any, prompts: list[str], negative_prompt: str, clip_skip: int | None) -> dict[str, Any]:
     if clip_skip is None:
-        # None is not "": SDXL then takes zeros for the empty prompt, as its config asks
+        # None is not "": a pipeline may take zeros for the empty prompt, where its config asks for them
         return {"prompt": prompts, "negative_prompt": [negative_prompt] * len(prompts) if negative_prompt else None}
     embeds, negative_embeds = (
         encode_tokens(pipeline, tokenize(pipeline, texts), clip_skip)["encoder_hidden_states"]
@@ -286,7 +287,7 @@ def picture_size(pipeline: Any, width: int | None = None, height: int | None = N
 
     Raises: UserError: one is not a multiple of the pipeline's step (8 pixels, more for a VAE that shrinks more).
     """
-    own = pipeline.unet.config.sample_size
+    own = denoiser_of(pipeline).config.sample_size
     own_height, own_width = (own, own) if isinstance(own, int) else own
     factor = pipeline.vae_scale_factor
     step = math.lcm(8, factor)  # diffusers' pipelines insist on 8 whatever the VAE

@@ -1,7 +1,7 @@
 """Merged models as pipelines: load, choose styles, share between threads, save.
 
-A pipeline from :func:`load_pipeline` is a stock diffusers pipeline whose UNet takes style terms; the
-current style is state of that UNet, as adapters are.
+A pipeline from :func:`load_pipeline` is a stock diffusers pipeline whose denoiser takes style terms; the
+current style is state of that denoiser, as adapters are.
 """
 
 import copy
@@ -14,13 +14,13 @@ from types import MethodType
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.func import functional_call
 
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families import denoiser_of, family_of, set_denoiser
 from dmm.files.outputs import new_folder
 from dmm.formats.completing import complete_folder
 from dmm.formats.folder import PARTS
@@ -32,13 +32,13 @@ from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.styles import (
     Provenance,
-    StyledTimestepEmbedding,
+    StyledLinear,
     StylePrompts,
     attach_styles,
     bake,
     detach_styles,
     style_weights,
-    styled_embedding,
+    styled_port,
 )
 from dmm.models.teachers import ModelSource, locate, open_pipeline
 from dmm.pipeline.style_schedule import StyleSchedule, check_style
@@ -50,7 +50,7 @@ def load_pipeline(
     config: str | Path | None = None,
     torch_dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """Load a merged model; no style is set.
 
     Args:
@@ -85,7 +85,7 @@ def read_styles(path: Path, *, allow_pickle: bool = False) -> StylePrompts | Non
 
 def open_styled(
     source: ModelSource, style_prompts: StylePrompts, *, torch_dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """Open a merged model on disk with the styles that :func:`read_styles` found there; none is set.
 
     Raises: UserError: something is wrong with the files.
@@ -93,7 +93,7 @@ def open_styled(
     path = locate(source)
     if is_authors(path, allow_pickle=source.allow_pickle):
         pipe = open_authors(path, config=source.config, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
-        models = {name: getattr(pipe, name) for name in ("unet", "text_encoder")}
+        models = pipe.components
         loras = [(read_lora(lora, models, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
         for lora, scale in loras:
             fuse_lora(pipe, lora, scale)
@@ -108,8 +108,9 @@ def add_styles(pipe: Any, style_prompts: StylePrompts) -> None:
 
     Raises: UserError: the style prompts belong to a model of another width.
     """
-    attach_styles(pipe.unet, style_prompts, SD1.time_embedding)
-    _warn_when_saved(pipe.unet)
+    denoiser = denoiser_of(pipe)
+    attach_styles(denoiser, style_prompts, family_of(pipe).port)
+    _warn_when_saved(denoiser)
 
 
 def style_names(pipe: Any) -> list[str]:
@@ -131,11 +132,11 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     Raises: UserError: the pipeline has no styles, there is none of that name, weights do not sum to 1, the list is
         empty, or it is something else. A list that does not fit the batch is a ``ValueError`` once it is painted.
     """
-    embedding = _embedding(pipe)
-    prompts = embedding.style_prompts
+    port = _port(pipe)
+    prompts = port.style_prompts
     if style is None:
         _adapt(pipe, None)
-        embedding.term = None
+        port.term = None
         return
     if isinstance(style, StyleSchedule):
         raise UserError("A style over time changes while a run goes on: paint within dmm.style_over_time(pipe, style).")
@@ -146,20 +147,20 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     else:
         raise UserError("A list of styles needs one style for each image; this one is empty.")
     _adapt(pipe, style)
-    # on the device of the style prompts, not of the UNet: weights that are offloaded may be on none
-    embedding.term = term.to(embedding.linear_2.bias.dtype) if prompts.config.dim else None
+    # on the device of the style prompts, not of the denoiser: weights that are offloaded may be on none
+    port.term = term.to(port.weight.dtype) if prompts.config.dim else None
 
 
 @contextmanager
 def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iterator[None]:
     """:func:`set_style` for the length of a block; the style that was set before is set again after it."""
-    embedding = _embedding(pipe)
-    before, adapted = embedding.term, embedding.adaptation.chosen
+    port = _port(pipe)
+    before, adapted = port.term, port.adaptation.chosen
     set_style(pipe, style)
     try:
         yield
     finally:
-        embedding.term = before
+        port.term = before
         _adapt(pipe, adapted)
 
 
@@ -208,34 +209,36 @@ def style_over_time(
         yield on_step_end
 
 
-def share(pipe: StableDiffusionPipeline) -> StableDiffusionPipeline:
+def share(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """A second pipeline on the same weights, with its own style and scheduler: one for each thread.
 
     It begins in the style that ``pipe`` has. What is done to the weights (``.to``, LoRAs) is done to both. Where styles
     have adapters, these run beside the weights from then on, in both, and a LoRA that is loaded later is one's own.
 
     Args:
-        pipe: on the device and in the dtype that it shall keep. The second one's UNet is not compiled.
-    Raises: UserError: the pipeline has no styles, or is offloaded, which binds a UNet to its pipeline.
+        pipe: on the device and in the dtype that it shall keep. The second one's denoiser is not compiled.
+    Raises: UserError: the pipeline has no styles, or is offloaded, which binds a denoiser to its pipeline.
     """
-    if any("forward" in vars(module) for module in (_uncompiled(pipe.unet), _embedding(pipe))):
+    denoiser = denoiser_of(pipe)
+    if any("forward" in vars(module) for module in (_uncompiled(denoiser), _port(pipe))):
         # what offloads puts it there, bound to this very module
         raise UserError("A pipeline cannot be shared once it is offloaded: share it first.")
-    prompts, adaptation = style_prompts_of(pipe), _embedding(pipe).adaptation
+    prompts, adaptation = style_prompts_of(pipe), _port(pipe).adaptation
     if prompts.adapters:
-        adaptation.share(_uncompiled(pipe.unet), prompts.names, prompts.adapters)
+        adaptation.share(_uncompiled(denoiser), prompts.names, prompts.adapters)
     second = copy.copy(pipe)  # from_pipe would cast the shared weights to float32
-    second.unet = _twin(pipe.unet)
-    _embedding(second).adaptation = Adaptation(shared=True)
+    twin = _twin(denoiser)
+    set_denoiser(second, twin)
+    _port(second).adaptation = Adaptation(shared=True)
     _adapt(second, adaptation.chosen)
-    _warn_when_saved(second.unet)
+    _warn_when_saved(twin)
     second.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     second.tokenizer = copy.deepcopy(pipe.tokenizer)  # its padding is state that two threads may not set at once
     return second
 
 
 def save_pipeline(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     folder: str | Path,
     *,
     provenance: Sequence[Provenance] | None = None,
@@ -262,7 +265,7 @@ def save_pipeline(
         write_side_car(prompts, temporary)
 
 
-def stock_twin(pipe: StableDiffusionPipeline, style: Mix | None = None) -> StableDiffusionPipeline:
+def stock_twin(pipe: DiffusionPipeline, style: Mix | None = None) -> DiffusionPipeline:
     """A stock pipeline that shares the weights of a merged one and paints one style of it, with no code of ours.
 
     Args:
@@ -273,18 +276,20 @@ def stock_twin(pipe: StableDiffusionPipeline, style: Mix | None = None) -> Stabl
     prompts = style_prompts_of(pipe)
     term = style_term(pipe, style) if style is not None and prompts.config.dim else None
     twin = copy.copy(pipe)
-    twin.unet = _twin(pipe.unet)
+    denoiser = _twin(denoiser_of(pipe))
     if prompts.adapters:
-        _embedding(pipe).adaptation.give_own_weights(twin.unet, mixed_adapter(prompts.names, prompts.adapters, style))
-    detach_styles(twin.unet, SD1.time_embedding)
+        mixed = mixed_adapter(prompts.names, prompts.adapters, style)
+        _port(pipe).adaptation.give_own_weights(denoiser, mixed)
+    detach_styles(denoiser)
     if term is not None:
-        own = copy.deepcopy(twin.unet.get_submodule(SD1.time_embedding))
-        twin.unet.set_submodule(SD1.time_embedding, own)
-        bake(twin.unet, term, SD1.time_embedding)
+        port = family_of(pipe).port
+        denoiser.set_submodule(port, copy.deepcopy(denoiser.get_submodule(port)))
+        bake(denoiser, term, port)
+    set_denoiser(twin, denoiser)
     return twin
 
 
-def write_stock_folder(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def write_stock_folder(pipe: DiffusionPipeline, folder: Path) -> None:
     """Fill a folder with a stock pipeline, such that other tools and plain diffusers open it, in half precision too."""
     pipe.save_pretrained(folder)
     complete_folder(folder)
@@ -304,7 +309,7 @@ def style_prompts_of(pipe: Any) -> StylePrompts:
 
     Raises: UserError: it has none.
     """
-    return _embedding(pipe).style_prompts
+    return _port(pipe).style_prompts
 
 
 @torch.no_grad()
@@ -316,17 +321,17 @@ def style_term(pipe: Any, style: Mix) -> Tensor:
     return _term(style_prompts_of(pipe), style)
 
 
-def _embedding(pipe: Any) -> StyledTimestepEmbedding:
-    embedding = styled_embedding(pipe.unet)
-    if embedding is None:
+def _port(pipe: Any) -> StyledLinear:
+    port = styled_port(denoiser_of(pipe))
+    if port is None:
         raise UserError("This pipeline has no styles: it is a stock model. Load a merged one with dmm.load_pipeline.")
-    return embedding
+    return port
 
 
 def _adapt(pipe: Any, chosen: Chosen) -> None:
-    embedding = _embedding(pipe)
-    prompts = embedding.style_prompts
-    embedding.adaptation.choose(_uncompiled(pipe.unet), prompts.names, prompts.adapters, chosen)
+    port = _port(pipe)
+    prompts = port.style_prompts
+    port.adaptation.choose(_uncompiled(denoiser_of(pipe)), prompts.names, prompts.adapters, chosen)
 
 
 def _term(prompts: StylePrompts, style: Mix | None) -> Tensor:
@@ -339,37 +344,44 @@ def _term(prompts: StylePrompts, style: Mix | None) -> Tensor:
     return term
 
 
-def _twin(unet: Any) -> UNet2DConditionModel:
-    """A UNet on the same weights; but for an embedding of time that is its own, on the same modules, too.
+def _twin(denoiser: Any) -> ModelMixin:
+    """A denoiser on the same weights; all its modules but those that lead to the styles' port are the same ones, too.
 
     Where styles have adapters every module is its own: that is where these run.
     """
-    plain = _uncompiled(unet)
-    embedding = styled_embedding(plain)
-    if embedding is not None and embedding.style_prompts.adapters:
-        twin = twin_of(plain)
+    original = _uncompiled(denoiser)
+    path, port = next((name, one) for name, one in original.named_modules() if isinstance(one, StyledLinear))
+    if port.style_prompts.adapters:
+        twin = twin_of(original)
     else:
-        twin = copy.copy(plain)
-        twin._modules = dict(twin._modules)  # copy.copy leaves both with one dict
-        twin.set_submodule(SD1.time_embedding, copy.copy(twin.get_submodule(SD1.time_embedding)))
+        twin = own = _own(original)
+        for name in path.split("."):
+            own._modules[name] = _own(own._modules[name])
+            own = own._modules[name]
     vars(twin).pop("save_pretrained", None)  # bound to the first one
     return twin
 
 
-def _uncompiled(unet: Any) -> UNet2DConditionModel:
-    return getattr(unet, "_orig_mod", unet)
+def _own(module: Any) -> Any:
+    copied = copy.copy(module)
+    copied._modules = dict(module._modules)  # copy.copy leaves both with one dict
+    return copied
 
 
-def _warn_when_saved(unet: Any) -> None:
+def _uncompiled(denoiser: Any) -> Any:
+    return getattr(denoiser, "_orig_mod", denoiser)
+
+
+def _warn_when_saved(denoiser: Any) -> None:
     # On the instance: a subclass would be saved under its own name. A bound method, which deepcopy binds to the copy.
-    unet.save_pretrained = MethodType(_save_pretrained, unet)
+    denoiser.save_pretrained = MethodType(_save_pretrained, denoiser)
 
 
-@functools.wraps(UNet2DConditionModel.save_pretrained)
-def _save_pretrained(unet: UNet2DConditionModel, *args: Any, **kwargs: Any) -> None:
+@functools.wraps(ModelMixin.save_pretrained)
+def _save_pretrained(denoiser: ModelMixin, *args: Any, **kwargs: Any) -> None:
     warnings.warn(
         "save_pretrained writes the style-less average of this merged model, without its styles; "
         "dmm.save_pipeline(pipe, folder) writes both.",
         stacklevel=2,
     )
-    type(unet).save_pretrained(unet, *args, **kwargs)
+    type(denoiser).save_pretrained(denoiser, *args, **kwargs)

@@ -1,7 +1,8 @@
 """Blocks of a UNet as people who merge by blocks (MBW) count them, and rules that give blocks weights of their own.
 
-SD 1.x has 26 of them: BASE (all that is no UNet), IN00 to IN11, M00, OUT00 to OUT11; SDXL has IN00 to IN08 and OUT00
-to OUT08. As in the first tool that had them, the time embedding counts as IN00 and the last layers as the last OUT.
+A UNet of four levels has 26 of them: BASE (all that is no UNet), IN00 to IN11, M00, OUT00 to OUT11; one of three has
+20, with IN00 to IN08 and OUT00 to OUT08. As in the first tool that had them, the time embedding counts as IN00 and the
+last layers as the last OUT.
 """
 
 import re

@@ -28,11 +28,6 @@ TYPE = "dmm soup"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 """Of a folder, the file whose metadata hold the ledger."""
 
-_ARCHITECTURES = {
-    "SD 1.x": "stable-diffusion-v1",
-    "SD 2.x": "stable-diffusion-v2-512",
-    "SDXL": "stable-diffusion-xl-v1-base",
-}
 _PREDICTIONS = {"v_prediction": "v"}
 
 
@@ -68,7 +63,7 @@ def describe(
     with_loras = [model for model in plan.teachers if model.loras]
     return {
         **(_describe_configs(plan, output) if plan.layout == "file" else {}),
-        "modelspec.architecture": _ARCHITECTURES.get(plan.family, plan.family),
+        "modelspec.architecture": plan.family.architecture,
         "modelspec.prediction_type": _PREDICTIONS.get(plan.prediction_type, plan.prediction_type),
         **describe_recipe(
             recipe.model_copy(update={"density": plan.density} if "density" in plan.method.options else {}),

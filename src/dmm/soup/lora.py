@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_file, new_file
 from dmm.formats.detect import check_is_lora, lora_file
@@ -26,6 +27,9 @@ from dmm.soup.reading import Digests, num_not_finite
 from dmm.soup.recipe import SoupRecipe
 from dmm.soup.stream import in_threads, num_threads
 from dmm.soup.writing import sync_folder
+
+ARCHITECTURE, KOHYA_NAME = "modelspec.architecture", "ss_base_model_version"
+"""Metadata that tell a LoRA's family, as trainers write them."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _EMBEDDINGS = ("token_embedding.weight", "position_embedding.weight")  # matrices, but no layers that a LoRA goes on
@@ -66,7 +70,9 @@ def make_lora(
         raise UserError(f"'{output}': a LoRA is one file; name an output that ends in .safetensors.")
     check_file(output, overwrite=overwrite)
     make = _extract if recipe.method == "extract" else _combine
-    layers, dtype, found, sources, notes = make(recipe, num_threads(threads), digests or Digests(), expected or {}, bar)
+    layers, dtype, kind, found, sources, notes = make(
+        recipe, num_threads(threads), digests or Digests(), expected or {}, bar
+    )
     tensors: dict[str, Tensor] = {}
     for name, factors in layers.items():
         tensors[f"{name}.lora_down.weight"] = factors.down.to(dtype)
@@ -75,8 +81,7 @@ def make_lora(
     ranks = {len(factors.down) for factors in layers.values()}
     metadata = {
         **describe_recipe(recipe, found, sources, output),
-        "modelspec.architecture": "stable-diffusion-v1/lora",
-        "ss_base_model_version": "sd_v1",
+        **kind,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
     }
@@ -159,7 +164,8 @@ def choose_rank(squares: Tensor, rank: int | None, energy: float | None) -> int:
     return max(1, count)
 
 
-_Result = tuple[dict[str, Factors], torch.dtype, dict[str, str], dict[str, object], list[str]]
+# the factors, their dtype, what tells their family, digests and sources
+_Result = tuple[dict[str, Factors], torch.dtype, Mapping[str, str], dict[str, str], dict[str, object], list[str]]
 
 
 def _combine(recipe: SoupRecipe, _: int, __: Digests, expected: Mapping[str, str], bar: Bar) -> _Result:
@@ -171,12 +177,13 @@ def _combine(recipe: SoupRecipe, _: int, __: Digests, expected: Mapping[str, str
     parts: dict[str, list[tuple[float, Factors]]] = {}
     digests: dict[str, str] = {}
     sources: dict[str, object] = {}
-    dtypes = []
+    dtypes, kinds = [], []
     for teacher, weight in zip(teachers, weights, strict=True):
         assert teacher.lora is not None  # the recipe saw to it
         path = lora_file(teacher.lora)
-        layers, dtype = _read_factors(path)
+        layers, dtype, kind = _read_factors(path)
         dtypes.append(dtype)
+        kinds.append(kind)
         digest = digests[f"the LoRA of teacher '{teacher.name}'"] = sha256(path)
         sources[digest] = {"name": path.name, "legacy_hash": None, "sd_merge_recipe": None}
         for name, factors in layers.items():
@@ -193,7 +200,7 @@ def _combine(recipe: SoupRecipe, _: int, __: Digests, expected: Mapping[str, str
             if recipe.rank is not None or recipe.energy is not None:
                 result[name] = truncate_factors(result[name], recipe.rank, recipe.energy)
             progress(1)
-    return result, _DTYPES.get(recipe.precision or "", dtypes[0]), digests, sources, []
+    return result, _DTYPES.get(recipe.precision or "", dtypes[0]), kinds[0], digests, sources, []
 
 
 def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mapping[str, str], bar: Bar) -> _Result:
@@ -236,7 +243,8 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
         }
         dtype = _DTYPES.get(recipe.precision or "", torch.float16)
         kept = {name: one[0] for name, one in zip(layers, factors, strict=True) if one is not None}
-        return kept, dtype, found, sources, notes
+        kind = plan.family.lora_metadata if isinstance(plan.family, Family) else {}
+        return kept, dtype, kind, found, sources, notes
 
 
 def _models(recipe: SoupRecipe) -> list[tuple[str, str]]:
@@ -247,8 +255,8 @@ def _whole(source: Source) -> Tensor:
     return source.read(0, source.num_elements, torch.float64).reshape(source.shape)
 
 
-def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype]:
-    """A LoRA's layers by kohya's names, whatever its layout, and the dtype that it is kept in."""
+def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str, str]]:
+    """A LoRA's layers by kohya's names, whatever its layout; the dtype that it is kept in; what tells its family."""
     header = read_header(path)
     check_is_lora(path, header)
     tensors = read_tensors(path)
@@ -268,7 +276,8 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype]:
             component, _, module = name.partition(".")
             scaling = peft_scaling(config, component, module, rank=len(down))
         layers[_kohya(name)] = Factors(down.float(), up.float(), scaling)
-    return layers, dtype
+    kind = {key: header.metadata[key] for key in (ARCHITECTURE, KOHYA_NAME) if key in header.metadata}
+    return layers, dtype, kind
 
 
 def _kohya(layer: str) -> str:

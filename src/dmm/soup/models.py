@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import SD1, Component, title_of_folder, title_of_keys
+from dmm.families import Component, Family, Stranger, family_of_names
 from dmm.files.json import read_json
 from dmm.formats.detect import is_lora
-from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, weight_files
+from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights
 from dmm.formats.schedules import V_PREDICTION_MARK
 from dmm.formats.single_file import (
@@ -76,7 +76,7 @@ class OpenModel:
     """What error messages call it."""
     path: Path
     layout: Layout
-    family: str
+    family: Family | Stranger
     prediction_type: str
     tensors: dict[str, Source]
     files: dict[str, WeightFile]
@@ -115,10 +115,11 @@ class Names:
 
         Raises: UserError: it is no stock folder, or of a family whose layouts we cannot translate.
         """
-        skeletons = check_configs(config, SD1)
+        family = family_of_folder(config)
+        skeletons = check_configs(config, family)
         names = {
             f"{component}/{_with_level(component, ours)}": theirs
-            for component, by_name in original_names(skeletons, SD1).items()
+            for component, by_name in original_names(skeletons, family).items()
             for ours, theirs in by_name.items()
         }
         return cls(config, skeletons, names)
@@ -175,7 +176,7 @@ def _open_file(path: Path, label: str) -> OpenModel:
     names = list(file.tensors)
     if is_lora(names):
         raise UserError(f"{path} is a LoRA, not a full model. Pass it as lora: instead of model:.")
-    found = title_of_keys(names)
+    found = family_of_names(names)
     if found is None:
         example = f", such as '{names[0]}'" if names else ""
         raise UserError(
@@ -194,8 +195,7 @@ def _open_folder(path: Path, label: str) -> OpenModel:
             "`save_pretrained` of a pipeline wrote, or a single .safetensors file."
         )
     index = read_json(path / "model_index.json")
-    unet_config = path / "unet" / "config.json"
-    family = title_of_folder(str(index.get("_class_name")), read_json(unet_config) if unet_config.is_file() else {})
+    family = tell_folder(path)
     files: dict[str, WeightFile] = {}
     tensors: dict[str, Source] = {}
     # the UNet first: its file is the one whose metadata tell of the whole

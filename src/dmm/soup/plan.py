@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import FAMILIES
+from dmm.families import Family, Stranger
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import lora_file
@@ -69,7 +69,7 @@ class Plan:
     recipe: SoupRecipe
     method: Method
     layout: Layout
-    family: str
+    family: Family | Stranger
     prediction_type: str
     tensors: tuple[Merged, ...]
     base: OpenModel | None
@@ -157,13 +157,12 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
 
 def _find_configs(model: OpenModel) -> Path:
     """The configs of single files where no folder is among them: a folder needs them, and a LoRA's layers by them."""
-    family = next((family for family in FAMILIES.values() if family.title == model.family), None)
-    if family is None:
+    if not isinstance(model.family, Family):
         raise UserError(
             f"{model.label}: {model.path} is a single file, and so are the others. Give as config: a stock pipeline "
             "folder of the same architecture."
         )
-    return find_configs(model.path, read_header(model.path), family)
+    return find_configs(model.path, read_header(model.path), model.family)
 
 
 def _plan_tensors(plan: Plan, names: Sequence[str], notes: list[str]) -> Iterator[Merged]:
@@ -315,8 +314,8 @@ def _check_alike(models: Sequence[OpenModel]) -> None:
     for model in models[1:]:
         if model.family != first.family:
             raise UserError(
-                f"{model.label}: {model.path} is {model.family}, {first.label} {first.family}. Choose models of one "
-                "family."
+                f"{model.label}: {model.path} is {model.family.title}, {first.label} {first.family.title}. "
+                "Choose models of one family."
             )
         if model.prediction_type != first.prediction_type:
             raise UserError(

@@ -51,7 +51,8 @@ class SoupRecipe(Part):
     blocks: dict[str, dict[str, Number]] = Field(default_factory=dict)
     """Weights in parts of the model: a block, ``IN00-IN05`` or ``/regex/`` to weights; the last that fits counts."""
     mbw: dict[str, tuple[Number, ...]] = Field(default_factory=dict)
-    """Weights by block as people share them: a teacher to 26 numbers (SD 1.x), or 20 (SDXL), BASE first."""
+    """Weights by block as people share them: a teacher to as many numbers as there are blocks
+    (26 or 20, by the architecture), BASE first."""
     shards: dict[str, str] = Field(default_factory=dict)
     """What a teacher was trained on, for the ledger: who asks for data to be forgotten finds whom to remove."""
     density: Share | None = None

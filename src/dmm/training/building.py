@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dmm.data.training import STUDENT
-from dmm.families import SD1
+from dmm.families import denoiser_of
 from dmm.maths.sharing import Group
 from dmm.models.discriminator import Discriminator
 from dmm.models.student import StyledStudent, grow
@@ -29,13 +29,13 @@ def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> St
         average: whether this process averages the teachers, where that is the start; the others' weights are made
             equal to its when training begins.
     """
-    unet = base.unet.to("cpu")  # the watch has asked it where the run computes
+    unet = denoiser_of(base).to("cpu")  # the watch has asked it where the run computes
     if plan.start is not None:
-        unet = open_pipeline(plan.start, name="start").unet
+        unet = denoiser_of(open_pipeline(plan.start, name="start"))
     elif recipe.start == "average" and average:
         mean = {name: torch.zeros_like(tensor) for name, tensor in unet.state_dict().items()}
         for source in plan.teachers:
-            for name, tensor in open_pipeline(source).unet.state_dict().items():
+            for name, tensor in denoiser_of(open_pipeline(source)).state_dict().items():
                 mean[name] += tensor
         unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
     unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
@@ -43,8 +43,8 @@ def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> St
     if prompts is None and plan.earlier is not None:
         prompts = grow(plan.earlier, [teacher.name for teacher in recipe.teachers])
     elif prompts is None:
-        prompts = StylePrompts(list(plan.styles), unet.get_submodule(SD1.time_embedding).linear_2.out_features)
-    return StyledStudent(unet, prompts)
+        prompts = StylePrompts(list(plan.styles), plan.family.width(unet))
+    return StyledStudent(unet, prompts, plan.family)
 
 
 def roles_of(recipe: Recipe, styles: list[str]) -> list[Role]:
@@ -65,7 +65,7 @@ def build_adversary(recipe: Recipe, plan: Plan, base: Any, device: torch.device)
     if weight == 0:
         return None
     dtype = DTYPES[recipe.training.precision]
-    discriminator = Discriminator(base.unet, len(plan.styles), dtype=dtype, seed=recipe.seed)
+    discriminator = Discriminator(denoiser_of(base), len(plan.styles), dtype=dtype, seed=recipe.seed)
     if recipe.training.gradient_checkpointing:
         discriminator.backbone.enable_gradient_checkpointing()
     return Adversary(discriminator.to(device), weight, plan.prediction_type)
@@ -82,7 +82,7 @@ def open_teachers(
             continue
         name = f"teacher '{recipe.teachers[index].name}'"
         pipeline = open_pipeline(plan.teachers[index], torch_dtype=DTYPES[recipe.training.precision], name=name)
-        unet = freeze(pipeline.unet).to(memory_format=torch.channels_last)
+        unet = freeze(denoiser_of(pipeline)).to(memory_format=torch.channels_last)
         if recipe.training.compile:
             unet.compile()
         teachers[index] = Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
@@ -94,8 +94,8 @@ def open_teachers(
 
 def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:
     assert plan.earlier is not None
-    unet = open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge").unet
+    unet = denoiser_of(open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge"))
     unet.to(memory_format=torch.channels_last)
-    student = StyledStudent(unet, copy.deepcopy(plan.earlier).to(dtype))
+    student = StyledStudent(unet, copy.deepcopy(plan.earlier).to(dtype), plan.family)
     freeze(student)
     return EarlierStudent(student)

@@ -33,7 +33,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 
 from dmm.data import TrainingData
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families import FAMILIES, denoiser_of, set_denoiser
 from dmm.files.outputs import check_folder
 from dmm.files.pictures import grid, save_png
 from dmm.files.prompts import read_prompts
@@ -59,7 +59,7 @@ _TRACKERS = "trackers"
 _RESULT = "result"
 _WRITTEN = (
     *(INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER),
-    *(component.name for component in SD1.components),
+    *dict.fromkeys(component.name for family in FAMILIES.values() for component in family.components),
     *("scheduler", "tokenizer"),
 )
 # of a recipe, what a run may not change once it has begun
@@ -183,7 +183,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     on_main(lambda: _begin(recipe, folder, resume=resume))
     if recipe.logging.trackers:
         accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
-    base.register_modules(unet=student.unet)  # the merged pipeline
+    set_denoiser(base, student.unet)  # the merged pipeline
     show = (
         partial(_show, base, recipe, plan.size, styles, prompts, folder, accelerator.device)
         if recipe.sample_interval
@@ -238,7 +238,7 @@ def _build_watch(
         return None
     groups = watched_groups([len(role.styles) for role in roles], *_places(accelerator))
     fixed = new_batches(groups=groups, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
-    return Watch(fixed, base.unet.to(accelerator.device), plan.prediction_type, list(plan.styles))
+    return Watch(fixed, denoiser_of(base).to(accelerator.device), plan.prediction_type, list(plan.styles))
 
 
 def _check(
@@ -334,7 +334,7 @@ def _show(
 
 
 def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:
-    pipeline.unet.to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    denoiser_of(pipeline).to(memory_format=torch.contiguous_format)  # safetensors takes no other
     save_pipeline(pipeline, folder / _RESULT, provenance=plan.provenance)
     made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == INDEX)
     _remove(folder, (path.name for path in made))

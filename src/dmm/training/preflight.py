@@ -1,6 +1,6 @@
 """Everything that is checked of a merge before anything large is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ import torch
 
 from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_disk, held_bytes
 from dmm.files.prompts import read_prompts
@@ -35,6 +35,7 @@ class Plan:
     """A merge that was found fit to run.
 
     Attributes:
+        family: of all its models.
         base: gives the student its VAE and text encoder; a merged model, where that is merged further.
         teachers: where their weights are.
         start: the model that the student begins as; None for the base, or for the teachers' average.
@@ -47,6 +48,7 @@ class Plan:
         num_bytes: what will be written.
     """
 
+    family: Family
     base: ModelSource
     teachers: tuple[ModelSource, ...]
     start: ModelSource | None
@@ -79,7 +81,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     teachers = []
     for teacher, source in zip(recipe.teachers, sources, strict=True):
         name = f"teacher '{teacher.name}'"
-        checked = check_model(source, name=name)
+        checked = check_model(source, family=base.family, name=name)
         with naming(name):
             check_clip_skip(SimpleNamespace(**checked.skeletons), teacher.clip_skip or None)
         _check_alike(name, checked, base)
@@ -92,6 +94,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     styles = tuple(one.name for one in provenance)
     style_prompts = _read_start(recipe, start, styles)
     return Plan(
+        base.family,
         base_source,
         sources,
         start,
@@ -101,7 +104,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         base.prediction_type,
         styles,
         provenance,
-        _num_bytes(recipe, base.skeletons, styles),
+        _num_bytes(recipe, base, styles),
     )
 
 
@@ -258,7 +261,7 @@ def _check_start(recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedM
     if recipe.start in ("base", "average"):
         return None
     source = ModelSource(recipe.start, config=base.configs if Path(recipe.start).is_file() else None)
-    checked = check_model(source, name="start")
+    checked = check_model(source, family=base.family, name="start")
     _check_alike("start", checked, base)
     if checked.prediction_type != base.prediction_type:
         raise UserError(
@@ -289,7 +292,7 @@ def _earlier_provenance(style_prompts: StylePrompts, source: ModelSource, merged
     """Where the earlier styles came from; where that is not known, the merged model itself."""
     if style_prompts.provenance:
         return style_prompts.provenance
-    told = (str(source.model), sha256(*merged.unet_files), SD1.name, merged.prediction_type)
+    told = (str(source.model), sha256(*merged.unet_files), merged.family.name, merged.prediction_type)
     return [Provenance(name, *told) for name in style_prompts.names]
 
 
@@ -317,12 +320,12 @@ def _read_start(recipe: Recipe, start: ModelSource | None, styles: Sequence[str]
 
 def _check_alike(name: str, model: CheckedModel, base: CheckedModel) -> None:
     """Refuse a model whose UNet has another architecture or another noise schedule than the base's."""
-    ours, theirs = (_structure(one.skeletons["unet"]) for one in (base, model))
+    ours, theirs = (_structure(one.denoiser) for one in (base, model))
     # what tells families apart first
     for key in dict.fromkeys(["cross_attention_dim", *ours, *theirs]):
         if ours.get(key) != theirs.get(key):
             advice = (
-                "SD 2.x and SD 1.x cannot be merged; choose teachers of one family."
+                "Choose teachers of one family."
                 if key == "cross_attention_dim"
                 else "Choose teachers of one architecture."
             )
@@ -346,20 +349,22 @@ def _structure(unet: Any) -> dict[str, Any]:
 
 
 def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) -> Provenance:
-    return Provenance(teacher.name, str(source), sha256(*checked.unet_files), SD1.name, checked.prediction_type)
+    return Provenance(
+        teacher.name, str(source), sha256(*checked.unet_files), checked.family.name, checked.prediction_type
+    )
 
 
-def _num_bytes(recipe: Recipe, skeletons: Mapping[str, Any], styles: Sequence[str]) -> int:
+def _num_bytes(recipe: Recipe, base: CheckedModel, styles: Sequence[str]) -> int:
     """Of the checkpoints, one more of them than are kept while the newest is written, and of the result."""
-    unet, vae, text_encoder = (
-        sum(parameter.numel() for parameter in skeletons[name].parameters()) for name in ("unet", "vae", "text_encoder")
+    denoiser, *others = (
+        sum(parameter.numel() for parameter in base.skeletons[component.name].parameters())
+        for component in base.family.components
     )
     with torch.device("meta"):
-        dim = skeletons["unet"].time_embedding.linear_2.out_features
-        prompts = StylePrompts(list(styles), dim)
-        head = build_head(skeletons["unet"].config.block_out_channels[-1], len(styles))
-    student = unet + sum(parameter.numel() for parameter in prompts.parameters())
+        prompts = StylePrompts(list(styles), base.family.width(base.denoiser))
+        head = build_head(base.denoiser.config.block_out_channels[-1], len(styles))
+    student = denoiser + sum(parameter.numel() for parameter in prompts.parameters())
     judging = sum(parameter.numel() for parameter in head.parameters()) if recipe.losses.adversarial else 0
     # the weights and AdamW's two moments, and an average of the student
     state = 3 * (student + judging) + (student if recipe.training.ema_decay is not None else 0)
-    return 4 * (state * (recipe.checkpoint.keep + 1) + student + vae + text_encoder)
+    return 4 * (state * (recipe.checkpoint.keep + 1) + student + sum(others))

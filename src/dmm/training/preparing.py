@@ -12,7 +12,7 @@ from torch import Tensor
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
 from dmm.data.training import student_in
-from dmm.families import SD1
+from dmm.families import denoiser_of, family_of
 from dmm.models.styles import StylePrompts, bake
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.recipes.recipe import Recipe
@@ -81,7 +81,7 @@ def _openers(
 
     def open_styled(name: str, model: ModelSource, term: Tensor) -> Any:
         pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
-        bake(pipeline.unet, term, SD1.time_embedding)
+        bake(denoiser_of(pipeline), term, family_of(pipeline).port)
         return pipeline.to(device)
 
     openers: dict[str, Callable[[], Any]] = {

@@ -1,0 +1,75 @@
+"""What a family of models is: the one place that knows what differs between them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a pipeline that has weights."""
+
+    name: str
+    """Its attribute of the pipeline and its subfolder of a stock folder."""
+    model_class: Any
+    original_prefix: str
+    """What its tensors' names begin with in a single file of the original layout."""
+    weights_name: str
+    """Stem of its weight files in a stock folder."""
+
+
+@dataclass(frozen=True)
+class AuthorsLayout:
+    """How DMM's authors released merged models of a family."""
+
+    pipeline: str
+    """Their pipeline's class, as ``model_index.json`` has it."""
+    embed_type: str
+    """``addition_embed_type`` in the config of their denoiser."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family whose models can be opened and merged."""
+
+    name: str
+    """Its key in ``dmm.families.FAMILIES``, by which a merged model's side-car names it."""
+    title: str
+    """What people call it."""
+    pipeline_class: Any
+    pipelines: Mapping[frozenset[str], Any]
+    """What paints by a ``control``, from an ``image``, in a ``mask``: the pipeline classes by what guides them."""
+    components: tuple[Component, ...]
+    """The denoiser comes first."""
+    port: str
+    """Path, in the denoiser, of the last linear layer of what embeds time: to its output the style term is added."""
+    owns: Callable[[Mapping[str, Any]], bool]
+    """Whether a denoiser of this config is one of the family's; what has the pipeline class may be another's."""
+    markers: tuple[str, ...]
+    """Parts of tensors' names that tell a single file of the original layout."""
+    architecture: str
+    """What ``modelspec.architecture`` calls it."""
+    kohya_name: str
+    """What kohya's scripts call it, in ``ss_base_model_version``."""
+    authors: AuthorsLayout
+    hub_id: str
+    """Of the model whose configs and tokenizer a single file follows that says nothing itself: diffusers' choice."""
+
+    @property
+    def denoiser(self) -> Component:
+        """What is trained."""
+        return self.components[0]
+
+    @property
+    def bias(self) -> str:
+        """The denoiser's parameter that a style term is baked into."""
+        return f"{self.port}.bias"
+
+    @property
+    def lora_metadata(self) -> dict[str, str]:
+        """What tells, in a LoRA's header, that it is of this family."""
+        return {"modelspec.architecture": f"{self.architecture}/lora", "ss_base_model_version": self.kohya_name}
+
+    def width(self, denoiser: Any) -> int:
+        """D, the width of a style term."""
+        return int(denoiser.get_submodule(self.port).out_features)

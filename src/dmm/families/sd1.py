@@ -1,0 +1,41 @@
+"""SD 1.x."""
+
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModel
+
+from dmm.families.family import AuthorsLayout, Component, Family
+
+SD1 = Family(
+    name="sd1",
+    title="SD 1.x",
+    pipeline_class=StableDiffusionPipeline,
+    pipelines={
+        frozenset(): StableDiffusionPipeline,
+        frozenset({"image"}): StableDiffusionImg2ImgPipeline,
+        frozenset({"image", "mask"}): StableDiffusionInpaintPipeline,
+        frozenset({"control"}): StableDiffusionControlNetPipeline,
+        frozenset({"control", "image"}): StableDiffusionControlNetImg2ImgPipeline,
+        frozenset({"control", "image", "mask"}): StableDiffusionControlNetInpaintPipeline,
+    },
+    components=(
+        Component("unet", UNet2DConditionModel, "model.diffusion_model.", "diffusion_pytorch_model"),
+        Component("vae", AutoencoderKL, "first_stage_model.", "diffusion_pytorch_model"),
+        Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model"),
+    ),
+    port="time_embedding.linear_2",
+    owns=lambda config: not config.get("use_linear_projection") and config.get("addition_embed_type") is None,
+    markers=("model.diffusion_model.input_blocks.", "cond_stage_model.transformer."),
+    architecture="stable-diffusion-v1",
+    kohya_name="sd_v1",
+    authors=AuthorsLayout("StableDiffusionDMMPipeline", "model_merge"),
+    hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+)
