@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_text_encoder
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from helpers import copy_folder, rewrite, same_weights
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -253,7 +253,7 @@ def test_an_id_that_the_hub_does_not_give(monkeypatch):
     def offline(*_args, **_kwargs):
         raise OSError("cannot reach the hub\nand more")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "download", offline)
+    monkeypatch.setattr(DiffusionPipeline, "download", offline)
     refused(ModelSource("owner/name"), "^owner/name: no such folder here, and the hub did not give it: cannot reach")
 
 
@@ -264,7 +264,7 @@ def test_an_id_that_the_hub_gives(monkeypatch, sd1_folder, pipeline):
         asked.update(options, id=hub_id)
         return str(sd1_folder)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "download", download)
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
     monkeypatch.setattr(dmm.models.teachers, "snapshot_download", lambda *_, **__: None)  # a stock model has no styles/
     assert same_weights(open_pipeline(ModelSource("owner/name")), pipeline)
     assert (asked["id"], asked["use_safetensors"]) == ("owner/name", True)

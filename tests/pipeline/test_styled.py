@@ -13,7 +13,12 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import PROVENANCE, tiny_pipeline
 from conftest import STYLE_NAMES as NAMES
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+)
 from helpers import copy_folder, paint, same_weights
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
@@ -354,7 +359,7 @@ def test_styles_are_fetched_from_the_hub_too(monkeypatch, merged):
     def snapshot_download(hub_id, **options):
         asked.update(options, id=hub_id)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda hub_id, **_: str(merged))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda hub_id, **_: str(merged))
     monkeypatch.setattr(dmm.models.teachers, "snapshot_download", snapshot_download)
     assert style_names(load_pipeline("owner/name")) == NAMES
     assert asked == {"id": "owner/name", "revision": merged.name, "allow_patterns": "styles/*"}
@@ -364,7 +369,7 @@ def test_styles_that_the_hub_does_not_give_are_told(monkeypatch, merged):
     def offline(*_args, **_kwargs):
         raise LocalEntryNotFoundError("cannot reach the hub")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "download", lambda hub_id, **_: str(merged))
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda hub_id, **_: str(merged))
     monkeypatch.setattr(dmm.models.teachers, "snapshot_download", offline)
     with pytest.raises(UserError, match="the hub did not give it: cannot reach"):
         load_pipeline("owner/name")

@@ -32,7 +32,7 @@ SD1 = Family(
         Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model"),
     ),
     port="time_embedding.linear_2",
-    owns=lambda config: not config.get("use_linear_projection") and config.get("addition_embed_type") is None,
+    owns=lambda config: not config.get("use_linear_projection") and config.get("addition_embed_type") != "text_time",
     markers=("model.diffusion_model.input_blocks.", "cond_stage_model.transformer."),
     architecture="stable-diffusion-v1",
     kohya_name="sd_v1",
