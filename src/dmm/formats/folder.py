@@ -10,6 +10,7 @@ from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_class, known_titles
 from dmm.files.json import read_json
 from dmm.formats.detect import LORA_FILE
+from dmm.formats.schedules import read_scheduler_config
 from dmm.formats.skeleton import build_skeletons, check_tensors
 from dmm.formats.tensors import read_header
 
