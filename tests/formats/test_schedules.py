@@ -58,7 +58,7 @@ def header_of(path):
         ({**ZERO, "prediction_type": "v_prediction"}, {V_PREDICTION_MARK, ZERO_SNR_MARK}),
         (OTHER, set()),
     ],
-    ids=str,
+    ids=["epsilon", "v", "zero SNR", "v with zero SNR", "other betas"],
 )
 def test_the_marks_that_loaders_look_for(config, expected):
     found = marks(config)
