@@ -184,7 +184,7 @@ def test_an_sdxl_lora(pipeline, tmp_path):
     name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     path = tmp_path / "lora.safetensors"
     save_file({f"{name}.lora_down.weight": torch.zeros(4, 16), f"{name}.lora_up.weight": torch.zeros(16, 4)}, path)
-    refused(path, pipeline, "none of its 1 layers .* It is an SDXL LoRA")
+    refused(path, pipeline, "none of its 1 layers .* It is of SDXL; pass a LoRA made for this one")
 
 
 def test_a_lora_some_of_whose_keys_match(kohya, pipeline, tmp_path):

@@ -134,7 +134,7 @@ def test_saved_and_loaded_it_paints_the_same_whatever_style_was_set(adapted, tmp
 def test_plain_diffusers_loads_a_style_as_a_lora(merged_adapters):
     ours = load_pipeline(merged_adapters)
     # a LoRA carries the low-rank part
-    adapter = ours.unet.time_embedding.style_prompts.adapters["ink"]
+    adapter = ours.unet.time_embedding.linear_2.style_prompts.adapters["ink"]
     plain = StableDiffusionPipeline.from_pretrained(merged_adapters, safety_checker=None)
     plain.load_lora_weights(merged_adapters / "styles", weight_name="ink.safetensors")
     plain.fuse_lora()
@@ -159,7 +159,7 @@ def test_a_stock_twin_is_the_style_whatever_is_set(adapted):
 def test_a_removed_style_leaves_what_would_be_had_it_never_been(adapted, merged_adapters, tmp_path):
     remove_style(merged_adapters, "photo", tmp_path / "without")
     # the same merge without it
-    prompts = adapted.unet.time_embedding.style_prompts
+    prompts = adapted.unet.time_embedding.linear_2.style_prompts
     never = tiny_pipeline()
     left = StylePrompts(["ink", "clay"], dim=0)
     left.adapters = {name: prompts.adapters[name] for name in left.names}

@@ -55,6 +55,10 @@ class Family:
     hub_id: str
     """Of the model whose configs and tokenizer a single file follows that says nothing itself: diffusers' choice."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by its name: other processes of a run know the same families
+        return _family_named, (self.name,)
+
     @property
     def denoiser(self) -> Component:
         """What is trained."""
@@ -73,3 +77,9 @@ class Family:
     def width(self, denoiser: Any) -> int:
         """D, the width of a style term."""
         return int(denoiser.get_submodule(self.port).out_features)
+
+
+def _family_named(name: str) -> Family:
+    from dmm.families import FAMILIES
+
+    return FAMILIES[name]

@@ -1,8 +1,9 @@
 """Pickled checkpoints: their tensors, and nothing else of theirs.
 
 They are read with ``weights_only``, which builds tensors and plain containers and refuses every other class. Trainers
-leave such classes in their files all the same (Lightning's callbacks, NumPy's scalars: SD 1.5's own original file is
-one), so each gets an inert stand-in of its name here, which takes what it is given and does nothing with it.
+leave such classes in their files all the same (Lightning's callbacks, NumPy's scalars: some of the most used models'
+original files have them), so each gets an inert stand-in of its name here, which takes what it is given and does
+nothing with it.
 """
 
 import re

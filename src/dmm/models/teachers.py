@@ -16,7 +16,7 @@ from dmm.errors import UserError
 from dmm.families import Family
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
-from dmm.formats.detect import family_of_file, lora_file
+from dmm.formats.detect import check_is_checkpoint, family_of_file, lora_file
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, family_of_folder, open_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
 from dmm.formats.pickles import PICKLE_SUFFIXES
@@ -109,6 +109,7 @@ def check_model(source: ModelSource, *, family: Family | None = None, name: str 
         else:
             header = read_header(path, allow_pickle=source.allow_pickle)
             family = family or family_of_file(path, header)
+            check_is_checkpoint(path, header, family)
             configs = source.config or find_configs(path, header, family)
             skeletons = check_single_file(path, header, configs, family)
             scheduler_config = scheduler_config_of(path, header, configs)
