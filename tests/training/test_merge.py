@@ -242,6 +242,11 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(finished, merge, tmp_path,
         assert main(command) == 2
         assert f"{folder} is a merge that has not ended: {go_on}" in capsys.readouterr().err
     assert merge(folder, "--resume") == 0
+    told = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert told[0] == "3 styles (folder, lora, velocity) merged on the CPU with 1 thread, in fp32."
+    assert told[1] == "training:    4 steps of 6 samples, 24 in all, 8 of each style; learning rate 0.001"
+    assert told[2] == "data:        4 pictures with captions, brought to 16 x 16 pixels"
+    assert told[7] == "goes on:     from step 1 of 4"
     assert result_of(folder) == result_of(finished)
 
 

@@ -95,7 +95,9 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from dmm.training.trainer import Stopped
 
     try:
-        merged = merge(recipe, args.output, resume=args.resume, overwrite=args.overwrite, device=args.device)
+        merged = merge(
+            recipe, args.output, resume=args.resume, overwrite=args.overwrite, device=args.device, tell=_say
+        )
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The device ran out of memory: lower training.micro_batch_size, or set training.gradient_checkpointing to "
@@ -114,6 +116,10 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         ) from None
     if is_main_process():
         print(_told(merged))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # before hours of work, into a file too
 
 
 def _told(merged: "Merged") -> str:

@@ -93,13 +93,17 @@ def check_disk(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:
         remedy: what to do instead of making room.
     Raises: UserError: the disk has less free.
     """
-    place = next(folder for folder in (_real(path), *_real(path).parents) if folder.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing_parent(path)).free
     if num_bytes > free:
         raise UserError(
             f"'{path}' needs {num_bytes / 1e9:.3g} GB for {purpose}, and its disk has {free / 1e9:.3g} GB free. Make "
             f"room, {remedy}."
         )
+
+
+def existing_parent(path: Path) -> Path:
+    """What of a path is there already: itself, or the nearest folder around it."""
+    return next(folder for folder in (_real(path), *_real(path).parents) if folder.exists())
 
 
 def held_bytes(folder: Path) -> int:

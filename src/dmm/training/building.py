@@ -14,6 +14,7 @@ from dmm.models.styles import StylePrompts
 from dmm.models.teachers import freeze, open_pipeline
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Role
+from dmm.training.costs import student_bytes
 from dmm.training.distill import Adversary, EarlierStudent, Teacher, Teachers
 from dmm.training.preflight import Plan, shares_of
 from dmm.training.residency import place_teachers
@@ -71,9 +72,7 @@ def build_adversary(recipe: Recipe, plan: Plan, base: Any, device: torch.device)
     return Adversary(discriminator.to(device), weight, plan.prediction_type)
 
 
-def open_teachers(
-    recipe: Recipe, plan: Plan, groups: list[Group], device: torch.device, student: StyledStudent
-) -> Teachers:
+def open_teachers(recipe: Recipe, plan: Plan, groups: list[Group], device: torch.device) -> Teachers:
     """The teachers that this process serves: frozen, in the recipe's precision, where they can be used."""
     teachers: dict[int, Teacher] = {}
     for index in (group.teacher for group in groups):
@@ -86,10 +85,8 @@ def open_teachers(
         if recipe.training.compile:
             unet.compile()
         teachers[index] = Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
-    # float32 weights, gradients, AdamW's two moments, and their average
-    copies = 4 + (recipe.training.ema_decay is not None)
-    num_student_bytes = 4 * copies * sum(parameter.numel() for parameter in student.parameters())
-    return place_teachers(teachers, device, num_student_bytes=num_student_bytes)
+    taken = student_bytes(plan.sizes, averaged=recipe.training.ema_decay is not None)
+    return place_teachers(teachers, device, num_student_bytes=taken)
 
 
 def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:

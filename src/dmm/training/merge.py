@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import AutocastKwargs, set_seed
 
@@ -49,6 +49,8 @@ from dmm.recipes.parts import MAX_SEED, exists
 from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
 from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
+from dmm.training.costs import disk_bytes
+from dmm.training.outlook import describe
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
 from dmm.training.preparing import free_memory, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
@@ -87,7 +89,13 @@ class Merged:
 
 
 def merge(
-    recipe: Recipe, folder: Path, *, resume: bool = False, overwrite: bool = False, device: str | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    tell: Callable[[str], object] | None = None,
 ) -> Merged:
     """Distil a recipe's teachers into one student, and save it as a pipeline.
 
@@ -99,6 +107,7 @@ def merge(
         resume: go on with the run in ``folder``, or begin one where there is none.
         overwrite: remove what an earlier merge has written there, once everything is ready for the new one.
         device: where to run, see :func:`dmm.training.processes.join_processes`.
+        tell: called on the main process with what will be done, stage by stage, once all of it is checked.
     Raises: UserError: something is wrong with the recipe, its models, its data or the folder, or another process is
         writing to that; Stopped: SIGINT or SIGTERM came, and the run is saved.
     """
@@ -114,7 +123,7 @@ def merge(
         recipe = on_main(lambda: with_size(unsized))
         was_finished = []
         for stage, place in _stages(recipe, folder):
-            check = partial(_check, stage, place, state.num_processes, state.device, resume, overwrite)
+            check = partial(_check, stage, place, state, resume, overwrite, tell)
             plan = on_main(check)
             was_finished.append(plan is None)
             if plan is not None:
@@ -170,7 +179,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     adversary = build_adversary(recipe, plan, base, accelerator.device)
     student = build_student(recipe, plan, base, average=accelerator.is_main_process)
     groups = share_batch(training.batch_size, [role.share for role in roles], *_places(accelerator))
-    teachers = open_teachers(recipe, plan, groups, accelerator.device, student)
+    teachers = open_teachers(recipe, plan, groups, accelerator.device)
     if watch is not None:
         watch.ask(teachers)
     batches = new_batches(
@@ -242,7 +251,12 @@ def _build_watch(
 
 
 def _check(
-    recipe: Recipe, folder: Path, num_processes: int, device: torch.device, resume: bool, overwrite: bool
+    recipe: Recipe,
+    folder: Path,
+    state: PartialState,
+    resume: bool,
+    overwrite: bool,
+    tell: Callable[[str], object] | None,
 ) -> Plan | None:
     """Everything that can be checked before anything large is loaded; None where the run has ended already."""
     is_run = (folder / RECIPE).is_file()
@@ -259,9 +273,12 @@ def _check(
             return None
     else:
         check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
-    plan = check_merge(recipe, num_processes, device)
-    open_source(recipe, plan)
-    check_space(folder, plan.num_bytes)
+    plan = check_merge(recipe, state.num_processes, state.device)
+    source = open_source(recipe, plan)
+    averaged = recipe.training.ema_decay is not None
+    check_space(folder, disk_bytes(plan.sizes, keep=recipe.checkpoint.keep, averaged=averaged))
+    if tell is not None:
+        tell(describe(recipe, plan, source, folder, device=state.device, num_processes=state.num_processes))
     return plan
 
 

@@ -25,6 +25,7 @@ from dmm.models.styles import Provenance, StylePrompts
 from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming
 from dmm.pipeline.samplers import check_multiple
 from dmm.recipes.recipe import Recipe, Teacher
+from dmm.training.costs import Sizes
 
 # of a UNet's config, what says nothing of what it computes
 _HARMLESS = ("sample_size", "upcast_attention")
@@ -45,7 +46,7 @@ class Plan:
         prediction_type: of the base, and so of the student.
         styles: the student's.
         provenance: of each style.
-        num_bytes: what will be written.
+        sizes: how many weights take part.
     """
 
     family: Family
@@ -58,7 +59,7 @@ class Plan:
     prediction_type: PredictionType
     styles: tuple[str, ...]
     provenance: tuple[Provenance, ...]
-    num_bytes: int
+    sizes: Sizes
 
 
 def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Plan:
@@ -104,7 +105,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         base.prediction_type,
         styles,
         provenance,
-        _num_bytes(recipe, base, styles),
+        _sizes(recipe, base, styles),
     )
 
 
@@ -354,17 +355,26 @@ def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) ->
     )
 
 
-def _num_bytes(recipe: Recipe, base: CheckedModel, styles: Sequence[str]) -> int:
-    """Of the checkpoints, one more of them than are kept while the newest is written, and of the result."""
-    denoiser, *others = (
-        sum(parameter.numel() for parameter in base.skeletons[component.name].parameters())
-        for component in base.family.components
-    )
+def _sizes(recipe: Recipe, base: CheckedModel, styles: Sequence[str]) -> Sizes:
+    denoiser, *readers = (base.skeletons[component.name] for component in base.family.components)
     with torch.device("meta"):
         prompts = StylePrompts(list(styles), base.family.width(base.denoiser))
         head = build_head(base.denoiser.config.block_out_channels[-1], len(styles))
-    student = denoiser + sum(parameter.numel() for parameter in prompts.parameters())
-    judging = sum(parameter.numel() for parameter in head.parameters()) if recipe.losses.adversarial else 0
-    # the weights and AdamW's two moments, and an average of the student
-    state = 3 * (student + judging) + (student if recipe.training.ema_decay is not None else 0)
-    return 4 * (state * (recipe.checkpoint.keep + 1) + student + sum(others))
+    # what the discriminator looks with ends after the middle block
+    backbone = sum(
+        parameter.numel()
+        for name, parameter in denoiser.named_parameters()
+        if not name.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))
+    )
+    has_adversary = recipe.losses.adversarial > 0
+    return Sizes(
+        denoiser=_num_weights(denoiser),
+        style_prompts=_num_weights(prompts),
+        readers=sum(map(_num_weights, readers)),
+        backbone=backbone if has_adversary else 0,
+        head=_num_weights(head) if has_adversary else 0,
+    )
+
+
+def _num_weights(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
