@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from conftest import tiny_pipeline, tiny_text_encoder, tiny_unet, tiny_vae
 from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
+from helpers import same_weights
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -21,13 +22,16 @@ from safetensors.torch import load_file
 import dmm
 from dmm.cli import main
 from dmm.families.sd1 import SD1
+from dmm.errors import UserError
 from dmm.files.digest import sha256
+from dmm.files.parameters import read_parameters
 from dmm.files.yaml import write_yaml
 from dmm.formats.lora import save_kohya_lora
 from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.sampling import sample
 from dmm.recipes.recipe import load_recipe
+from dmm.training.preview import find_preview, open_preview
 from dmm.training.trainer import Trainer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -241,6 +245,20 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(finished, merge, tmp_path,
     ):
         assert main(command) == 2
         assert f"{folder} is a merge that has not ended: {go_on}" in capsys.readouterr().err
+    preview = [
+        "generate",
+        str(folder),
+        "a cat",
+        "--from-checkpoint",
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path / "p.png"),
+    ]
+    assert main([*preview, "--style", "velocity"]) == 0
+    assert read_parameters(tmp_path / "p.png")["Model"] == "stopped step-00000001"
+    assert main([*preview, "--style", "noto", "--overwrite"]) == 2
+    assert "no style 'noto'" in capsys.readouterr().err
     assert merge(folder, "--resume") == 0
     told = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert told[0] == "3 styles (folder, lora, velocity) merged on the CPU with 1 thread, in fp32."
@@ -248,6 +266,20 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(finished, merge, tmp_path,
     assert told[2] == "data:        4 pictures with captions, brought to 16 x 16 pixels"
     assert told[7] == "goes on:     from step 1 of 4"
     assert result_of(folder) == result_of(finished)
+
+
+def test_a_preview_is_what_the_result_would_be(finished):
+    preview = find_preview(finished)
+    assert (preview.styles, preview.checkpoint.name) == (NAMES, "step-00000004")
+    pipe, result = open_preview(preview), dmm.load_pipeline(finished)
+    assert same_weights(pipe, result)
+    painted = [
+        [np.asarray(picture) for picture in sample(one, ["a cat"] * 3, [0] * 3, styles=NAMES, steps=2)]
+        for one in (pipe, result)
+    ]
+    assert np.array_equal(*painted)
+    with pytest.raises(UserError, match="is not the folder of a merge"):
+        find_preview(finished / "unet")
 
 
 def test_a_run_goes_on_for_more_steps_but_not_as_another_one(finished, merge, tmp_path, capsys):

@@ -28,7 +28,7 @@ The paper's setting is 25 steps, guidance 7 and
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ from dmm.cli.arguments import (
     write_seeds,
 )
 from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_pictures
-from dmm.cli.opening import add_opening_options, check_opening, open_model, place_model, read_source
+from dmm.cli.opening import add_opening_options, check_opening, find_dtype, open_model, place_model, read_source
 from dmm.cli.output_names import name_output
 from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
 from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
@@ -135,13 +135,7 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
     quiet_libraries()
     import torch
 
-    from dmm.models.teachers import locate
-    from dmm.pipeline.styled import read_styles
-
-    source = read_source(args)
-    path = locate(source)
-    style_prompts = read_styles(path, allow_pickle=args.allow_pickle)
-    names = style_prompts.names if style_prompts else []
+    names, title, open_it = _find_model(args)
     styles = _styles(args, names)
     if names and styles == [None] and not asks_for_regions(args):
         print(
@@ -151,16 +145,41 @@ def _paint(args: argparse.Namespace, prompts: list[str], seeds: list[int], outpu
     pictures = list_pictures(prompts, seeds, styles)
     layout = None if is_folder else lay_out_pairs(names) if args.pairs else lay_out(prompts, seeds, styles)
     try:
-        pipeline = open_model(args, replace(source, model=path), style_prompts)
-        _write(args, pipeline, pictures, layout, output)
+        _write(args, open_it(), title, pictures, layout, output)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The device ran out of memory: give a smaller --batch-size, --width or --height, or --precision fp16."
         ) from error
 
 
+def _find_model(args: argparse.Namespace) -> tuple[list[str], str, Callable[[], Any]]:
+    """The model's styles, what pictures call it, and what opens it."""
+    model = Path(args.model).expanduser()
+    if args.from_checkpoint:
+        from dmm.training.preview import find_preview, open_preview
+
+        preview = find_preview(model)
+        print(f"dmm: note: painting with {preview.checkpoint}", file=sys.stderr)
+        title = f"{model.resolve().name} {preview.checkpoint.name}"
+        return preview.styles, title, lambda: open_preview(preview, torch_dtype=find_dtype(args))
+    from dmm.models.teachers import locate
+    from dmm.pipeline.styled import read_styles
+
+    source = read_source(args)
+    path = locate(source)
+    style_prompts = read_styles(path, allow_pickle=args.allow_pickle)
+    title = model.resolve().stem if model.is_file() else model.resolve().name
+    names = style_prompts.names if style_prompts else []
+    return names, title, lambda: open_model(args, replace(source, model=path), style_prompts)
+
+
 def _write(
-    args: argparse.Namespace, pipeline: Any, pictures: list[Picture], layout: Layout | None, output: Path
+    args: argparse.Namespace,
+    pipeline: Any,
+    title: str,
+    pictures: list[Picture],
+    layout: Layout | None,
+    output: Path,
 ) -> None:
     """Paint, and write the grid that ``layout`` tells of, or each picture on its own where there is none."""
     from dmm.files.pictures import grid, save_png
@@ -183,7 +202,7 @@ def _write(
         batch_size = max(usual_batch_size(width, height), num_styles)
     if layout:
         _check_grid(layout, width, height)
-    whole = _parameters(args, pictures, width, height)
+    whole = _parameters(args, title, pictures, width, height)
     with tqdm(total=len(pictures), unit=" pictures", bar_format=BAR) as bar:
         settings = {
             "inputs": lambda count: inputs(count, (width, height)),
@@ -313,11 +332,10 @@ def _tell_of_cut_prompts(pipeline: Any, prompts: list[str]) -> None:
         print(f"dmm: note: the model does not read the end of '{prompt[:40]}...': '{rest}'{others}", file=sys.stderr)
 
 
-def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, height: int) -> "Parameters":
+def _parameters(args: argparse.Namespace, title: str, pictures: list[Picture], width: int, height: int) -> "Parameters":
     from dmm.files.parameters import Parameters, UsedLora, lora_hash, model_hash
     from dmm.formats.detect import lora_file
 
-    model = Path(args.model).expanduser()
     return Parameters(
         prompt="\n".join(dict.fromkeys(picture.prompt for picture in pictures)),
         negative_prompt=args.negative,
@@ -327,8 +345,8 @@ def _parameters(args: argparse.Namespace, pictures: list[Picture], width: int, h
         seed=write_seeds(list(dict.fromkeys(picture.seed for picture in pictures))),
         width=width,
         height=height,
-        model=model.resolve().stem if model.is_file() else model.resolve().name,
-        model_hash=model_hash(model),
+        model=title,
+        model_hash=None if args.from_checkpoint else model_hash(Path(args.model).expanduser()),
         style=_told(pictures),
         loras=[UsedLora(path.stem, scale, lora_hash(lora_file(path))) for path, scale in args.loras],
         plugins=describe_plugins(args) | describe_regions(args),

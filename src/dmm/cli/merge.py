@@ -95,9 +95,7 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from dmm.training.trainer import Stopped
 
     try:
-        merged = merge(
-            recipe, args.output, resume=args.resume, overwrite=args.overwrite, device=args.device, tell=_say
-        )
+        merged = merge(recipe, args.output, resume=args.resume, overwrite=args.overwrite, device=args.device, tell=_say)
     except torch.OutOfMemoryError as error:
         raise UserError(
             "The device ran out of memory: lower training.micro_batch_size, or set training.gradient_checkpointing to "

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import add_device, read_scaled_path
 from dmm.errors import UserError
-from dmm.files.runs import check_finished
+from dmm.files.runs import check_finished, find_run
 
 if TYPE_CHECKING:
+    import torch
+
     from dmm.models.styles import StylePrompts
     from dmm.models.teachers import ModelSource
 
@@ -22,6 +24,11 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         type=Path,
         help="the pipeline folder that a single file follows (default: what it says, or its family's, from the hub)",
+    )
+    opening.add_argument(
+        "--from-checkpoint",
+        action="store_true",
+        help="paint with the newest checkpoint of a merge that is under way, whose folder is MODEL",
     )
     opening.add_argument(
         "--lora",
@@ -54,7 +61,10 @@ def check_opening(args: argparse.Namespace) -> None:
 
     Raises: UserError.
     """
-    check_there(args.model)
+    if args.from_checkpoint:
+        _check_run(args)
+    else:
+        check_there(args.model)
     if args.config is not None and not args.config.is_dir():
         raise UserError(f"--config {args.config}: no such folder. Name a stock pipeline folder.")
     for lora, _ in args.loras:
@@ -72,6 +82,13 @@ def check_there(model: str) -> None:
     if not path.exists() and not might_be_hub_id:
         raise UserError(f"{model}: no such file or folder. Check the path.")
     check_finished(path)
+
+
+def _check_run(args: argparse.Namespace) -> None:
+    if find_run(Path(args.model).expanduser()) is None:
+        raise UserError(f"--from-checkpoint: {args.model} is not the folder of a merge; leave it out.")
+    if args.config is not None or args.loras or args.prediction_type is not None:
+        raise UserError("--from-checkpoint opens a merge as it is: leave out --config, --lora and --prediction-type.")
 
 
 def read_source(args: argparse.Namespace) -> "ModelSource":
@@ -94,20 +111,29 @@ def open_model(args: argparse.Namespace, source: "ModelSource", style_prompts: "
         style_prompts: of a merged model; None of a stock one.
     Raises: UserError: there is no such device, or something is wrong with the files.
     """
+    from dmm.models.teachers import open_pipeline
+    from dmm.pipeline.styled import open_styled
+
+    dtype = find_dtype(args)
+    if style_prompts is None:
+        return open_pipeline(source, torch_dtype=dtype)
+    return open_styled(source, style_prompts, torch_dtype=dtype)
+
+
+def find_dtype(args: argparse.Namespace) -> "torch.dtype":
+    """Of the weights, as the options tell.
+
+    Raises: UserError: there is no such device.
+    """
     import torch
 
     from dmm.models.devices import find_device
-    from dmm.models.teachers import open_pipeline
-    from dmm.pipeline.styled import open_styled
 
     device = find_device(args.device)
     if args.offload and device.type == "cpu":
         raise UserError("--offload frees the memory of a GPU, and there is none in use here; leave it out.")
     precision = args.precision or ("fp32" if device.type == "cpu" else "fp16")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    if style_prompts is None:
-        return open_pipeline(source, torch_dtype=dtype)
-    return open_styled(source, style_prompts, torch_dtype=dtype)
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
 
 def place_model(args: argparse.Namespace, pipeline: Any) -> None:

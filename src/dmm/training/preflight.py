@@ -71,7 +71,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     _check_trackers(recipe.logging.trackers)
     _check_batch(recipe, num_processes)
 
-    base_source = _base_of(recipe)
+    base_source = base_of(recipe)
     base = check_model(base_source, name="base")
     # what LoRAs are put on, and whose configs single files follow
     beneath = check_model(_named_base(recipe), name="base") if recipe.earlier else base
@@ -116,10 +116,10 @@ def with_size(recipe: Recipe) -> Recipe:
     """
     if recipe.size is not None:
         return recipe
-    return recipe.model_copy(update={"size": _own_size(check_model(_base_of(recipe), name="base"))})
+    return recipe.model_copy(update={"size": _own_size(check_model(base_of(recipe), name="base"))})
 
 
-def _base_of(recipe: Recipe) -> ModelSource:
+def base_of(recipe: Recipe) -> ModelSource:
     """What gives the student its VAE and text encoder."""
     return ModelSource(recipe.earlier.model) if recipe.earlier else _named_base(recipe)
 
