@@ -25,6 +25,7 @@ from dmm.families.sd1 import SD1
 from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.files.parameters import read_parameters
+from dmm.files.pictures import GAP, MARGIN
 from dmm.files.yaml import write_yaml
 from dmm.formats.lora import save_kohya_lora
 from dmm.formats.single_file import save_single_file
@@ -161,6 +162,27 @@ def test_the_run_tells_of_itself(finished, models):
     assert told[1]["source"] == f"{models / 'lora.safetensors'} at 0.5 on {models / 'base'}"
     assert told[1]["sha256"] == sha256(models / "lora.safetensors")
     assert [one["prediction_type"] for one in told] == ["epsilon", "epsilon", "v_prediction"]
+
+
+def test_samples_hold_the_teachers_above_the_student(finished, models):
+    result = dmm.load_pipeline(finished)
+    # the teacher that has the student's VAE, which shows all of them
+    teacher = open_pipeline(ModelSource(models / "base", loras=((models / "lora.safetensors", 0.5),)))
+    settings = {"steps": 2, "guidance_scale": 7.0, "width": 16, "height": 16}
+    with Image.open(finished / "samples" / "step-00000004.png") as picture:
+        cells = np.asarray(picture, dtype=int)
+    side, prompts = 8 * 16, ["a cat", "a dog", "a house", ""]
+    left, top = cells.shape[1] - MARGIN - 2 * side - GAP, cells.shape[0] - MARGIN - 8 * side - 7 * GAP
+    for seed, prompt in enumerate(prompts):
+        for row, pictures in enumerate(
+            (
+                sample(teacher, [prompt], [seed], **settings),
+                sample(result, [prompt], [seed], styles=["lora"], **settings),
+            )
+        ):
+            y = top + (2 * seed + row) * (side + GAP)
+            shown = cells[y : y + side : 8, left : left + side : 8]
+            assert abs(shown - np.asarray(next(pictures), dtype=int)).max() <= 2  # they are cached in float16
 
 
 def test_the_result_holds_the_average_of_the_students_weights(finished):

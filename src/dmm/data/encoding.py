@@ -92,6 +92,23 @@ def encode_images(vae: Any, images: Sequence[Image.Image]) -> Tensor:
     return (latents - shift) * vae.config.scaling_factor
 
 
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """The pictures that a VAE makes of latents in the units that its UNet works in: :func:`encode_images` undone.
+
+    Args:
+        latents: (B, C, H / f, W / f).
+    Returns: B, RGB.
+    """
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    images = []
+    for one in latents:  # of whole size, they take more memory than anything before
+        inner = (one[None] / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)
+        pixels = (vae.decode(inner).sample[0].float() * 127.5 + 127.5).round().clamp(0, 255)
+        images.append(Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
+    return images
+
+
 def encode_texts(
     pipeline: Any,
     captions: Sequence[str],

@@ -35,7 +35,6 @@ from dmm.data import TrainingData
 from dmm.errors import UserError
 from dmm.families import FAMILIES, denoiser_of, set_denoiser
 from dmm.files.outputs import check_folder
-from dmm.files.pictures import grid, save_png
 from dmm.files.prompts import read_prompts
 from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, check_new
 from dmm.formats.schedules import noise_schedule
@@ -43,7 +42,6 @@ from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.teachers import open_pipeline
-from dmm.pipeline.sampling import sample
 from dmm.pipeline.styled import save_pipeline
 from dmm.recipes.parts import MAX_SEED, exists
 from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
@@ -52,8 +50,9 @@ from dmm.training.building import build_adversary, build_student, open_teachers,
 from dmm.training.costs import disk_bytes
 from dmm.training.outlook import describe
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
-from dmm.training.preparing import free_memory, prepare_data_of, style_terms
+from dmm.training.preparing import Terms, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
+from dmm.training.samples import Rows, paint_teachers, show
 from dmm.training.trainer import Trainer
 from dmm.training.watch import Watch, watched_groups
 
@@ -172,6 +171,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     terms = on_main(lambda: style_terms(plan))
     data, captions = on_all(lambda: prepare_data_of(recipe, plan, base, terms, accelerator))
     prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
+    by_teachers = on_all(lambda: _paint_teachers(recipe, plan, terms, base, prompts, accelerator))
     new_batches = _batches_of(recipe, data, styles, roles, base, accelerator)
     # asks the base, which then becomes the student
     watch = _build_watch(recipe, plan, roles, base, new_batches, accelerator)
@@ -193,17 +193,33 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     if recipe.logging.trackers:
         accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
     set_denoiser(base, student.unet)  # the merged pipeline
-    show = (
-        partial(_show, base, recipe, plan.size, styles, prompts, folder, accelerator.device)
-        if recipe.sample_interval
-        else None
+    show_step = partial(show, base, recipe, plan.size, styles, prompts, by_teachers, folder, accelerator.device)
+    trainer = Trainer(
+        accelerator,
+        student,
+        teachers,
+        batches,
+        recipe,
+        folder,
+        styles,
+        adversary,
+        watch,
+        show_step if recipe.sample_interval else None,
     )
-    trainer = Trainer(accelerator, student, teachers, batches, recipe, folder, styles, adversary, watch, show)
     trainer.train()
     with trainer.averaged():
         on_main(lambda: _save_result(base, plan, folder))
     for tracker in accelerator.trackers:  # end_training would part the processes, and another stage may come
         tracker.finish()
+
+
+def _paint_teachers(
+    recipe: Recipe, plan: Plan, terms: Terms, base: Any, prompts: Sequence[str], accelerator: Accelerator
+) -> Rows:
+    """What the samples show beside the student, in the process that shows them."""
+    if not recipe.sample_interval or not accelerator.is_main_process:
+        return []
+    return paint_teachers(recipe, plan, terms, base, prompts, accelerator.device)
 
 
 def _places(accelerator: Accelerator) -> tuple[int, int]:
@@ -312,42 +328,6 @@ def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     _remove(folder, (INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / RECIPE)
-
-
-@torch.no_grad()
-def _show(
-    pipeline: Any,
-    recipe: Recipe,
-    side: int,
-    styles: list[str],
-    prompts: Sequence[str],
-    folder: Path,
-    device: torch.device,
-    step: int,
-) -> None:
-    """Paint every prompt in every style, from the same noise, into one picture."""
-    cells = [(prompt, seed, style) for seed, prompt in enumerate(prompts) for style in styles]
-    painted, seeds, in_styles = zip(*cells, strict=True)
-    readers = (pipeline.vae, pipeline.text_encoder)
-    for module in readers:
-        module.to(device)
-    # not in float16, in which some VAEs overflow
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bf16"):
-        pictures = sample(
-            pipeline,
-            painted,
-            seeds,
-            styles=in_styles,
-            steps=recipe.logging.sample_steps,
-            guidance_scale=recipe.logging.sample_guidance,
-            width=side,
-            height=side,
-        )
-        picture = grid(list(pictures), len(styles), row_labels=prompts, column_labels=styles)
-    save_png(picture, folder / SAMPLES / f"step-{step:08d}.png", overwrite=True)
-    for module in readers:
-        module.to("cpu")
-    free_memory(device)
 
 
 def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:

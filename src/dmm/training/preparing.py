@@ -61,6 +61,24 @@ def prepare_data_of(
     return data, source.prompts if isinstance(source, Synthesis) else source.captions
 
 
+def painters_of(recipe: Recipe, plan: Plan, terms: Terms, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """What opens who paints in each of the student's styles: the teachers, and the earlier merge in its own."""
+    dtype = DTYPES[recipe.training.precision]
+
+    def open_teacher(name: str, model: ModelSource) -> Any:
+        return open_pipeline(model, torch_dtype=dtype, name=f"teacher '{name}'").to(device)
+
+    earlier: dict[str, Callable[[], Any]] = {}
+    if plan.earlier is not None:
+        # what the earlier student paints in each of its styles stands in for its teachers
+        open_earlier = partial(_open_styled, plan.base, "the earlier merge", dtype, device)
+        earlier = {name: partial(open_earlier, term) for name, term in zip(plan.earlier.names, terms[0], strict=True)}
+    return earlier | {
+        teacher.name: partial(open_teacher, teacher.name, model)
+        for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
+    }
+
+
 def _openers(
     recipe: Recipe, plan: Plan, terms: Terms, device: torch.device, *, paints: bool
 ) -> dict[str, Callable[[], Any]]:
@@ -69,39 +87,34 @@ def _openers(
     Args:
         paints: whether pictures are made; if not, teachers read captions only.
     """
-    # painting takes the whole model; reading captions is little work, and worth doing exactly
-    dtype = DTYPES[recipe.training.precision] if paints else torch.float32
-
-    def open_teacher(name: str, model: ModelSource) -> Any:
-        pipeline = open_pipeline(model, torch_dtype=dtype, name=f"teacher '{name}'")
-        if paints:
-            return pipeline.to(device)
-        pipeline.text_encoder.to(device)
-        return pipeline
-
-    def open_styled(name: str, model: ModelSource, term: Tensor) -> Any:
-        pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
-        bake(denoiser_of(pipeline), term, family_of(pipeline).port)
-        return pipeline.to(device)
-
-    openers: dict[str, Callable[[], Any]] = {
-        teacher.name: partial(open_teacher, teacher.name, model)
-        for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
-    }
-    if paints_earlier(recipe):
-        assert plan.earlier is not None
-        # what the earlier student paints in each of its styles stands in for its teachers
-        open_earlier = partial(open_styled, "the earlier merge", plan.base)
-        openers = {
-            name: partial(open_earlier, term) for name, term in zip(plan.earlier.names, terms[0], strict=True)
-        } | openers
+    if not paints:
+        return {
+            teacher.name: partial(_open_reader, teacher.name, model, device)
+            for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
+        }
+    openers = painters_of(recipe, plan, terms, device)
+    if not paints_earlier(recipe):
+        openers = {teacher.name: openers[teacher.name] for teacher in recipe.teachers}
     if paints_itself(recipe):
         assert plan.start is not None
-        open_start = partial(open_styled, "start", plan.start)
+        open_start = partial(_open_styled, plan.start, "start", DTYPES[recipe.training.precision], device)
         openers |= {
             student_in(name): partial(open_start, term) for name, term in zip(plan.styles, terms[1], strict=True)
         }
     return openers
+
+
+def _open_reader(name: str, model: ModelSource, device: torch.device) -> Any:
+    # reading captions is little work, and worth doing exactly
+    pipeline = open_pipeline(model, torch_dtype=torch.float32, name=f"teacher '{name}'")
+    pipeline.text_encoder.to(device)
+    return pipeline
+
+
+def _open_styled(model: ModelSource, name: str, dtype: torch.dtype, device: torch.device, term: Tensor) -> Any:
+    pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
+    bake(denoiser_of(pipeline), term, family_of(pipeline).port)
+    return pipeline.to(device)
 
 
 def free_memory(device: torch.device) -> None:
