@@ -29,6 +29,7 @@ from dmm.models.teachers import freeze
 from dmm.pipeline.samplers import DEFAULT_SAMPLER
 from dmm.pipeline.sampling import sample_latents
 from dmm.pipeline.styled import set_style
+from dmm.recipes.further import taken_from
 from dmm.recipes.recipe import load_recipe
 from dmm.training.batches import Batches, Role
 from dmm.training.distill import EarlierStudent, Part, distill
@@ -119,6 +120,32 @@ def test_two_processes_add_as_one(models, tmp_path):
     logs = [(tmp_path / run / "log.jsonl").read_text().splitlines() for run in ("one", "two")]
     for one, two in zip(*logs, strict=True):
         assert json.loads(two)["score"] == pytest.approx(json.loads(one)["score"], rel=1e-3)
+
+
+def test_what_a_recipe_does_not_say_is_the_earlier_merges(models, tmp_path, capsys):
+    recipe = models / "short.yaml"
+    short = {"teachers": teachers(line=3), "data": {"synthesize": {"prompts": "prompts.txt", "count": 2}}}
+    recipe.write_text(write_yaml({**short, "training": {"steps": 1}, "logging": {"sample_every": None}}))
+    command = ["add", str(models / "merged"), str(recipe), "--output", str(tmp_path / "more")]
+    assert main([*command, "--set", "losses.feature=0.5"]) == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert told.startswith(f"Taken from {models / 'merged' / 'recipe.yaml'}, since {recipe} does not say (rates: half ")
+    assert "size=16, " in told
+    assert "losses.feature" not in told
+    run, merged = (load_recipe(folder / "recipe.yaml") for folder in (tmp_path / "more", models / "merged"))
+    assert (run.size, run.training.batch_size, run.training.precision) == (16, 6, "fp32")
+    assert (run.data.synthesize.steps, run.data.synthesize.guidance) == (1, 1)
+    assert run.training.learning_rate == merged.training.learning_rate / 2
+    assert run.losses == merged.losses.model_copy(update={"feature": 0.5})
+    # an addition's rates were halved once
+    assert taken_from(run, {}, [])["training.learning_rate"] == run.training.learning_rate
+
+
+def test_what_is_said_stays_and_pictures_of_ones_own_are_not_painted(models):
+    merged = load_recipe(models / "merged" / "recipe.yaml")
+    given = {"size": 8, "training": {"precision": "bf16"}, "data": {"images": "pictures"}, "losses": None}
+    taken = taken_from(merged, given, ["training.batch_size", "losses"])
+    assert set(taken) == {"training.micro_batch_size", "training.gradient_checkpointing", "training.learning_rate"}
 
 
 @pytest.mark.parametrize(
