@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 import dmm
 from dmm.cli import main
-from dmm.families.sd1 import SD1
 from dmm.errors import UserError
+from dmm.families.sd1 import SD1
 from dmm.files.digest import sha256
 from dmm.files.parameters import read_parameters
 from dmm.files.pictures import GAP, MARGIN

@@ -131,7 +131,7 @@ def _named_base(recipe: Recipe) -> ModelSource:
 
 def _own_size(base: CheckedModel) -> int:
     """Of the pictures that a base was made for, in pixels a side; the shorter one."""
-    own = base.skeletons["unet"].config.sample_size
+    own = base.denoiser.config.sample_size
     if not own:
         raise UserError(f"size: {base.path} does not say of what size its pictures are; say it, such as 512.")
     side: int = own if isinstance(own, int) else min(own)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dmm.errors import UserError
+from dmm.families import denoiser_of
 from dmm.files.runs import CHECKPOINTS, RECIPE, find_run
 from dmm.models.side_car import read_side_car
 from dmm.models.styles import StylePrompts
@@ -57,7 +58,7 @@ def open_preview(preview: Preview, *, torch_dtype: torch.dtype = torch.float32) 
     tensors = load_checkpoint(preview.checkpoint).tensors
     student = tensors.get("ema", tensors["student"])
     prompts = StylePrompts(preview.styles, student["style_prompts.embeddings"].shape[1])
-    for name, module in (("unet.", pipeline.unet), ("style_prompts.", prompts)):
+    for name, module in (("unet.", denoiser_of(pipeline)), ("style_prompts.", prompts)):
         module.load_state_dict({key.removeprefix(name): one for key, one in student.items() if key.startswith(name)})
     add_styles(pipeline, prompts)
     return pipeline.to(dtype=torch_dtype)
