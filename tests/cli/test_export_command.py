@@ -1,11 +1,14 @@
+import json
+
 import pytest
 import torch
 from conftest import STYLE_NAMES
 from diffusers import StableDiffusionPipeline
-from helpers import paint
+from helpers import copy_folder, paint
 from safetensors.torch import load_file
 
 from dmm.cli import main
+from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.styled import load_pipeline, set_style, style_names
 
 
@@ -45,6 +48,18 @@ def test_all_styles_and_the_authors_layout_and_back(export, tmp_path, merged):
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, rtol=0, atol=1e-5)
     assert style_names(load_pipeline(tmp_path / "theirs.safetensors", config=merged)) == STYLE_NAMES
+
+
+def test_a_schedule_that_a_single_file_cannot_tell_is_told(export, merged, tmp_path, capsys):
+    model = copy_folder(merged, tmp_path / "model")
+    config = model / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"beta_end": 0.02}))
+    for output, told in (("ink.safetensors", True), ("ink", False)):
+        assert export("--style", "ink", "--output", output, model=model) == 0
+        assert ("its noise schedule is not the usual one" in capsys.readouterr().err) == told
+    for source, options in (("ink.safetensors", {"config": merged}), ("ink", {})):
+        opened = open_pipeline(ModelSource(tmp_path / source, **options))
+        assert opened.scheduler.config.beta_end == 0.02
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dmm.errors import UserError
 from dmm.models.styles import StylePrompts, styled_port
-from dmm.pipeline.export import export_all, export_style, patch_files
+from dmm.pipeline.export import export_all, export_authors, export_style, patch_files
 from dmm.pipeline.styled import add_styles, load_pipeline, save_pipeline, set_style, stock_twin
 
 MIX = {"ink": 0.7, "photo": 0.3}
@@ -237,6 +237,20 @@ def test_weights_too_large_for_half_precision_are_refused(styled, tmp_path):
     styled.vae.decoder.conv_in.bias.data[0] = 1e6
     with pytest.raises(UserError, match=r"the vae: 1 of the .* 'decoder\.conv_in\.bias' are NaN or infinite"):
         export_style(styled, "ink", tmp_path / "x.safetensors", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_style_too_large_for_float32_is_refused_in_every_form(styled, tmp_path):
+    styled_port(styled.unet).style_prompts.linear_2.weight.data *= 1e38
+    for export in (
+        lambda: export_style(styled, "ink", tmp_path / "x.safetensors"),
+        lambda: export_style(styled, "ink", tmp_path / "x"),
+        lambda: export_all(styled, tmp_path / "x"),
+        lambda: export_authors(styled, tmp_path / "x", dtype=torch.float16),
+        lambda: export_authors(styled, tmp_path / "x.safetensors", dtype=torch.float16),
+    ):
+        with pytest.raises(UserError, match=r"linear_2\.(bias|weight)' are NaN or infinite in torch"):
+            export()
     assert not list(tmp_path.iterdir())
 
 

@@ -131,6 +131,25 @@ def test_folders_have_ledgers_too(models, tmp_path):
     assert all(one[name].equal(b[name]) for name in b)
 
 
+@pytest.mark.parametrize(
+    "place", ["a.safetensors", "alias.safetensors", "model", "model/unet/diffusion_pytorch_model.safetensors"]
+)
+def test_a_soup_is_not_written_over_what_it_is_made_of(models, shelf, place):
+    shutil.copytree(models / "b", shelf / "model")
+    (shelf / "alias.safetensors").symlink_to("a.safetensors")
+    before = {path: path.read_bytes() for path in shelf.rglob("*") if path.is_file()}
+    teachers = [{"name": "a", "model": str(shelf / "a.safetensors")}, {"name": "b", "model": str(shelf / "model")}]
+    with pytest.raises(UserError, match="is what the soup is made of"):
+        cook(SoupRecipe(method="soup", teachers=teachers), shelf / place, overwrite=True)
+    assert {path: path.read_bytes() for path in shelf.rglob("*") if path.is_file()} == before
+
+
+def test_a_soup_may_be_written_over_itself(shelf):
+    made = soup(shelf, "soup.safetensors", "ab")
+    again = with_more(read_ledger(made), "c", str(shelf / "c.safetensors"), None)
+    assert read_ledger(cook(again, made, overwrite=True).path).recipe.names == ["a", "b", "c"]
+
+
 def test_what_cannot_be_changed(shelf):
     ledger = read_ledger(soup(shelf, "soup.safetensors", "a"))
     for change, message in (

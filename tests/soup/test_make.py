@@ -51,7 +51,6 @@ def test_a_soup_is_the_average_whose_file_says_what_it_is(models, tmp_path, dige
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
     assert metadata["modelspec.prediction_type"] == "epsilon"
-    assert made.not_finite == {}
     assert made.notes == ()
 
 
@@ -227,16 +226,6 @@ def test_position_ids_stay_whole_numbers_from_zero(models, tmp_path, digests):
     made = make_soup(SoupRecipe(method="soup", teachers=teachers), tmp_path / "s.safetensors", digests=digests)
     assert load_file(made.path)[name].equal(torch.arange(24)[None])
     assert "is damaged in" in made.notes[0]
-
-
-def test_values_too_large_for_the_output_are_told_by_tensor(models, tmp_path, digests):
-    def enlarge(tensors):
-        tensors[CONV] = tensors[CONV].float()
-        tensors[CONV].view(-1)[:3] = 1e6
-
-    big = rewrite(models / "a.safetensors", tmp_path / "a.safetensors", enlarge)
-    one = SoupRecipe(method="soup", teachers=[{"name": "a", "model": str(big)}], precision="fp16")
-    assert make_soup(one, tmp_path / "s.safetensors", digests=digests).not_finite == {CONV: 3}
 
 
 def header_of(path):

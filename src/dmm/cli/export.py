@@ -12,6 +12,7 @@ Examples:
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     quiet_libraries()
     import torch
 
+    from dmm.formats.schedules import untold_by_marks
     from dmm.models.devices import find_device
     from dmm.models.teachers import ModelSource, locate
     from dmm.pipeline.export import export_all, export_authors, export_style
@@ -99,4 +101,7 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     else:
         export_authors(pipe, output, dtype=dtype, overwrite=args.overwrite)
         what = f"{len(style_names(pipe))} styles in the layout of DMM's authors"
+    note = untold_by_marks(pipe.scheduler.config)
+    if note and (output.suffix == ".safetensors" or args.single_file):
+        print(f"dmm: note: {note}.", file=sys.stderr)
     print(f"Wrote {output}: {what}, {args.precision}, in {time.monotonic() - start:.1f} s.")

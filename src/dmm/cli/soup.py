@@ -121,11 +121,6 @@ def _cook(recipe: "SoupRecipe", output: Path, ledger: "Ledger | None", args: arg
         raise KeyboardInterrupt("nothing was written") from None
     for note in made.notes:
         print(f"dmm: note: {note}", file=sys.stderr)
-    for name, count in made.not_finite.items():
-        print(
-            f"dmm: warning: {count} values of '{name}' are NaN or infinite in the output; try another --set precision=",
-            file=sys.stderr,
-        )
     what = "a LoRA" if recipe.kind == "lora" else f"{recipe.method} of {', '.join(sorted(recipe.names))}"
     print(
         f"Wrote {output}: {what}, {made.num_tensors} tensors, {made.num_bytes / 1e9:.3g} GB, in {made.seconds:.1f} s."

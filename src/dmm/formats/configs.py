@@ -59,13 +59,14 @@ def describe_pipeline(pipeline: Any, file: Path) -> dict[str, str]:
     return told | _describe_source(str(pipeline.name_or_path or ""), file)
 
 
-def describe_folder(folder: Path, file: Path) -> dict[str, str]:
+def describe_folder(folder: Path, file: Path, scheduler: Mapping[str, Any] | None = None) -> dict[str, str]:
     """What the metadata of a file say of its configs, which are those of a stock pipeline folder.
 
     Args:
         file: where it will be.
+        scheduler: its scheduler config, where that is another.
     """
-    return {CONFIGS_KEY: _carried(folder), **_describe_source(str(folder), file)}
+    return {CONFIGS_KEY: _carried(folder, scheduler), **_describe_source(str(folder), file)}
 
 
 def carried_config(path: Path, header: Header, name: str) -> dict[str, Any] | None:
@@ -122,8 +123,10 @@ def _describe_source(followed: str, file: Path) -> dict[str, str]:
     return {FOLLOWS_KEY: relative if relative.startswith(".") else f"./{relative}"}
 
 
-def _carried(folder: Path) -> str:
+def _carried(folder: Path, scheduler: Mapping[str, Any] | None = None) -> str:
     index = _plain(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    if scheduler is not None:
+        index |= {"scheduler": ["diffusers", scheduler["_class_name"]]}
     files: dict[str, Any] = {"model_index.json": index}
     for name in _parts(index):
         small = {
@@ -136,6 +139,8 @@ def _carried(folder: Path) -> str:
             small = {file: content for file, content in small.items() if Path(file).name not in _OLDER_TOKENIZER}
         if not _is_tokenizer(name) or len(_as_json(small)) <= _MAX_TOKENIZER:
             files |= small
+    if scheduler is not None:
+        files["scheduler/scheduler_config.json"] = _plain(dict(scheduler))
     return _as_json(files)
 
 

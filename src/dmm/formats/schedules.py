@@ -5,6 +5,7 @@ schedule was rescaled to end in pure noise; other tools know no more. Files of o
 """
 
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ V_PREDICTION_MARK = "v_pred"
 """An empty tensor of this name says, by custom, that the UNet predicts v."""
 ZERO_SNR_MARK = "ztsnr"
 """An empty tensor of this name says, by custom, that the schedule is rescaled to zero terminal SNR."""
+MARKS = (V_PREDICTION_MARK, ZERO_SNR_MARK)
+
 _FILE = "scheduler_config.json"
 _PARTS = (
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
@@ -51,6 +54,12 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
         )
     noise_schedule(config, str(path))
     return config
+
+
+def write_scheduler_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Write the scheduler config of a stock folder; that of the folder's ``model_index.json`` is the caller's."""
+    text = json.dumps({name: value for name, value in config.items() if name != "_name_or_path"}, indent=2)
+    (folder / "scheduler" / _FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def open_scheduler(config: Mapping[str, Any]) -> Any:
@@ -87,17 +96,23 @@ def check_same_schedule(name: str, schedule: Tensor, other: str, other_schedule:
         other: whose the other schedule is, as in ``the student's``.
     Raises: UserError: they differ; with the values where they differ most.
     """
+    if same_schedules(schedule, other_schedule):
+        return
     if len(schedule) != len(other_schedule):
         raise UserError(
             f"{name}: its noise schedule has {len(schedule)} steps, {other} {len(other_schedule)}. Choose models that "
             "were trained on one schedule."
         )
-    if not torch.allclose(schedule, other_schedule, rtol=1e-4, atol=1e-8):
-        step = int((schedule - other_schedule).abs().argmax())
-        raise UserError(
-            f"{name}: its noise schedule is not {other}: alphas_cumprod at step {step} is {schedule[step]:.6g}, "
-            f"{other} {other_schedule[step]:.6g}. Choose models that were trained on one schedule."
-        )
+    step = int((schedule - other_schedule).abs().argmax())
+    raise UserError(
+        f"{name}: its noise schedule is not {other}: alphas_cumprod at step {step} is {schedule[step]:.6g}, "
+        f"{other} {other_schedule[step]:.6g}. Choose models that were trained on one schedule."
+    )
+
+
+def same_schedules(one: Tensor, other: Tensor) -> bool:
+    """Whether two noise schedules, from :func:`noise_schedule`, are one to rounding."""
+    return len(one) == len(other) and torch.allclose(one, other, rtol=1e-4, atol=1e-7)
 
 
 def ends_in_noise(schedule: Tensor) -> bool:
@@ -120,11 +135,11 @@ def untold_by_marks(config: Mapping[str, Any]) -> str | None:
     schedule = noise_schedule(config)
     zero = ends_in_noise(schedule)
     assumed = noise_schedule({**STOCK, "rescale_betas_zero_snr": zero})
-    if len(schedule) == len(assumed) and torch.allclose(schedule, assumed, rtol=1e-4, atol=1e-7):
+    if same_schedules(schedule, assumed):
         return None
     return (
-        "its noise schedule is its own, which a single file cannot say to other tools: they paint otherwise with it, "
-        "unless you give them the scheduler_config.json of a folder; a folder is safe everywhere"
+        "its noise schedule is not the usual one, which a single file cannot tell other tools: they will paint "
+        "otherwise unless they are given its scheduler_config.json; a folder has one"
     )
 
 

@@ -92,6 +92,7 @@ def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float3
     """
     prompts: StylePrompts = style_prompts_of(pipe)
     stock, metadata = stock_twin(pipe), describe(pipe, None)
+    check_finite({name: tensor.to(dtype) for name, tensor in prompts.state_dict().items()}, "the style prompts")
     if output.suffix == SINGLE_FILE:
         with new_file(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
             _write_single_file(stock, temporary, dtype, metadata)
@@ -169,5 +170,4 @@ def _check_in(pipe: Any, dtype: torch.dtype) -> None:
             raise UserError(
                 f"The {component.name} has an adapter on it. Fuse it into the weights and unload it before exporting."
             )
-        if dtype != torch.float32:
-            check_finite({name: t.to(dtype) for name, t in model.state_dict().items()}, f"the {component.name}")
+        check_finite({name: t.to(dtype) for name, t in model.state_dict().items()}, f"the {component.name}")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dmm.errors import UserError
 from dmm.files.claims import claimed
 from dmm.soup.greedy import make_greedy_soup
 from dmm.soup.ledger import Ledger
@@ -29,6 +30,7 @@ def cook(
     Raises: UserError: another process is writing to the output; or anything else that the user can mend, before
         anything is written.
     """
+    _check_keeps_sources(recipe, output)
     expected = None if ledger is None else ledger.digests
     with claimed(output):
         if recipe.kind == "lora":
@@ -40,3 +42,18 @@ def cook(
         return make_soup(
             recipe, output, overwrite=overwrite, threads=threads, expected=expected, bar=bar, greedy=greedy
         )
+
+
+def _check_keeps_sources(recipe: SoupRecipe, output: Path) -> None:
+    """Refuse an output in the place of what it is made of.
+
+    Raises: UserError: naming whose model it is.
+    """
+    place = output.resolve()
+    for owner, source in recipe.sources:
+        taken = Path(source).resolve()
+        if output.exists() and Path(source).exists() and (taken == place or taken in place.parents):
+            raise UserError(
+                f"'{output}' is what the soup is made of ({owner}): without it, it could never be made again from its "
+                "ledger, nor changed. Name another output."
+            )

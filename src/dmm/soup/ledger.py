@@ -232,7 +232,7 @@ def model_digest(model: OpenModel, digests: Mapping[Path, str]) -> str:
 def _describe_configs(plan: Plan, output: Path) -> dict[str, str]:
     """What a single file says of its configs: of those that the plan has, or else of its first model's."""
     if plan.configs is not None:
-        return describe_folder(plan.configs, output)
+        return describe_folder(plan.configs, output, plan.scheduler)
     first = next(model for model in (plan.base, plan.origin, *plan.teachers) if model is not None)
     return describe_as(first.path, first.metadata, output)
 

@@ -23,7 +23,7 @@ from dmm.soup.ledger import check_digests, describe_recipe, labelled_digests
 from dmm.soup.make import Bar, Made, digest_files, no_bar
 from dmm.soup.models import Source
 from dmm.soup.plan import plan_soup
-from dmm.soup.reading import Digests, num_not_finite
+from dmm.soup.reading import Digests
 from dmm.soup.recipe import SoupRecipe
 from dmm.soup.stream import in_threads, num_threads
 from dmm.soup.writing import sync_folder
@@ -78,6 +78,7 @@ def make_lora(
         tensors[f"{name}.lora_down.weight"] = factors.down.to(dtype)
         tensors[f"{name}.lora_up.weight"] = factors.up.to(dtype)
         tensors[f"{name}.alpha"] = torch.tensor(factors.scaling * len(factors.down), dtype=torch.float32)
+    check_finite(tensors, "the soup")
     ranks = {len(factors.down) for factors in layers.values()}
     metadata = {
         **describe_recipe(recipe, found, sources, output),
@@ -90,9 +91,8 @@ def make_lora(
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(output.resolve().parent)
-    not_finite = {name: count for name, tensor in tensors.items() if (count := num_not_finite(tensor.flatten()))}
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-    return Made(output, len(tensors), num_bytes, time.monotonic() - start, not_finite, tuple(notes))
+    return Made(output, len(tensors), num_bytes, time.monotonic() - start, tuple(notes))
 
 
 def add_factors(parts: Sequence[tuple[float, Factors]]) -> Factors:

@@ -16,6 +16,7 @@ from dmm.files.json import read_json
 from dmm.files.outputs import check_disk, check_file, check_new_folder, new_file, new_folder
 from dmm.formats.completing import complete_folder
 from dmm.formats.folder import PARTS, UNUSED_COMPONENTS
+from dmm.formats.schedules import write_scheduler_config
 from dmm.soup.ledger import check_digests, describe, labelled_digests
 from dmm.soup.models import Layout
 from dmm.soup.plan import Plan, plan_soup
@@ -34,7 +35,6 @@ class Made:
 
     Attributes:
         num_bytes: of its weights.
-        not_finite: how many values of which tensors are NaN or infinite in the output's dtype.
         notes: what the user should be told.
     """
 
@@ -42,7 +42,6 @@ class Made:
     num_tensors: int
     num_bytes: int
     seconds: float
-    not_finite: dict[str, int]
     notes: tuple[str, ...]
 
 
@@ -73,7 +72,7 @@ def make_soup(
         digests: what is known of files' sha256; by default the user's cache.
         greedy: what the ledger says of how the models were chosen.
     Raises: UserError: anything about the models, the recipe or the place that the user can mend, before anything is
-        written.
+        written; or a value that the output's dtype cannot hold, and then nothing is left of what was written.
     """
     start = time.monotonic()
     layout = layout_of(output)
@@ -93,13 +92,12 @@ def make_soup(
                 measured = measure(plan, threads, progress)
         metadata = describe(plan, known, output, greedy)
         with bar("merging", count) as progress:
-            not_finite = _write(plan, output, metadata, measured, threads, progress, overwrite)
+            _write(plan, output, metadata, measured, threads, progress, overwrite)
         return Made(
             output,
             len(plan.tensors),
             sum(tensor.declared.num_bytes for tensor in plan.tensors),
             time.monotonic() - start,
-            not_finite,
             plan.notes,
         )
 
@@ -127,7 +125,7 @@ def _write(
     threads: int,
     progress: Callable[[int], object],
     overwrite: bool,
-) -> dict[str, int]:
+) -> None:
     place = (
         new_file(output, overwrite=overwrite)
         if plan.layout == "file"
@@ -150,7 +148,7 @@ def _write(
                 opened.append(file)
                 stack.callback(file.close)
                 files.update({plan.tensors[i].name: (file, _name_in(plan, plan.tensors[i].name)) for i in indices})
-            not_finite = write(plan, files, measured, threads, progress)
+            write(plan, files, measured, threads, progress)
             for source in plan.files:
                 source.check_unchanged()
             for file in opened:
@@ -159,7 +157,6 @@ def _write(
             for folder in {path.parent for path in temporary.rglob("*")}:
                 sync_folder(folder)
     sync_folder(output.resolve().parent)
-    return not_finite
 
 
 def weights_path(name: str) -> Path:
@@ -181,6 +178,8 @@ def _copy_configs(plan: Plan, folder: Path) -> None:
         if name in index:
             index[name] = [None, None]
     index["requires_safety_checker"] = False
+    assert plan.scheduler is not None  # the configs have one
+    index["scheduler"] = ["diffusers", plan.scheduler["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name in sorted(name for name, value in index.items() if isinstance(value, list) and value[0]):
         (folder / name).mkdir()
@@ -188,9 +187,5 @@ def _copy_configs(plan: Plan, folder: Path) -> None:
             is_weights = file.suffix in (".safetensors", ".bin", ".msgpack", ".onnx") or ".index." in file.name
             if file.is_file() and not is_weights:
                 shutil.copyfile(file, folder / name / file.name)
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    config = read_json(scheduler)
-    if config.get("prediction_type", "epsilon") != plan.prediction_type:
-        config["prediction_type"] = plan.prediction_type
-        scheduler.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_scheduler_config(plan.scheduler, folder)
     complete_folder(folder)

@@ -16,7 +16,7 @@ from dmm.files.json import read_json
 from dmm.formats.detect import is_lora
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights
-from dmm.formats.schedules import V_PREDICTION_MARK
+from dmm.formats.schedules import MARKS, read_scheduler_config, said_of_schedule
 from dmm.formats.single_file import (
     HARMLESS,
     is_vae_attention,
@@ -78,6 +78,8 @@ class OpenModel:
     layout: Layout
     family: Family | Stranger
     prediction_type: str
+    scheduler: Mapping[str, Any]
+    """A folder's scheduler config; of a single file, what it says of its noise schedule."""
     tensors: dict[str, Source]
     files: dict[str, WeightFile]
     """By their paths within a folder; of a single file, by its name."""
@@ -183,9 +185,13 @@ def _open_file(path: Path, label: str) -> OpenModel:
             f"{path}: none of its {len(names)} tensors has a name that we know{example}. Pass a single file of the "
             "original layout, or a pipeline folder."
         )
-    prediction_type = prediction_type_of(path, Header(file.tensors, file.metadata)) or "epsilon"
-    tensors = {name: Source(file, name, tuple(file.tensors[name].shape)) for name in file.in_order()}
-    return OpenModel(label, path, "file", found[0], prediction_type, tensors, {path.name: file})
+    header = Header(file.tensors, file.metadata)
+    prediction_type = prediction_type_of(path, header) or "epsilon"
+    tensors = {
+        name: Source(file, name, tuple(file.tensors[name].shape)) for name in file.in_order() if name not in MARKS
+    }
+    said = said_of_schedule(path, header)
+    return OpenModel(label, path, "file", found[0], prediction_type, said, tensors, {path.name: file})
 
 
 def _open_folder(path: Path, label: str) -> OpenModel:
@@ -210,9 +216,9 @@ def _open_folder(path: Path, label: str) -> OpenModel:
                 tensors[f"{name}/{_current(name, key)}"] = Source(file, key, tuple(file.tensors[key].shape))
     if not any(name.startswith("unet/") for name in tensors):
         raise UserError(f"{path} has no UNet. Pass a whole pipeline folder.")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    prediction_type = read_json(scheduler).get("prediction_type", "epsilon")
-    return OpenModel(label, path, "folder", family, str(prediction_type), tensors, files)
+    scheduler = read_scheduler_config(path)
+    prediction_type = str(scheduler.get("prediction_type", "epsilon"))
+    return OpenModel(label, path, "folder", family, prediction_type, scheduler, tensors, files)
 
 
 def _current(component: str, name: str) -> str:
@@ -236,4 +242,4 @@ def _with_level(component: str, name: str) -> str:
 
 def is_harmless(name: str) -> bool:
     """Whether nothing that samples reads a tensor of this name."""
-    return name != V_PREDICTION_MARK and any(fnmatchcase(name, f"*{known}") for known in HARMLESS)
+    return any(fnmatchcase(name, f"*{known}") for known in HARMLESS)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,16 @@ from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import lora_file
 from dmm.formats.lora import read_lora
-from dmm.formats.schedules import V_PREDICTION_MARK
+from dmm.formats.schedules import (
+    STOCK,
+    check_same_schedule,
+    marks,
+    noise_schedule,
+    read_scheduler_config,
+    same_schedules,
+    untold_by_marks,
+    with_schedule,
+)
 from dmm.formats.tensors import read_header
 from dmm.soup.blocks import Blocks
 from dmm.soup.models import (
@@ -63,6 +73,7 @@ class Plan:
         tensors: in the order in which they are read and written.
         models: all that is read; the base and the origin, if any, before the teachers.
         configs: the folder whose configs and tokenizer a folder gets.
+        scheduler: the scheduler config of what is made; None where nothing says what it is, as of most single files.
         notes: what the user should be told, and may be content with.
     """
 
@@ -76,6 +87,7 @@ class Plan:
     origin: OpenModel | None
     teachers: tuple[OpenModel, ...]
     configs: Path | None
+    scheduler: Mapping[str, Any] | None
     density: float
     notes: tuple[str, ...]
 
@@ -123,9 +135,11 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
     _check_alike(models)
 
     configs = recipe.config or next((model.path for model in models if model.layout == "folder"), None)
+    _check_schedules(models, configs)
     mixed = any(model.layout != layout for model in models) or any(teacher.all_loras for teacher in given)
     if configs is None and (mixed or layout == "folder"):
         configs = _find_configs(models[0])
+    scheduler = _scheduler_of(models, configs)
     if mixed:
         assert configs is not None
         names = Names.of(configs)
@@ -147,12 +161,49 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
         origin,
         tuple(teachers),
         configs,
+        scheduler,
         recipe.density or DENSITIES.get(recipe.method, 1.0),
         (),
     )
     notes: list[str] = []
-    tensors = tuple(_plan_tensors(plan, [teacher.name for teacher in given], notes))
-    return replace(plan, tensors=tensors, notes=tuple(notes))
+    tensors = [*_plan_tensors(plan, [teacher.name for teacher in given], notes)]
+    if layout == "file":
+        known = {**(scheduler or STOCK), "prediction_type": plan.prediction_type}
+        tensors += [
+            Merged(name, Declared(mark.dtype, tuple(mark.shape)), (), (), constant=mark)
+            for name, mark in marks(known).items()
+        ]
+        notes += [f"of the soup: {note}" for note in [untold_by_marks(known)] if note]
+    return replace(plan, tensors=tuple(tensors), notes=tuple(notes))
+
+
+def _check_schedules(models: Sequence[OpenModel], configs: Path | None) -> None:
+    """Refuse models of different noise schedules; a single file that says nothing follows the configs."""
+    first, *others = ((model, noise_schedule(_own_scheduler(model, configs))) for model in models)
+    for model, schedule in others:
+        check_same_schedule(f"{model.label}: {model.path}", schedule, f"that of {first[0].label}", first[1])
+
+
+def _scheduler_of(models: Sequence[OpenModel], configs: Path | None) -> dict[str, Any] | None:
+    """The scheduler config of a soup: that of the configs where it fits, or else its first model's.
+
+    Returns: None where single files say nothing of theirs and there are no configs.
+    """
+    if configs is None and not any(model.scheduler for model in models):
+        return None
+    own, followed = _own_scheduler(models[0], configs), _followed_scheduler(configs)
+    chosen = followed if same_schedules(noise_schedule(followed), noise_schedule(own)) else own
+    return {**chosen, "prediction_type": models[0].prediction_type}
+
+
+def _own_scheduler(model: OpenModel, configs: Path | None) -> Mapping[str, Any]:
+    if model.layout == "folder":
+        return model.scheduler
+    return with_schedule(_followed_scheduler(configs), model.scheduler)
+
+
+def _followed_scheduler(configs: Path | None) -> Mapping[str, Any]:
+    return STOCK if configs is None else read_scheduler_config(configs)
 
 
 def _find_configs(model: OpenModel) -> Path:
@@ -244,7 +295,7 @@ def _names(plan: Plan, notes: list[str]) -> list[str]:
         if len(having) == len(models):
             chosen.append(name)
             continue
-        if name == V_PREDICTION_MARK or (name.endswith("position_ids") and models[0] in having):
+        if name.endswith("position_ids") and models[0] in having:
             chosen.append(name)
             continue
         if is_harmless(name):

@@ -81,6 +81,15 @@ class SoupRecipe(Part):
         """The teachers' names."""
         return [teacher.name for teacher in self.teachers]
 
+    @property
+    def sources(self) -> list[tuple[str, str]]:
+        """All that a soup is made of, files, folders and hub ids, and whose each is."""
+        found = [("the base", self.base), ("the origin", self.origin), ("config", self.config)]
+        for teacher in self.teachers:
+            owner = f"teacher '{teacher.name}'"
+            found += [(owner, teacher.model), *((owner, lora.path) for lora in teacher.all_loras)]
+        return [(owner, str(source)) for owner, source in found if source is not None]
+
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         if not self.teachers:

@@ -6,7 +6,6 @@ slices are cut alike whatever the number of threads, so that the results are the
 
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmm.errors import UserError
 from dmm.soup.applying import APPLY, Slice
 from dmm.soup.methods import gram_matrix
 from dmm.soup.plan import Merged, Plan
@@ -79,36 +79,35 @@ def write(
     measured: Mapping[str, Tensor],
     threads: int,
     progress: Progress,
-) -> dict[str, int]:
+) -> None:
     """Merge, and write every tensor.
 
     Args:
         files: for each tensor's name the file that it goes to and its name there.
         measured: from :func:`measure`.
-    Returns: how many values of which tensors came out NaN or infinite.
-    Raises: OSError: a file does not take what is written.
+    Raises: OSError: a file does not take what is written. UserError: a value came out NaN or infinite.
     """
-    broken: Counter[str] = Counter()
     lock = threading.Lock()
 
     def task(tensor: Merged, start: int, stop: int) -> Callable[[], None]:
         def run() -> None:
             file, name = files[tensor.name]
             piece = file.room(name, start, stop)
-            found = 0
             for first, last in slices(tensor, start, stop):
                 values = piece[first - start : last - start]
                 values.copy_(_merge(plan, tensor, first, last, measured.get(tensor.name)))
-                found += num_not_finite(values)
+                if num_not_finite(values):
+                    raise UserError(
+                        f"'{tensor.name}' of the soup would hold values that are NaN or infinite in {values.dtype}, "
+                        "and so was not written. Set precision: bf16 or fp32, or smaller weights."
+                    )
             file.write(name, start, piece)
             with lock:
-                broken[tensor.name] += found
                 progress(stop - start)
 
         return run
 
     in_threads((task(tensor, *piece) for tensor in plan.tensors for piece in pieces(tensor)), threads)
-    return {tensor.name: broken[tensor.name] for tensor in plan.tensors if broken[tensor.name]}
 
 
 def _merge(plan: Plan, tensor: Merged, start: int, stop: int, measured: Tensor | None) -> Tensor:
