@@ -175,7 +175,7 @@ def test_all_styles_as_a_folder_and_patches(styled, tmp_path):
 
 def test_all_styles_as_a_single_file_and_patches(styled, sd1_folder, tmp_path):
     export_all(styled, tmp_path / "all", single_file=True)
-    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["model.safetensors", "styles"]
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["loras", "model.safetensors", "styles"]
     for style in STYLE_NAMES:
         tensors = load_file(tmp_path / "all/model.safetensors")
         tensors |= load_file(tmp_path / f"all/styles/{style}.safetensors")
@@ -192,7 +192,7 @@ def test_all_styles_as_a_single_file_and_patches(styled, sd1_folder, tmp_path):
 
 def test_names_that_no_file_system_takes_still_get_a_patch_each(pipeline, tmp_path):
     add_styles(pipeline, StylePrompts(["a/b", "a:b", "ç"], dim=32))
-    assert patch_files(pipeline) == ["a-b.safetensors", "a-b-1.safetensors", "ç.safetensors"]
+    assert patch_files(pipeline) == ["a-b.safetensors", "a-b-2.safetensors", "ç.safetensors"]
     export_all(pipeline, tmp_path / "all")
     assert len(list((tmp_path / "all/styles").iterdir())) == 3
 

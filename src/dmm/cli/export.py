@@ -6,7 +6,7 @@ A .safetensors output is one file of the original Stable Diffusion layout, as A1
 Examples:
   dmm export merged --style ink --output ink.safetensors
   dmm export merged --style ink=0.7,photo=0.3 --output ink-photo/ --precision fp16
-  dmm export merged --all --output all/
+  dmm export merged --all --output all/                   # loras/ink.safetensors is for web UIs, too
   dmm export merged --all --single-file --output all/
   dmm export merged --authors --output dmm/
 """
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MERGED", help="a merged model: a folder, a hub id, or a file of the authors")
     what = parser.add_argument_group("what (one of these options)").add_mutually_exclusive_group(required=True)
     what.add_argument("--style", metavar="NAME[=W],...", type=read_mix, help="one style, or a mix as in a=0.7,b=0.3")
-    what.add_argument("--all", action="store_true", help="one checkpoint, and a patch of some kilobytes for each style")
+    what.add_argument("--all", action="store_true", help="one checkpoint, and each style as a small patch and a LoRA")
     what.add_argument("--authors", action="store_true", help="all styles, in the layout that DMM's authors released")
     parser.add_argument("--output", metavar="PATH", type=Path, required=True, help="a .safetensors file, or a folder")
     parser.add_argument("--single-file", action="store_true", help="with --all: the checkpoint as a single file")
@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> None:
     if args.single_file and not args.all:
         raise UserError("--single-file goes with --all; of --style and --authors the output's suffix tells the kind.")
     if args.all and is_file:
-        raise UserError(
-            f"--output {args.output}: --all writes a folder, with the styles' patches in it; name a folder."
-        )
+        raise UserError(f"--output {args.output}: --all writes a folder, with the styles' files in it; name a folder.")
     check_there(args.model)
     names = read_style_names(args.model)
     if names and args.style:
@@ -96,8 +94,16 @@ def _export(args: argparse.Namespace, output: Path) -> None:
         export_style(pipe, args.style, output, dtype=dtype, overwrite=args.overwrite)
         what = f"the style {write_style(args.style)} as a stock checkpoint"
     elif args.all:
-        export_all(pipe, output, single_file=args.single_file, dtype=dtype, overwrite=args.overwrite)
-        what = f"one checkpoint, and in {output / 'styles'} a patch for each of {len(style_names(pipe))} styles"
+        made = export_all(pipe, output, single_file=args.single_file, dtype=dtype, overwrite=args.overwrite)
+        kind = "a LoRA" if made.are_loras else "a difference"
+        what = f"one checkpoint, and of each of {len(style_names(pipe))} styles a patch in styles/, {kind} in loras/"
+        if not made.are_loras:
+            print(
+                "dmm: note: what embeds time is too narrow here for styles to be LoRAs of rank one: their terms would "
+                f"be {made.error:.1%} off. loras/ has them as differences (.diff_b), which ComfyUI reads, and for "
+                "diffusers, exact, in loras/diffusers/.",
+                file=sys.stderr,
+            )
     else:
         export_authors(pipe, output, dtype=dtype, overwrite=args.overwrite)
         what = f"{len(style_names(pipe))} styles in the layout of DMM's authors"

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
 
 import dmm
 from dmm.errors import UserError
@@ -22,14 +21,17 @@ from dmm.formats.folder import PARTS
 from dmm.formats.single_file import original_names, save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.maths.mixes import Mix
+from dmm.models.adapter_files import file_stems
 from dmm.models.authors import rewrite_file, rewrite_folder
 from dmm.models.styles import StylePrompts
+from dmm.pipeline.style_loras import StyleLoras, write_style_loras
 from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
 
 SINGLE_FILE = ".safetensors"
 """An output of this suffix is a single file of the original layout; any other is a folder."""
 CHECKPOINT_FILE = "model.safetensors"
 PATCH_FOLDER = "styles"
+LORA_FOLDER = "loras"
 
 
 def export_style(
@@ -57,30 +59,39 @@ def export_style(
 
 def export_all(
     pipe: Any, folder: Path, *, single_file: bool = False, dtype: torch.dtype = torch.float32, overwrite: bool = False
-) -> None:
-    """Write every style at once: one checkpoint, and for each style a patch of a few kilobytes.
+) -> StyleLoras:
+    """Write every style at once: one checkpoint, and for each style a patch and LoRAs of a few kilobytes.
 
-    The checkpoint is the style-less average; a patch is the one bias of it that the style changes, by the name that it
-    has in the checkpoint: ``styles/NAME.safetensors``.
+    The checkpoint is the style-less average; a patch is what the style changes of it (one bias, where styles have no
+    adapters), by the name that it has in the checkpoint: ``styles/NAME.safetensors``. Other tools load the LoRAs, which
+    are always float32: ``loras/NAME.safetensors``, see :func:`dmm.pipeline.style_loras.write_style_loras`.
 
     Args:
         folder: becomes a stock diffusers folder.
         single_file: put ``model.safetensors``, of the original layout, in it instead.
+    Returns: what the LoRAs are.
     Raises: UserError: see :func:`export_style`.
     """
-    stock, family = stock_twin(pipe), family_of(pipe)
-    name = original_names(stock.components, family)[family.denoiser.name][family.bias] if single_file else family.bias
-    with new_folder(folder, overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(folder):
+    stock, family, styles = stock_twin(pipe), family_of(pipe), style_prompts_of(pipe).names
+    shared = dict(denoiser_of(stock).named_parameters())
+    names = original_names(stock.components, family)[family.denoiser.name] if single_file else {n: n for n in shared}
+    headers = {style: {"format": "pt", **describe(pipe, {style: 1.0})} for style in styles}
+    with new_folder(folder, overwrite=overwrite, parts=(*PARTS, LORA_FOLDER)) as temporary, told_of_full_disk(folder):
         if single_file:
             _write_single_file(stock, temporary / CHECKPOINT_FILE, dtype, describe(pipe, None))
         else:
             _write_folder(stock, temporary, dtype, describe(pipe, None))
         (temporary / PATCH_FOLDER).mkdir()
-        for style, file in zip(style_prompts_of(pipe).names, patch_files(pipe), strict=True):
-            bias: Tensor = denoiser_of(stock_twin(pipe, style)).get_parameter(family.bias)
-            patch = {name: bias.detach().to(dtype)}
+        for style, file in zip(styles, patch_files(pipe), strict=True):
+            own = denoiser_of(stock_twin(pipe, style)).named_parameters()
+            patch = {
+                names[name]: parameter.detach().to(dtype)
+                for name, parameter in own
+                if parameter is not shared[name] and not parameter.equal(shared[name])
+            }
             check_finite(patch, f"the style '{style}'")
-            write_tensors(temporary / PATCH_FOLDER / file, patch, {"format": "pt", **describe(pipe, {style: 1.0})})
+            write_tensors(temporary / PATCH_FOLDER / file, patch, headers[style])
+        return write_style_loras(pipe, temporary / LORA_FOLDER, headers)
 
 
 def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
@@ -105,8 +116,7 @@ def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float3
 
 def patch_files(pipe: Any) -> list[str]:
     """The patches' file names, in the order of the styles; what a file system may not take is a hyphen."""
-    names = [re.sub(r"[^\w .-]+", "-", name) for name in style_prompts_of(pipe).names]
-    return [f"{name}{f'-{i}' if name in names[:i] else ''}.safetensors" for i, name in enumerate(names)]
+    return [f"{stem}.safetensors" for stem in file_stems(style_prompts_of(pipe).names)]
 
 
 def describe(pipe: Any, mix: Mapping[str, float] | None) -> dict[str, str]:
