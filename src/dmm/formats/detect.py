@@ -10,6 +10,8 @@ from dmm.formats.tensors import Header
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The file of a folder that diffusers' ``save_lora_weights`` wrote."""
 
+_READS = "model.diffusion_model.input_blocks.0.0.weight"
+_LATENTS = "first_stage_model.post_quant_conv.weight"
 _LORA_PARTS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_")
 _DIFFUSERS_PARTS = ("down_blocks.", "mid_block.", "encoder.layers.")
 
@@ -71,6 +73,27 @@ def check_is_checkpoint(path: Path, header: Header, family: Family) -> None:
                 f"{path} has no {component.name}: none of its {len(names)} tensors is named "
                 f"'{component.original_prefix}...'. Pass a full checkpoint."
             )
+    reads, latents = names.get(_READS), names.get(_LATENTS)
+    if reads is not None and latents is not None and reads.ndim == latents.ndim == 4:
+        check_paints_from_noise(str(path), reads.shape[1], latents.shape[1])
+
+
+def check_paints_from_noise(where: str, num_channels: int, num_latents: int) -> None:
+    """Refuse an inpainting model of its own kind, which reads a mask and a picture beside its latents.
+
+    Args:
+        where: the model, as the error's first words.
+        num_channels: that its UNet reads.
+        num_latents: channels of the latents.
+    Raises: UserError: with what such models are for, and what does it with others.
+    """
+    if num_channels == 2 * num_latents + 1:
+        raise UserError(
+            f"{where} is an inpainting model: its UNet reads {num_channels} channels, the latents, a mask and the "
+            "masked picture. To inpaint, paint with a text-to-image model and a mask (dmm generate --image --mask); to "
+            "average inpainting models with each other, use dmm soup; for all else choose the text-to-image model that "
+            "it was made of."
+        )
 
 
 def check_is_lora(path: Path, header: Header) -> None:

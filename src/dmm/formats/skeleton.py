@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dmm.errors import UserError
 from dmm.families import Component, Family
 from dmm.files.json import read_json
+from dmm.formats.detect import check_paints_from_noise
 
 
 def build_skeletons(folder: Path, family: Family) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def _from_config(model_class: Any, folder: Path) -> Any:
 
 def _check_widths(skeletons: Mapping[str, Any], folder: Path) -> None:
     unet, vae, text_encoder = (skeletons[name].config for name in ("unet", "vae", "text_encoder"))
+    check_paints_from_noise(str(folder), unet.in_channels, vae.latent_channels)
     for what, found, expected in (
         ("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text_encoder.hidden_size),
         ("reads latent channels (in_channels)", unet.in_channels, vae.latent_channels),
