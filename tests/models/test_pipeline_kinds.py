@@ -1,4 +1,4 @@
-"""What a pipeline does is not what its model is: folders of any class of the family open; UNets for inpainting do not."""
+"""What a pipeline does is not what its model is: folders of all of a family's classes open, inpainting UNets do not."""
 
 import pytest
 from conftest import tiny_pipeline, tiny_unet
