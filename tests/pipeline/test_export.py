@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dmm.errors import UserError
+from dmm.models.style_names import read_style_names
 from dmm.models.styles import StylePrompts, styled_port
+from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.export import export_all, export_authors, export_style, patch_files
-from dmm.pipeline.styled import add_styles, load_pipeline, save_pipeline, set_style, stock_twin
+from dmm.pipeline.styled import add_styles, load_pipeline, read_styles, save_pipeline, set_style, stock_twin
 
 MIX = {"ink": 0.7, "photo": 0.3}
 STYLES = [*STYLE_NAMES, MIX]
@@ -171,6 +173,16 @@ def test_all_styles_as_a_folder_and_patches(styled, tmp_path):
         assert abs(paint(pipe) - paint(styled)).max() <= 2
         assert patch.keys() == {"time_embedding.linear_2.bias"}
         assert (tmp_path / f"all/styles/{style}.safetensors").stat().st_size < 10_000
+
+
+def test_an_export_of_all_styles_is_a_stock_model_to_us_too(styled, tmp_path):
+    export_all(styled, tmp_path / "all")
+    assert read_style_names(str(tmp_path / "all")) == []
+    assert read_styles(tmp_path / "all") is None
+    assert (paint(open_pipeline(ModelSource(tmp_path / "all"))) == paint(stock_twin(styled))).all()
+    (tmp_path / "all/styles/config.json").write_text("{}")  # a merged model's, damaged
+    with pytest.raises(UserError, match=r"styles.config\.json describes a None"):
+        read_styles(tmp_path / "all")
 
 
 def test_all_styles_as_a_single_file_and_patches(styled, sd1_folder, tmp_path):

@@ -21,10 +21,9 @@ from dmm.formats.folder import family_of_folder
 from dmm.formats.skeleton import check_tensors
 from dmm.formats.tensors import check_finite, read_header
 from dmm.models.adapter_files import INDEX, read_adapters, write_adapters
-from dmm.models.style_names import STYLES_FOLDER, read_style_config
+from dmm.models.style_names import STYLES_FOLDER, WEIGHTS_FILE, find_side_car, read_style_config
 from dmm.models.styles import Provenance, StylePrompts
 
-WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 PROVENANCE_FILE = "styles.json"
 
 
@@ -36,8 +35,8 @@ def read_side_car(folder: Path) -> StylePrompts | None:
     Returns: None for a stock model, which has no ``styles/``.
     Raises: UserError: a file is missing, damaged or does not fit the others.
     """
-    styles = folder / STYLES_FOLDER
-    if not styles.is_dir():
+    styles = find_side_car(folder)
+    if styles is None:
         return None
     names, dim = read_style_config(styles / "config.json")
     prompts = _read_weights(styles, names, dim) if dim else StylePrompts(names, 0)

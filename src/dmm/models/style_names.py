@@ -9,6 +9,7 @@ from dmm.errors import UserError
 from dmm.files.json import read_json
 
 STYLES_FOLDER = "styles"
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 STYLE_PROMPTS_CLASS = "StylePrompts"
 
 
@@ -21,11 +22,20 @@ def read_style_names(model: str) -> list[str] | None:
     Raises: UserError: the side-car's config is missing or broken.
     """
     folder = Path(model).expanduser()
-    if (folder / STYLES_FOLDER).is_dir():
-        return read_style_config(folder / STYLES_FOLDER / "config.json")[0]
+    styles = find_side_car(folder)
+    if styles is not None:
+        return read_style_config(styles / "config.json")[0]
     index = folder / "model_index.json"
     # the authors' pipelines, whose classes are named for the method, have their styles among the UNet's weights
     return [] if index.is_file() and "DMM" not in str(read_json(index).get("_class_name")) else None
+
+
+def find_side_car(folder: Path) -> Path | None:
+    """The side-car of a merged model, whole or damaged; None of a stock one, also of an export beside its patches."""
+    styles = folder / STYLES_FOLDER
+    names = {file.name for file in styles.iterdir()} if styles.is_dir() else set()
+    is_patches = bool(names) and all(name.endswith(".safetensors") and name != WEIGHTS_FILE for name in names)
+    return styles if styles.is_dir() and not is_patches else None
 
 
 def read_style_config(path: Path) -> tuple[list[str], int]:
