@@ -54,11 +54,12 @@ def family_of_class(pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> 
     Args:
         pipeline: the name of its class, as ``model_index.json`` has it.
         configs: of its components, by their names.
-    Returns: a stranger of the class's name where the family is not one that we know.
+    Returns: the family, whatever its pipeline begins with or is guided by; a stranger of the class's name where it is
+        not one that we know.
     """
     for family in FAMILIES.values():
         name = family.denoiser.name
-        if pipeline == family.pipeline_class.__name__ and family.owns(configs.get(name, {})):
+        if pipeline in family.class_names and family.owns(configs.get(name, {})):
             return family
     for stranger in STRANGERS:
         if stranger.pipeline and pipeline.startswith(stranger.pipeline) and stranger.owns(configs.get("unet", {})):

@@ -65,6 +65,11 @@ class Family:
         return self.components[0]
 
     @property
+    def class_names(self) -> set[str]:
+        """Of its pipelines, as ``model_index.json`` has them."""
+        return {one.__name__ for one in (self.pipeline_class, *self.pipelines.values())}
+
+    @property
     def bias(self) -> str:
         """The denoiser's parameter that a style term is baked into."""
         return f"{self.port}.bias"

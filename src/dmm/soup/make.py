@@ -1,5 +1,6 @@
 """Making a soup: check, hash, measure, merge, write; whole or not at all."""
 
+import inspect
 import json
 import shutil
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.json import read_json
 from dmm.files.outputs import check_disk, check_file, check_new_folder, new_file, new_folder
@@ -177,6 +179,10 @@ def _copy_configs(plan: Plan, folder: Path) -> None:
     for name in UNUSED_COMPONENTS:
         if name in index:
             index[name] = [None, None]
+    if isinstance(plan.family, Family):  # the configs may be of a pipeline that has more parts
+        stock = inspect.signature(plan.family.pipeline_class.__init__).parameters
+        index = {name: part for name, part in index.items() if name.startswith("_") or name in stock}
+        index["_class_name"] = plan.family.pipeline_class.__name__
     index["requires_safety_checker"] = False
     assert plan.scheduler is not None  # the configs have one
     index["scheduler"] = ["diffusers", plan.scheduler["_class_name"]]

@@ -208,7 +208,8 @@ def _open_folder(path: Path, label: str) -> OpenModel:
     for name in sorted(index, key=lambda name: (name != "unet", name)):
         at = path / name
         stem = "model" if name.startswith(TEXT_ENCODERS[0]) else "diffusion_pytorch_model"
-        if name in UNUSED_COMPONENTS or not (at / "config.json").is_file():
+        foreign = isinstance(family, Family) and name not in {one.name for one in family.components}
+        if foreign or name in UNUSED_COMPONENTS or not (at / "config.json").is_file():
             continue
         for weights in weight_files(at, Component(name, None, "", stem), allow_pickle=False)[0]:
             file = files[os.path.relpath(weights, path).replace(os.sep, "/")] = WeightFile(weights)
