@@ -128,7 +128,9 @@ def test_what_a_recipe_does_not_say_is_the_earlier_merges(models, tmp_path, caps
     recipe.write_text(write_yaml({**short, "training": {"steps": 1}, "logging": {"sample_every": None}}))
     command = ["add", str(models / "merged"), str(recipe), "--output", str(tmp_path / "more")]
     assert main([*command, "--set", "losses.feature=0.5"]) == 0
-    told = capsys.readouterr().out.splitlines()[0]
+    told, head, training, *_ = capsys.readouterr().out.splitlines()
+    assert head == "3 styles (ink, photo, line) merged on the CPU with 1 thread, in fp32."
+    assert "1 step of 6 samples, 6 in all, 2 to 3 of each style; learning rate 0.0005" in training
     assert told.startswith(f"Taken from {models / 'merged' / 'recipe.yaml'}, since {recipe} does not say (rates: half ")
     assert "size=16, " in told
     assert "losses.feature" not in told

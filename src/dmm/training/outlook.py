@@ -38,7 +38,7 @@ def describe(
     num_served = len(share_batch(training.batch_size, shares_of(recipe), num_processes, 0))
     place, every = existing_parent(folder), recipe.sample_interval
     lines = {
-        "training": f"{training.steps:,} steps of {training.batch_size} samples, "
+        "training": f"{_count(training.steps, 'step')} of {_count(training.batch_size, 'sample')}, "
         f"{_samples(recipe, plan.styles)}; learning rate {training.learning_rate:g}",
         "data": _data(source, plan.size),
         "samples": f"every {every:,} steps in {folder / SAMPLES}" if every else "none",
@@ -65,7 +65,7 @@ def _samples(recipe: Recipe, styles: Sequence[str]) -> str:
     earlier = [recipe.earlier.regularization / (len(styles) - len(new))] if recipe.earlier else []
     shares = new + earlier
     least, most = (round(total * share) for share in (min(shares), max(shares)))
-    each = f"{most:,}" if most - least <= 1 else f"{least:,} to {most:,}"
+    each = f"{most:,}" if most == least else f"{least:,} to {most:,}"
     return f"{total:,} in all, {each} of each style"
 
 
