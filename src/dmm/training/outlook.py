@@ -41,8 +41,8 @@ def describe(
         "training": f"{_count(training.steps, 'step')} of {_count(training.batch_size, 'sample')}, "
         f"{_samples(recipe, plan.styles)}; learning rate {training.learning_rate:g}",
         "data": _data(source, plan.size),
-        "samples": f"every {every:,} steps in {folder / SAMPLES}" if every else "none",
-        "checkpoints": f"every {recipe.checkpoint.every:,} steps and at the end, of "
+        "samples": f"{_every(every)} in {folder / SAMPLES}" if every else "none",
+        "checkpoints": f"{_every(recipe.checkpoint.every)} and at the end, of "
         f"{_gigabytes(checkpoint_bytes(sizes, averaged=averaged))} each; {_kept(recipe.checkpoint.keep)}",
         "memory": f"{_gigabytes(student_bytes(sizes, averaged=averaged))} for what is trained, "
         f"{_gigabytes(teacher_bytes(sizes, num_teachers=num_served, half=half))} for {_count(num_served, 'teacher')}, "
@@ -81,6 +81,10 @@ def _device(device: torch.device) -> str:
         memory = torch.cuda.get_device_properties(device).total_memory
         return f"{device} ({torch.cuda.get_device_name(device)}, {_gigabytes(memory)})"
     return f"the CPU with {_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
+
+
+def _every(steps: int) -> str:
+    return "every step" if steps == 1 else f"every {steps:,} steps"
 
 
 def _kept(keep: int) -> str:
