@@ -1,6 +1,8 @@
 """A recipe becomes a model, whole or not at all; what is wrong is one sentence, before anything is written."""
 
+import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,7 +19,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import same_weights
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import dmm
 from dmm.cli import main
@@ -316,6 +318,105 @@ def test_a_run_goes_on_for_more_steps_but_not_as_another_one(finished, merge, tm
     assert merge(folder, "--resume", "--set", "training.steps=5") == 0
     assert steps_of(folder) == [1, 2, 3, 4, 5]
     assert result_of(folder)[UNET] != result_of(finished)[UNET]
+
+
+def everything_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def resave(checkpoint, **changes):
+    """Change files of a checkpoint, and its manifest with them."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    for name, content in changes.items():
+        file = next(file for file in manifest["files"] if file.startswith(name))
+        (checkpoint / file).write_bytes(content)
+        manifest["files"][file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def lose_checkpoints(folder):
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+
+
+def damage_checkpoints(folder):
+    for manifest in folder.glob("checkpoints/*/manifest.json"):
+        manifest.write_text('{"step": "four", "files": ["../../recipe.yaml"]}')
+
+
+def spoil_student(folder):
+    (newest,) = folder.glob("checkpoints/step-00000004")
+    student = load_file(newest / "student.safetensors")
+    student["style_prompts.embeddings"][0, 0] = math.nan
+    resave(newest, student=save(student))
+
+
+def empty_info(folder):
+    resave(folder / "checkpoints" / "step-00000004", info=b'{"num_threads": []}')
+
+
+def nest_info(folder):
+    resave(folder / "checkpoints" / "step-00000004", info=b'{"a":' * 100_000)
+
+
+def garble_log(folder):
+    with (folder / "log.jsonl").open("ab") as file:
+        file.write(b'{"step": 5, "note": "\xff"}\n')
+
+
+def strange_log(folder):
+    with (folder / "log.jsonl").open("a") as file:
+        file.write("[5]\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "message"),
+    [
+        (None, 3, "has trained 4 steps already, more than the recipe's training.steps of 3"),
+        (lose_checkpoints, 3, "holds the result of a run whose checkpoints are gone"),
+        (lose_checkpoints, 5, "begin a new run with --set 'start="),
+        (damage_checkpoints, 5, "holds the result of a run whose checkpoints are gone"),
+        (spoil_student, 5, "1 of the "),
+        (empty_info, 5, "is whole, but none of this run"),
+        (nest_info, 5, "nested more than 100 levels deep"),
+        (garble_log, 5, "is not UTF-8 text"),
+        (strange_log, 5, "line 5: this is no line of a run's log"),
+    ],
+)
+def test_a_refused_resume_takes_nothing_away(finished, merge, tmp_path, capsys, change, steps, message):
+    folder = tmp_path / "kept"
+    shutil.copytree(finished, folder)
+    if change:
+        change(folder)
+    before = everything_in(folder)
+    assert merge(folder, "--resume", "--set", f"training.steps={steps}") == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert everything_in(folder) == before
+
+
+def test_a_result_without_checkpoints_is_trained_on_where_words_say_so(finished, merge, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(finished, start, ignore=shutil.ignore_patterns("checkpoints"))
+    assert merge(tmp_path / "more", "--set", f"start={start}", "--set", "training.steps=1") == 0
+    assert result_of(tmp_path / "more")["styles/styles.json"] == result_of(finished)["styles/styles.json"]
+
+
+def test_two_merges_into_one_folder_are_one(merge, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "shared"
+    step, told = Trainer._step, []
+
+    def another_one(self, number):
+        if number == 0:
+            for options in ((), ("--resume",), ("--overwrite",)):
+                assert main(["merge", str(folder / "recipe.yaml"), "--output", str(folder), *options]) == 2
+                told.append(capsys.readouterr().err.splitlines()[-1])
+        step(self, number)
+
+    monkeypatch.setattr(Trainer, "_step", another_one)
+    assert merge(folder, "--set", "training.steps=1") == 0
+    assert len(told) == 3
+    assert all(f"'{folder}' is being written by another process (process {os.getpid()} on" in one for one in told)
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
 def test_a_run_goes_on_where_it_and_all_that_it_names_have_moved_to(models, merge, tmp_path, capsys, caplog):

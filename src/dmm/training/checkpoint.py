@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -29,8 +30,9 @@ from torch.optim import Optimizer
 
 from dmm.errors import UserError
 from dmm.files.digest import sha256
+from dmm.files.json import read_json
 from dmm.files.runs import checkpoints, step_of
-from dmm.formats.tensors import DTYPE_NAMES
+from dmm.formats.tensors import DTYPE_NAMES, check_finite, read_header
 
 MANIFEST = "manifest.json"
 INFO = "info.json"
@@ -109,11 +111,19 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Load what :func:`newest_checkpoint` has found whole."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    info = json.loads((folder / INFO).read_text(encoding="utf-8"))
-    tensors = {Path(name).stem: load_file(folder / name) for name in manifest["files"] if name != INFO}
-    return Checkpoint(manifest["step"], tensors, info)
+    """Load what :func:`newest_checkpoint` has found whole.
+
+    Raises: UserError: a file of it is of another kind than its name says, or a value is NaN or infinite.
+    """
+    manifest = read_json(folder / MANIFEST)
+    info = read_json(folder / INFO)
+    tensors = {}
+    for name in manifest["files"]:
+        if name != INFO:
+            read_header(folder / name)
+            tensors[Path(name).stem] = load_file(folder / name)
+            check_finite(tensors[Path(name).stem], str(folder / name))
+    return Checkpoint(int(manifest["step"]), tensors, info)
 
 
 def sweep(root: Path) -> None:
@@ -325,12 +335,13 @@ def _prune(root: Path, saved: Path, keep: int) -> None:
 def _defect(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None where its manifest verifies."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST)
         files = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
         step = int(manifest["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return f"its {MANIFEST} is missing or cannot be read"
-    if step_of(folder) != step or INFO not in files:
+    # a name is of a file here, and no path to anywhere else
+    if step_of(folder) != step or INFO not in files or any(re.search(r"[\\/\0]", name) for name in files):
         return f"its {MANIFEST} is damaged"
     for name, (size, digest) in files.items():
         path = folder / name

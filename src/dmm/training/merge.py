@@ -36,7 +36,7 @@ from dmm.errors import UserError
 from dmm.families import FAMILIES, denoiser_of, set_denoiser
 from dmm.files.outputs import check_folder
 from dmm.files.prompts import read_prompts
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, check_new
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, check_new, checkpoints, step_of
 from dmm.formats.schedules import noise_schedule
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
@@ -47,6 +47,7 @@ from dmm.recipes.parts import MAX_SEED, exists
 from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
 from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
+from dmm.training.checkpoint import newest_checkpoint
 from dmm.training.costs import disk_bytes
 from dmm.training.outlook import describe
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
@@ -189,9 +190,6 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         adversarial=adversary is not None,
     )
 
-    on_main(lambda: _begin(recipe, folder, resume=resume))
-    if recipe.logging.trackers:
-        accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
     set_denoiser(base, student.unet)  # the merged pipeline
     show_step = partial(show, base, recipe, plan.size, styles, prompts, by_teachers, folder, accelerator.device)
     trainer = Trainer(
@@ -206,6 +204,11 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         watch,
         show_step if recipe.sample_interval else None,
     )
+    if resume:
+        on_all(trainer.resume)  # every check comes before the first write
+    on_main(lambda: _begin(recipe, folder, resume=resume))
+    if recipe.logging.trackers:
+        accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
     trainer.train()
     with trainer.averaged():
         on_main(lambda: _save_result(base, plan, folder))
@@ -287,6 +290,7 @@ def _check(
         _check_same(before, recipe, folder)
         if before == recipe and (folder / INDEX).is_file():
             return None
+        _check_resumable(recipe, folder)
     else:
         check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
     plan = check_merge(recipe, state.num_processes, state.device)
@@ -296,6 +300,23 @@ def _check(
     if tell is not None:
         tell(describe(recipe, plan, source, folder, device=state.device, num_processes=state.num_processes))
     return plan
+
+
+def _check_resumable(recipe: Recipe, folder: Path) -> None:
+    """Refuse to go on with a run from which a recipe cannot be reached: it would begin anew over its own result."""
+    saved = checkpoints(folder / CHECKPOINTS)
+    trained = (step_of(saved[-1]) or 0) if saved else 0
+    if trained > recipe.training.steps:
+        raise UserError(
+            f"The run in '{folder}' has trained {trained} steps already, more than the recipe's training.steps of "
+            f"{recipe.training.steps}. Raise that, or name another output."
+        )
+    if (folder / INDEX).is_file() and newest_checkpoint(folder / CHECKPOINTS) is None:
+        raise UserError(
+            f"'{folder}' holds the result of a run whose checkpoints are gone, so that it cannot go on under a changed "
+            f"recipe. To train on from the result, begin a new run with --set 'start={folder}' and another --output; "
+            "to begin anew in its place, add --overwrite in place of --resume."
+        )
 
 
 def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:

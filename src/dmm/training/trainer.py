@@ -16,15 +16,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmm.errors import UserError
-from dmm.files.outputs import new_file
 from dmm.files.runs import CHECKPOINTS, LOG
 from dmm.models.student import StyledStudent
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches
-from dmm.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sweep
+from dmm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, sweep
 from dmm.training.curves import Curves
 from dmm.training.distill import Adversary, Batch, Distillation, Seen, Teachers, discriminate, distill
 from dmm.training.learner import Learner
+from dmm.training.log import cut_log, log_until
 from dmm.training.processes import stop_signals, telling_of_loss
 from dmm.training.watch import Watch
 
@@ -87,13 +87,42 @@ class Trainer:
         self.sample_every = recipe.sample_interval or math.inf
         self.watch_every = recipe.logging.score_error_every or math.inf
         self.curves = Curves(styles, accelerator.device)
+        self._first: int | None = None  # the step that training begins with, once that is known
+
+    def resume(self) -> int:
+        """Take up the newest whole checkpoint, if there is one; nothing is written.
+
+        Returns: how many steps it has.
+        Raises: UserError: it has more than the recipe's, holds what is not finite, or is of another run; or the log
+            cannot be read.
+        """
+        newest = newest_checkpoint(self.folder / CHECKPOINTS)
+        if newest is None:
+            self._first = 0
+        else:
+            checkpoint = load_checkpoint(newest)
+            try:
+                self._load(checkpoint)
+            except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+                raise UserError(
+                    f"The checkpoint '{newest}' is whole, but none of this run ({error!r}). Remove it to go on from "
+                    "the one before."
+                ) from error
+            self._first = checkpoint.step
+        log_until(self.folder / LOG, self._first)
+        return self._first
 
     def train(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one, to the last step; saved at the end.
+        """Go on from where :meth:`resume`, which is called here unless it was, has found the run; saved at the end.
 
-        Raises: Stopped: SIGINT or SIGTERM came; UserError: the loss or a weight is no longer finite.
+        Raises: Stopped: SIGINT or SIGTERM came; UserError: see :meth:`resume`; or the loss or a weight is no longer
+            finite.
         """
-        first = self._resume()
+        first = self.resume() if self._first is None else self._first
+        if self.accelerator.is_main_process:
+            sweep(self.folder / CHECKPOINTS)
+            cut_log(self.folder / LOG, first)
+        self.accelerator.wait_for_everyone()
         training = self.recipe.training
         with (
             stop_signals() as asked_to_stop,
@@ -208,16 +237,11 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def _resume(self) -> int:
-        root = self.folder / CHECKPOINTS
-        if self.accelerator.is_main_process:
-            sweep(root)
-        self.accelerator.wait_for_everyone()
-        newest = newest_checkpoint(root)
-        if newest is None:
-            self._cut_log(0)
-            return 0
-        checkpoint = load_checkpoint(newest)
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """Take up a checkpoint's state.
+
+        Raises: UserError: it is of another run.
+        """
         if checkpoint.step > self.recipe.training.steps:
             raise UserError(
                 f"The run in '{self.folder}' has trained {checkpoint.step} steps already, more than the recipe's "
@@ -229,7 +253,7 @@ class Trainer:
             ("num_processes", self.accelerator.num_processes),
         ):
             if info[what] != now:
-                _logger.warning("The run had %s %d and now has %d: its last bits may differ.", what, info[what], now)
+                _logger.warning("The run had %s %s and now has %d: its last bits may differ.", what, info[what], now)
         for name, learner in self.learners.items():
             if name in info:  # a discriminator may be new
                 learner.load_state(name, checkpoint)
@@ -241,18 +265,6 @@ class Trainer:
             self.ema.optimization_step = info["ema_step"]
         if self.accelerator.scaler is not None and info["scaler"]:  # it may have trained in another precision
             self.accelerator.scaler.load_state_dict(info["scaler"])
-        self._cut_log(checkpoint.step)
-        return checkpoint.step
-
-    def _cut_log(self, done: int) -> None:
-        """Take out of the log what was logged after the checkpoint that a run goes on from."""
-        log = self.folder / LOG
-        if not self.accelerator.is_main_process or not log.exists():
-            return
-        # a line that a kill has cut short is the last, and so later than any checkpoint
-        lines = [line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        with new_file(log, overwrite=True) as temporary:
-            temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= done), encoding="utf-8")
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
