@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING
 
 from dmm.cli.arguments import add_device
 from dmm.errors import UserError
+from dmm.files.claims import check_unclaimed
 from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, check_new
 from dmm.recipes.recipe import load_recipe
 from dmm.training.ranks import is_main_process, told_once
@@ -84,6 +85,8 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         raise UserError("--resume goes on with what is there, --overwrite removes it: give one of them.")
     with told_once():
         recipe = load_recipe(args.recipe, overrides)
+        if is_main_process():
+            check_unclaimed(args.output)
         if not args.resume:
             check_new(args.output, overwrite=args.overwrite)
     from dmm.models.libraries import quiet_libraries

@@ -50,6 +50,32 @@ def claimed(output: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def check_unclaimed(output: Path) -> None:
+    """Refuse an output that another process is writing to now; :func:`claimed` is what keeps it from beginning to.
+
+    Raises: UserError: with which, and since when.
+    """
+    place = Path(os.path.realpath(output.expanduser()))
+    try:
+        descriptor = os.open(place.with_name(f".{place.name}.lock"), os.O_RDWR)
+    except OSError:
+        return
+    try:
+        if not _take(descriptor):
+            raise _refusal(output, descriptor)
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _refusal(output: Path, descriptor: int) -> UserError:
+    return UserError(
+        f"'{output}' is being written by another process{_holder(descriptor)}. Wait for it, stop it, or name another "
+        "output."
+    )
+
+
 def _lock(lock: Path, output: Path) -> int | None:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -57,10 +83,7 @@ def _lock(lock: Path, output: Path) -> int | None:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 if not _take(descriptor):
-                    raise UserError(
-                        f"'{output}' is being written by another process{_holder(descriptor)}. Wait for it, stop it, "
-                        "or name another output."
-                    )
+                    raise _refusal(output, descriptor)
                 if _is_same(descriptor, lock):  # or else its holder has removed it in between
                     _sign(descriptor)
                     return descriptor
