@@ -6,7 +6,7 @@ import pytest
 
 from dmm.errors import UserError, one_line
 from dmm.files.json import parse_json, read_json
-from dmm.files.prompts import read_prompts
+from dmm.files.prompts import read_prompts, web_ui_syntax
 from dmm.files.text import read_text
 
 
@@ -65,3 +65,9 @@ def test_what_an_error_quotes_stays_within_its_line():
     assert str(UserError("there is no style 'x\ny'.")) == "there is no style 'x y'."
     assert one_line("schön 猫") == "schön 猫"
     assert len(str(UserError("x" * 10**6))) < 2100
+
+
+def test_what_web_uis_read_in_prompts_is_found():
+    prompts = ["a (red:1.2) cat", "((cat)), [fox:owl:0.5]", "<lora:ink:0.8> a BREAK b", "a (small) cat: 1.5 kg [sic]"]
+    found = ["(red:1.2)", "((cat))", "[fox:owl:0.5]", "<lora:ink:0.8>", "BREAK"]
+    assert web_ui_syntax([*prompts, *prompts]) == found

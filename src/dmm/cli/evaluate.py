@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from dmm.cli.arguments import add_device
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
+from dmm.files.cache import cache_folder
 from dmm.files.outputs import check_new_folder
 from dmm.files.prompts import read_prompts
 from dmm.pipeline.samplers import check_multiple, check_settings
@@ -126,7 +127,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
     start = time.monotonic()
-    import platformdirs
     import torch
     from accelerate import PartialState
 
@@ -161,7 +161,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
         ),
         args.seed,
     )
-    cache = args.cache or platformdirs.user_cache_path("dmm") / "evaluation"
+    cache = args.cache or cache_folder("evaluation")
     try:
         evaluation = evaluate(
             models.student,

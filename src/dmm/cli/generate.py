@@ -49,9 +49,9 @@ from dmm.cli.output_names import name_output
 from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
 from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
 from dmm.cli.style_options import Style, add_style_options, asks_for_styles, choose_styles, write_style
-from dmm.errors import UserError, nearest
+from dmm.errors import UserError, nearest, one_line
 from dmm.files.outputs import check_file, check_folder, new_files
-from dmm.files.prompts import read_prompts
+from dmm.files.prompts import read_prompts, web_ui_syntax
 from dmm.models.style_names import read_style_names
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 from dmm.pipeline.style_schedule import StyleSchedule, check_style
@@ -187,7 +187,9 @@ def _write(
     from dmm.pipeline.sampling import picture_size, sample, usual_batch_size
 
     start = time.monotonic()
-    _tell_of_cut_prompts(pipeline, [*dict.fromkeys(picture.prompt for picture in pictures), args.negative])
+    prompts = [*dict.fromkeys(picture.prompt for picture in pictures), args.negative]
+    _tell_of_cut_prompts(pipeline, prompts)
+    _tell_of_foreign_syntax(prompts)
     controls, beginning, ip_adapter = read_plugins(args)
     pipeline, inputs = add_plugins(pipeline, controls=controls, start=beginning, ip_adapter=ip_adapter)
     place_model(args, pipeline)
@@ -330,6 +332,17 @@ def _tell_of_cut_prompts(pipeline: Any, prompts: list[str]) -> None:
         prompt, rest = next(iter(cut.items()))
         others = f" ({len(cut)} prompts are too long)" if len(cut) > 1 else ""
         print(f"dmm: note: the model does not read the end of '{prompt[:40]}...': '{rest}'{others}", file=sys.stderr)
+
+
+def _tell_of_foreign_syntax(prompts: list[str]) -> None:
+    found = web_ui_syntax(prompts)
+    if found:
+        others = f" ({len(found)} such)" if len(found) > 1 else ""
+        print(
+            f"dmm: note: '{one_line(found[0])}'{others} in a prompt is painted as the words that it is: weights and "
+            "LoRAs within prompts are other tools'; LoRAs are put on a model with --lora",
+            file=sys.stderr,
+        )
 
 
 def _parameters(args: argparse.Namespace, title: str, pictures: list[Picture], width: int, height: int) -> "Parameters":

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from dmm.data.images import CaptionedImages
 from dmm.data.rows import ALONE, Place, Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
 from dmm.errors import UserError
+from dmm.files.cache import cache_folder
 from dmm.models.conditioning import num_cut
 
 STUDENT = "student"
@@ -119,7 +119,7 @@ def prepare_data(
     if STUDENT in teachers:
         raise UserError(f"No teacher can be called '{STUDENT}': choose another name.")
     check_size(base.vae, size)
-    cache = platformdirs.user_cache_path("dmm") / "encodings" if cache is None else cache
+    cache = cache_folder("encodings") if cache is None else cache
     clip_skips = clip_skips or {}
     shares: list[Share] = []
     of_teacher: dict[str, range] = {}

@@ -47,7 +47,7 @@ def experts(family: str = COLLECTIONS[0], *, cache: Path | None = None) -> dict[
         except OSError as error:
             raise UserError(
                 f"The embedded experts could not be written to '{folder}': {error.strerror}. "
-                "Free some space there, or name another folder as `cache`."
+                "Free some space there, or set XDG_CACHE_HOME to another folder."
             ) from error
     return {name: folder / expert["path"] for name, expert in plan["experts"].items()}
 

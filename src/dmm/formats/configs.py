@@ -21,6 +21,7 @@ from huggingface_hub import snapshot_download
 import dmm
 from dmm.errors import UserError
 from dmm.families import Family
+from dmm.files.cache import cache_folder
 from dmm.files.outputs import new_folder
 from dmm.formats.skeleton import build_skeletons
 from dmm.formats.tensors import Header
@@ -177,7 +178,7 @@ def _unpack(path: Path, told: str, follows: str, family: Family) -> Path:
     folder = platformdirs.user_cache_path("dmm") / "configs" / digest
     if folder.is_dir():
         return folder
-    with new_folder(folder, overwrite=True) as building:  # another process may be as far
+    with new_folder(cache_folder("configs") / digest, overwrite=True) as building:  # another process may be as far
         for name, content in files.items():
             file = building / name
             file.parent.mkdir(exist_ok=True)

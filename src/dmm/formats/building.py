@@ -1,0 +1,148 @@
+"""What libraries build of somebody's JSON files: checked before, and whatever they have against it as a sentence.
+
+Libraries take a config at its word: they run into a text where a number belongs while they paint, build a thousand
+million layers where it says so, and say what is wrong in the words of their own insides.
+"""
+
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin
+from transformers import AutoTokenizer, CLIPTokenizer
+
+from dmm.errors import UserError
+from dmm.files.json import read_json
+from dmm.files.text import check_regular
+
+_MOST = {
+    r".*layers.*|.*_blocks?": 200,  # all models that there are have fewer; each is built, if only on the meta device
+    r"sample_size": 8192,
+    r"num_train_timesteps": 100_000,
+}
+"""The largest numbers, by the keys that they stand under."""
+_MOST_OF_ALL = 2**31
+_LONGEST_LIST = {"trained_betas": 100_000}
+_LONGEST = 300
+_QUANTISED = "quantization_config"
+
+
+@contextmanager
+def building(what: str) -> Iterator[None]:
+    """Within the block a library builds something of files; whatever it raises is a :class:`UserError`.
+
+    Args:
+        what: the files and what they are to become, as the error's first words: ``folder/unet describes no UNet``.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise whatever their insides run into
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{what}: {lines[0].strip() if lines else type(error).__name__}") from error
+
+
+def check_config(config: Mapping[str, Any], path: Path, kind: Any) -> None:
+    """Check the values of a config before a library takes them at their word.
+
+    Args:
+        config: what ``path`` holds.
+        kind: the class that will be built of it. Of a class of diffusers the arguments tell each value's type; those of
+            transformers check that themselves.
+    Raises: UserError: the weights are packed; or a value is of another type, or absurdly large.
+    """
+    if config.get(_QUANTISED) is not None:
+        raise UserError(
+            f"{path} has a {_QUANTISED}: the weights beside it are packed, and would be read as what they are not. Get "
+            "the model in fp16, bf16 or fp32."
+        )
+    for key, value in config.items():
+        _check_size(key, value, path)
+    if inspect.isclass(kind) and issubclass(kind, ConfigMixin):
+        for key, parameter in inspect.signature(kind.__init__, eval_str=True).parameters.items():
+            expected = _atoms(parameter.annotation)
+            if key in config and expected and not _fits(config[key], expected):
+                names = " or ".join(sorted({"number" if one in (int, float) else one.__name__ for one in expected}))
+                raise UserError(
+                    f"{path}: its {key} is {_shown(config[key])}; a {kind.__name__} has a {names} there. Get another copy."
+                )
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Check that a tokenizer can be opened.
+
+    Raises: UserError: a file of it is missing or damaged.
+    """
+    config = read_json(folder / "tokenizer_config.json")
+    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
+        raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json. Add the model's tokenizer.")
+    for file in folder.iterdir():
+        check_regular(file)
+    for file in folder.glob("*.json"):
+        if file.is_file():
+            read_json(file)
+    with building(f"{folder} holds no tokenizer that can be opened"):
+        kind = CLIPTokenizer if str(config.get("tokenizer_class", "")).startswith("CLIP") else AutoTokenizer
+        tokenizer: Any = kind.from_pretrained(folder, local_files_only=True)
+        length = tokenizer.model_max_length
+        if not (isinstance(length, int) and 1 <= length <= 100_000):
+            raise ValueError(f"its model_max_length is {length}")
+        tokenizer("a cat", padding="max_length", max_length=length, truncation=True)
+
+
+def _check_size(key: str, value: Any, path: Path) -> None:
+    if isinstance(value, list):
+        if len(value) > _LONGEST_LIST.get(key, _LONGEST):
+            raise UserError(f"{path}: its {key} has {len(value)} values, as no model's has. Get another copy.")
+        for one in value:
+            _check_size(key, one, path)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        most = next((most for pattern, most in _MOST.items() if re.fullmatch(pattern, key)), None)
+        if (
+            math.isnan(value)
+            or (most is not None and value > most)
+            or (isinstance(value, int) and abs(value) > _MOST_OF_ALL)
+        ):
+            raise UserError(f"{path}: its {key} is {_shown(value)}, as no model's is. Get another copy.")
+
+
+def _atoms(annotation: Any) -> set[type]:
+    """The classes that an annotation is made of, in whatever lists; empty where it may be anything."""
+    origin = typing.get_origin(annotation)
+    if annotation in (Any, inspect.Parameter.empty) or isinstance(annotation, str | typing.TypeVar):
+        return set()
+    if annotation is types.NoneType or annotation is Ellipsis:
+        return {types.NoneType}
+    if origin is typing.Literal:
+        return {type(one) for one in typing.get_args(annotation)}
+    if origin is dict:
+        return {dict}
+    if origin is not None:
+        parts = [_atoms(one) for one in typing.get_args(annotation)]
+        return set().union(*parts) if all(parts) else set()
+    return {annotation} if inspect.isclass(annotation) and annotation not in (list, tuple) else set()
+
+
+def _fits(value: Any, expected: set[type]) -> bool:
+    if isinstance(value, list):
+        return all(_fits(one, expected) for one in value)
+    if value is None:
+        return True
+    if isinstance(value, bool):
+        return bool(expected & {bool, float})  # where diffusers says "number" of what is a switch
+    if isinstance(value, int):
+        return bool(expected & {int, float})
+    return type(value) in expected
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:60]}..."
