@@ -29,6 +29,15 @@ def one_line(text: str) -> str:
     return "".join(one if one.isprintable() else " " if one.isspace() else ascii(one)[1:-1] for one in text)
 
 
+def is_text(value: str) -> bool:
+    """Whether a text can be written anywhere: half a character, which JSON and YAML can spell, cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The end of an error's sentence that offers the nearest known name; empty if none is near."""
     known = list(known)

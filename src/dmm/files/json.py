@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dmm.errors import UserError
+from dmm.errors import UserError, is_text
 from dmm.files.text import read_text
 
 _DEEPEST = 100
@@ -42,8 +42,12 @@ def parse_json(text: str | bytes, told: str) -> Any:
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in _within(outer)]
         if not level:
-            return value
-    raise too_deep
+            break
+    else:
+        raise too_deep
+    if not is_text(json.dumps(value, ensure_ascii=False)):
+        raise UserError(f"{told} is not valid JSON: it spells half a character, a surrogate by itself.")
+    return value
 
 
 def _within(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dmm.errors import UserError
+from dmm.errors import UserError, is_text
 from dmm.files.text import read_text
 
 Place = tuple[str | int, ...]
@@ -126,6 +126,8 @@ class _Values:
             return [self.plain(item, (*place, i), inside) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place, inside)
+        if not is_text(node.value):
+            raise UserError(f"{line}: this spells half a character, a surrogate by itself.")
         try:
             return self._loader.construct_object(node)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -139,6 +141,8 @@ class _Values:
             line = f"{self._source}, line {key_node.start_mark.line + 1}"
             if not isinstance(key, str):
                 raise UserError(f"{line}: a key must be a word, not a list or keys and values.")
+            if not is_text(key):
+                raise UserError(f"{line}: this spells half a character, a surrogate by itself.")
             if key in mapping:
                 raise UserError(f"{line}: the key '{key}' is there twice; remove one.")
             self._places[(*place, key)] = line

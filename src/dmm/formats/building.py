@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, ModelMixin
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from dmm.errors import UserError
@@ -31,6 +31,7 @@ _MOST = {
 _MOST_OF_ALL = 2**31
 _LONGEST_LIST = {"trained_betas": 100_000}
 _LONGEST = 300
+_MOST_TOKENS = 1_000_000
 _QUANTISED = "quantization_config"
 
 
@@ -69,17 +70,24 @@ def check_config(config: Mapping[str, Any], path: Path, kind: Any) -> None:
     if inspect.isclass(kind) and issubclass(kind, ConfigMixin):
         for key, parameter in inspect.signature(kind.__init__, eval_str=True).parameters.items():
             expected = _atoms(parameter.annotation)
+            # models take a list, of one value a block, wherever they take one value
+            if issubclass(kind, ModelMixin) or re.search(r"(?i)list|tuple|ndarray", str(parameter.annotation)):
+                expected |= {list} if expected else set()
             if key in config and expected and not _fits(config[key], expected):
-                names = " or ".join(sorted({"number" if one in (int, float) else one.__name__ for one in expected}))
+                names = " or ".join(
+                    sorted({"number" if one in (int, float) else one.__name__ for one in expected - {list}})
+                )
                 raise UserError(
-                    f"{path}: its {key} is {_shown(config[key])}; a {kind.__name__} has a {names} there. Get another copy."
+                    f"{path}: its {key} is {_shown(config[key])}; {kind.__name__} has a {names}. Get another copy."
                 )
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Check that a tokenizer can be opened.
+def check_tokenizer(folder: Path, reader: Any) -> None:
+    """Check that a tokenizer can be opened, and what it makes of texts be read.
 
-    Raises: UserError: a file of it is missing or damaged.
+    Args:
+        reader: the config of the text encoder that reads it.
+    Raises: UserError: a file of it is missing or damaged, or it belongs to another text encoder.
     """
     config = read_json(folder / "tokenizer_config.json")
     if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
@@ -92,10 +100,13 @@ def check_tokenizer(folder: Path) -> None:
     with building(f"{folder} holds no tokenizer that can be opened"):
         kind = CLIPTokenizer if str(config.get("tokenizer_class", "")).startswith("CLIP") else AutoTokenizer
         tokenizer: Any = kind.from_pretrained(folder, local_files_only=True)
-        length = tokenizer.model_max_length
-        if not (isinstance(length, int) and 1 <= length <= 100_000):
-            raise ValueError(f"its model_max_length is {length}")
-        tokenizer("a cat", padding="max_length", max_length=length, truncation=True)
+        length, tokens = tokenizer.model_max_length, tokenizer("a cat").input_ids
+        most = getattr(reader, "max_position_embeddings", _MOST_TOKENS)
+        if not (isinstance(length, int) and 1 <= length <= most):
+            raise ValueError(f"its model_max_length is {length}, the text encoder reads {most} tokens at most")
+        highest = max([*tokenizer.get_vocab().values(), *tokens])
+        if highest >= reader.vocab_size:
+            raise ValueError(f"it has a token {highest}, the text encoder has {reader.vocab_size}")
 
 
 def _check_size(key: str, value: Any, path: Path) -> None:
@@ -133,7 +144,7 @@ def _atoms(annotation: Any) -> set[type]:
 
 def _fits(value: Any, expected: set[type]) -> bool:
     if isinstance(value, list):
-        return all(_fits(one, expected) for one in value)
+        return list in expected and all(_fits(one, expected) for one in value)
     if value is None:
         return True
     if isinstance(value, bool):

@@ -9,9 +9,11 @@ from torch import Tensor
 from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_class, known_titles
 from dmm.files.json import read_json
+from dmm.formats.building import building, check_tokenizer
 from dmm.formats.detect import LORA_FILE
 from dmm.formats.schedules import read_scheduler_config
 from dmm.formats.skeleton import build_skeletons, check_tensors
+from dmm.formats.stock_files import INDEX, check_classes, read_index, shards
 from dmm.formats.tensors import read_header
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
@@ -39,14 +41,11 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
     found = tell_folder(folder)
     if found is not family:
         raise _other_family(folder, found, family.title)
-    for name in (*(component.name for component in family.components), "scheduler", "tokenizer"):
-        if not isinstance(index.get(name), list):
-            raise UserError(f"{folder / 'model_index.json'} names no {name}. The folder is incomplete; save it again.")
+    check_classes(index, folder / INDEX, family)
     read_scheduler_config(folder)
-    tokenizer = folder / "tokenizer"
-    if not ((tokenizer / "tokenizer.json").is_file() or (tokenizer / "vocab.json").is_file()):
-        raise UserError(f"{tokenizer} holds neither tokenizer.json nor vocab.json. Add the model's tokenizer.")
-    return build_skeletons(folder, family)
+    skeletons = build_skeletons(folder, family)
+    check_tokenizer(folder / "tokenizer", skeletons["text_encoder"].config)
+    return skeletons
 
 
 def family_of_folder(folder: Path) -> Family:
@@ -88,7 +87,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{folder} holds no model_index.json, so it is no stock diffusers pipeline folder. Pass the folder that "
             "`save_pretrained` of a pipeline wrote, or a single .safetensors file."
         )
-    return read_json(folder / "model_index.json")
+    return read_index(folder)
 
 
 def check_folder(folder: Path, family: Family, *, allow_pickle: bool) -> dict[str, Any]:
@@ -122,18 +121,22 @@ def check_component(at: Path, component: Component, model: Any, *, allow_pickle:
 
 
 def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow_pickle: bool) -> Any:
-    """Load the pipeline of a folder that ``check_folder`` has passed."""
+    """Load the pipeline of a folder that ``check_folder`` has passed.
+
+    Raises: UserError: a library has something against its files all the same.
+    """
     variants = {weight_files(folder / component.name, component, allow_pickle)[1] for component in family.components}
-    return family.pipeline_class.from_pretrained(
-        folder,
-        dtype=torch_dtype,
-        # a component without the variant is loaded plain
-        variant=VARIANT if VARIANT in variants else None,
-        use_safetensors=None if allow_pickle else True,
-        local_files_only=True,
-        requires_safety_checker=False,
-        **dict.fromkeys(UNUSED_COMPONENTS),
-    )
+    with building(f"{folder} cannot be opened"):
+        return family.pipeline_class.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            # a component without the variant is loaded plain
+            variant=VARIANT if VARIANT in variants else None,
+            use_safetensors=None if allow_pickle else True,
+            local_files_only=True,
+            requires_safety_checker=False,
+            **dict.fromkeys(UNUSED_COMPONENTS),
+        )
 
 
 def weight_files(at: Path, component: Component, allow_pickle: bool) -> tuple[list[Path], str | None]:
@@ -148,7 +151,7 @@ def weight_files(at: Path, component: Component, allow_pickle: bool) -> tuple[li
             if (at / single.format(infix)).is_file():
                 return [at / single.format(infix)], variant
             if (at / index.format(infix)).is_file():
-                return _shards(at / index.format(infix)), variant
+                return shards(at / index.format(infix)), variant
     pickles = sorted(at.glob("*.bin"))
     if pickles:
         raise UserError(
@@ -156,13 +159,6 @@ def weight_files(at: Path, component: Component, allow_pickle: bool) -> tuple[li
             "the safetensors version, or allow pickles (allow_pickle, --allow-pickle) if you trust it."
         )
     raise UserError(f"{at} holds no {stem}.safetensors. The folder is incomplete; download or save it again.")
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index} has no weight_map that names its shards.")
-    return [index.parent / name for name in sorted({str(name) for name in weight_map.values()})]
 
 
 def _current_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ where down is (rank, in, ...) and up (out, rank, ...), for linear layers and con
 rather than by PEFT: one formula serves all layouts, and the map that loads is the map that was checked.
 """
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from dmm.errors import UserError
 from dmm.families import LORA_MARKERS, Family
+from dmm.files.json import parse_json
 from dmm.formats.detect import LORA_FILE, check_is_lora
-from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
+from dmm.formats.tensors import Header, check_finite, read_header, read_tensors, write_tensors
 
 _PARTS = {
     ".lora_down.weight": "down",
@@ -36,6 +38,7 @@ _PARTS = {
     ".alpha": "alpha",
 }
 _COMPONENTS = ("unet", "text_encoder")
+_PEFT_CONFIG = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def read_lora(path: Path, models: Mapping[str, Any], *, allow_pickle: bool = Fal
     _check_known(path, list(names), layers)
     tensors = read_tensors(path)
     check_finite(tensors, str(path))
-    peft_config = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+    peft_config = read_peft_config(path, header)
     result = []
     for name, parts in names.items():
         component, module = layers[name]
@@ -91,7 +94,7 @@ def read_lora(path: Path, models: Mapping[str, Any], *, allow_pickle: bool = Fal
         if "alpha" in parts:
             scaling = tensors[parts["alpha"]].item() / len(down)
         else:
-            scaling = peft_scaling(peft_config, component, module, rank=len(down))
+            scaling = peft_scaling(path, peft_config, component, module, rank=len(down))
         result.append(LoraLayerWeights(component, module, down, up, scaling))
     return result
 
@@ -207,9 +210,31 @@ def _check_known(path: Path, names: list[str], layers: Mapping[str, object]) -> 
     )
 
 
-def peft_scaling(config: Mapping[str, Any], component: str, module: str, rank: int) -> float:
-    """Read alpha / rank from PEFT's config, which diffusers keeps in a file's metadata; 1 without one."""
-    alphas: Mapping[str, float] = config.get(f"{component}.alpha_pattern") or {}
-    default = config.get(f"{component}.lora_alpha", rank)
-    alpha = float(alphas.get(get_pattern_key(list(alphas), module), default))
+def read_peft_config(path: Path, header: Header) -> dict[str, Any]:
+    """PEFT's config, which diffusers keeps in a LoRA's metadata; empty where there is none.
+
+    Raises: UserError: it is no JSON object.
+    """
+    config = parse_json(header.metadata.get(_PEFT_CONFIG, "{}"), f"{path}: its metadata '{_PEFT_CONFIG}'")
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: its metadata '{_PEFT_CONFIG}' is no JSON object. Download the file again.")
+    return config
+
+
+def peft_scaling(path: Path, config: Mapping[str, Any], component: str, module: str, rank: int) -> float:
+    """Alpha / rank by PEFT's config; 1 without one.
+
+    Raises: UserError: what the config says of it is no number.
+    """
+    try:
+        alphas: Mapping[str, float] = config.get(f"{component}.alpha_pattern") or {}
+        default = config.get(f"{component}.lora_alpha", rank)
+        alpha = float(alphas.get(get_pattern_key(list(alphas), module), default))
+        if not math.isfinite(alpha):
+            raise ValueError(f"an alpha is {alpha}")
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
+        raise UserError(
+            f"{path}: its metadata '{_PEFT_CONFIG}' tells of no alphas that can be read ({error}). Download the file "
+            "again."
+        ) from error
     return float(alpha / rank**0.5) if config.get(f"{component}.use_rslora") else alpha / rank

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.files.json import read_json
+from dmm.formats.building import building, check_config
 from dmm.formats.configs import carried_config
 from dmm.formats.tensors import Header
 
@@ -53,6 +54,9 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
             "not. Put the scheduler_config.json of its base model in that place."
         )
     noise_schedule(config, str(path))
+    check_config(config, path, scheduler)
+    with building(f"{path} describes no {name}"):
+        scheduler.from_config(config).set_timesteps(2)
     return config
 
 

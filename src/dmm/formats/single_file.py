@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Family, family_of
+from dmm.formats.building import building
 from dmm.formats.configs import describe_pipeline
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs
 from dmm.formats.schedules import (
@@ -91,7 +92,7 @@ def check_vae_file(path: Path, header: Header, skeletons: Mapping[str, Any], fam
 
 def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: torch.dtype) -> Any:
     """Load the pipeline of a file that ``check_single_file`` has passed; its scheduler is the config's."""
-    with _plain_file(path) as plain:
+    with _plain_file(path) as plain, building(f"{path} cannot be opened"):
         return family.pipeline_class.from_single_file(
             str(plain),
             config=str(config),

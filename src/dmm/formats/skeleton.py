@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dmm.errors import UserError
 from dmm.families import Component, Family
 from dmm.files.json import read_json
+from dmm.formats.building import building, check_config
 from dmm.formats.detect import check_paints_from_noise
 
 
@@ -35,17 +36,16 @@ def build_skeleton(at: Path, component: Component, family: Family) -> Any:
     Raises: UserError: the config is missing, is not JSON, or describes no model of its class.
     """
     config_path = at / "config.json"
-    found = read_json(config_path).get("_class_name", component.model_class.__name__)
+    config = read_json(config_path)
+    found = config.get("_class_name", component.model_class.__name__)
     if found != component.model_class.__name__:
         raise UserError(
             f"{config_path} describes a {found}; {family.title} has a {component.model_class.__name__} there. "
             "Choose a model of that family."
         )
-    try:
-        with torch.device("meta"):
-            return _from_config(component.model_class, at)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{config_path} describes no {component.model_class.__name__}: {error}") from error
+    check_config(config, config_path, component.model_class)
+    with building(f"{config_path} describes no {component.model_class.__name__}"), torch.device("meta"):
+        return _from_config(component.model_class, at)
 
 
 def check_tensors(model: Any, found: Mapping[str, Tensor], where: str, names: Mapping[str, str] | None = None) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 
 from dmm.errors import UserError
 from dmm.families import Family
+from dmm.formats.building import building
 from dmm.formats.folder import check_component
 from dmm.formats.single_file import check_vae_file
 from dmm.formats.skeleton import build_skeleton
@@ -47,15 +48,17 @@ def open_vae(path: Path, *, config: Path, torch_dtype: torch.dtype, allow_pickle
         config: the pipeline folder whose VAE's config a single file follows.
     """
     if path.is_dir():
-        return AutoencoderKL.from_pretrained(
-            vae_folder(path),
-            torch_dtype=torch_dtype,
-            use_safetensors=None if allow_pickle else True,
-            local_files_only=True,
+        with building(f"{path} holds no VAE that can be opened"):
+            return AutoencoderKL.from_pretrained(
+                vae_folder(path),
+                torch_dtype=torch_dtype,
+                use_safetensors=None if allow_pickle else True,
+                local_files_only=True,
+            )
+    with building(f"{path} is no VAE that can be opened"):
+        return AutoencoderKL.from_single_file(
+            str(path), config=str(config), subfolder="vae", torch_dtype=torch_dtype, local_files_only=True
         )
-    return AutoencoderKL.from_single_file(
-        str(path), config=str(config), subfolder="vae", torch_dtype=torch_dtype, local_files_only=True
-    )
 
 
 def fetch_vae(hub_id: str) -> Path:

@@ -17,6 +17,7 @@ import torch
 from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.files.json import read_json
+from dmm.formats.building import building, check_config
 from dmm.formats.folder import family_of_folder
 from dmm.formats.skeleton import check_tensors
 from dmm.formats.tensors import check_finite, read_header
@@ -52,11 +53,20 @@ def read_side_car(folder: Path) -> StylePrompts | None:
 
 
 def _read_weights(styles: Path, names: list[str], dim: int) -> StylePrompts:
+    check_config(read_json(styles / "config.json"), styles / "config.json", StylePrompts)
     with torch.device("meta"):
         skeleton = StylePrompts(names, dim)
-    check_tensors(skeleton, read_header(styles / WEIGHTS_FILE).tensors, str(styles / WEIGHTS_FILE))
+    tensors = read_header(styles / WEIGHTS_FILE).tensors
+    check_tensors(skeleton, tensors, str(styles / WEIGHTS_FILE))
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{styles / WEIGHTS_FILE}: '{name}' is kept in {tensor.dtype}, which holds no style prompts: they are "
+                "numbers of any size. Get another copy."
+            )
     # small beside the UNet, so that float32 costs nothing: terms are computed in it whatever the UNet's dtype
-    prompts: StylePrompts = StylePrompts.from_pretrained(styles, torch_dtype=torch.float32, local_files_only=True)
+    with building(f"{styles} holds no style prompts that can be opened"):
+        prompts: StylePrompts = StylePrompts.from_pretrained(styles, torch_dtype=torch.float32, local_files_only=True)
     check_finite(prompts.state_dict(), str(styles))
     return prompts
 

@@ -12,6 +12,8 @@ STYLES_FOLDER = "styles"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 STYLE_PROMPTS_CLASS = "StylePrompts"
 
+_WIDEST = 100_000  # of style prompts; of the models that there are, none is a tenth as wide
+
 
 def read_style_names(model: str) -> list[str] | None:
     """The styles of a model, as far as they can be told without its weights.
@@ -47,10 +49,11 @@ def read_style_config(path: Path) -> tuple[list[str], int]:
     names, dim = config.get("names"), config.get("dim")
     if config.get("_class_name") != STYLE_PROMPTS_CLASS:
         raise UserError(f"{path} describes a {config.get('_class_name')}; a {STYLE_PROMPTS_CLASS} was expected.")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    # a name is typed, printed and made a file's
+    if not isinstance(names, list) or not names or not all(isinstance(one, str) and one.isprintable() for one in names):
         raise UserError(f"{path}: its names are {names}; a list of the styles' names was expected.")
     if len(set(names)) < len(names):
         raise UserError(f"{path} names a style twice: {', '.join(names)}. Every style needs a name of its own.")
-    if not isinstance(dim, int) or dim < 0:
+    if not isinstance(dim, int) or isinstance(dim, bool) or not 0 <= dim <= _WIDEST:
         raise UserError(f"{path}: its dim is {dim}; the width of the style prompts was expected.")
     return names, dim

@@ -271,6 +271,7 @@ _EXPECTED = {
     "string_type": "a text",
     "tuple_type": "a list",
     "model_type": "keys and values",
+    "dict_type": "keys and values",
 }
 
 
@@ -290,8 +291,10 @@ def told(error: ErrorDetails, where: str, places: Places) -> str:
             known = context["expected"]
             near = nearest(str(error["input"]), known.replace("'", "").replace(" or ", ", ").split(", "))
             message = f"found {_shown(error['input'])}, expected {known}{near}"
-        case kind:
+        case kind if kind in _EXPECTED:
             message = f"found {_shown(error['input'])}, expected {_EXPECTED[kind]}"
+        case _:
+            message = f"found {_shown(error['input'])}: {error['msg']}"
     # the place itself, or the nearest around it: what is missing has no line
     known_places = (place[:length] for length in range(len(place), 0, -1))
     source = next((places[known] for known in known_places if known in places), where)

@@ -1,6 +1,5 @@
 """LoRAs that come out: of LoRAs, exactly, or of the difference between two models, truncated."""
 
-import json
 import math
 import os
 import time
@@ -17,7 +16,7 @@ from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_file, new_file
 from dmm.formats.detect import check_is_lora, lora_file
-from dmm.formats.lora import peft_scaling, split_names
+from dmm.formats.lora import peft_scaling, read_peft_config, split_names
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.soup.ledger import check_digests, describe_recipe, labelled_digests
 from dmm.soup.make import Bar, Made, digest_files, no_bar
@@ -261,7 +260,7 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
     check_is_lora(path, header)
     tensors = read_tensors(path)
     check_finite(tensors, str(path))
-    config = json.loads(header.metadata.get("lora_adapter_metadata", "{}"))
+    config = read_peft_config(path, header)
     layers, dtype = {}, torch.float32
     for name, parts in split_names(path, list(tensors)).items():
         if "down" not in parts or "up" not in parts:
@@ -274,7 +273,7 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
             scaling = tensors[parts["alpha"]].item() / len(down)
         else:
             component, _, module = name.partition(".")
-            scaling = peft_scaling(config, component, module, rank=len(down))
+            scaling = peft_scaling(path, config, component, module, rank=len(down))
         layers[_kohya(name)] = Factors(down.float(), up.float(), scaling)
     kind = {key: header.metadata[key] for key in (ARCHITECTURE, KOHYA_NAME) if key in header.metadata}
     return layers, dtype, kind
