@@ -46,7 +46,10 @@ def building(what: str) -> Iterator[None]:
         yield
     except (UserError, torch.OutOfMemoryError, MemoryError):
         raise
-    except Exception as error:  # libraries raise whatever their insides run into
+    except BaseException as error:
+        # libraries raise whatever their insides run into; those in Rust something that is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{what}: {lines[0].strip() if lines else type(error).__name__}") from error
 

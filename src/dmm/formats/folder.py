@@ -1,9 +1,11 @@
 """Stock diffusers pipeline folders."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from dmm.errors import UserError
@@ -13,8 +15,8 @@ from dmm.formats.building import building, check_tokenizer
 from dmm.formats.detect import LORA_FILE
 from dmm.formats.schedules import read_scheduler_config
 from dmm.formats.skeleton import build_skeletons, check_tensors
-from dmm.formats.stock_files import INDEX, check_classes, read_index, shards
-from dmm.formats.tensors import read_header
+from dmm.formats.stock_files import INDEX, check_classes, config_files, read_index, shards
+from dmm.formats.tensors import check_finite, read_header
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a stock pipeline that are neither fetched nor loaded: nothing of ours calls them."""
@@ -137,6 +139,34 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
             requires_safety_checker=False,
             **dict.fromkeys(UNUSED_COMPONENTS),
         )
+
+
+def copy_model(source: Path, target: Path, family: Family) -> None:
+    """Copy of a stock folder what makes the model: its index, configs and weights; nothing that is not known.
+
+    Args:
+        source: has passed ``check_folder``.
+        target: a new folder.
+    Raises: UserError: a weight is NaN or infinite.
+    """
+    shutil.copyfile(source / INDEX, target / INDEX)
+    components = {component.name: component for component in family.components}
+    for part in ("scheduler", "tokenizer", *components):
+        files = config_files(source / part)
+        if part in components:
+            weights, _ = weight_files(source / part, components[part], allow_pickle=False)
+            for file in weights:
+                _check_all_finite(file)
+            files += [*weights, *(source / part).glob("*.safetensors.index*.json")]
+        (target / part).mkdir()
+        for file in files:
+            shutil.copyfile(file, target / part / file.name)
+
+
+def _check_all_finite(file: Path) -> None:
+    with safe_open(file, framework="pt") as tensors:  # one of gigabytes at a time
+        for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+            check_finite({name: tensors.get_tensor(name)}, str(file))
 
 
 def weight_files(at: Path, component: Component, allow_pickle: bool) -> tuple[list[Path], str | None]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dmm.families import Family
 from dmm.files.digest import sha256
-from dmm.files.json import read_json
 from dmm.files.outputs import check_disk, check_file, check_new_folder, new_file, new_folder
 from dmm.formats.completing import complete_folder
 from dmm.formats.folder import PARTS, UNUSED_COMPONENTS
 from dmm.formats.schedules import write_scheduler_config
+from dmm.formats.stock_files import config_files, read_index
 from dmm.soup.ledger import check_digests, describe, labelled_digests
 from dmm.soup.models import Layout
 from dmm.soup.plan import Plan, plan_soup
@@ -175,7 +175,7 @@ def _name_in(plan: Plan, name: str) -> str:
 def _copy_configs(plan: Plan, folder: Path) -> None:
     """All of a stock folder but its weights; it says what these models predict, and has no safety checker."""
     assert plan.configs is not None  # the plan saw to it
-    index = read_json(plan.configs / "model_index.json")
+    index = read_index(plan.configs)
     for name in UNUSED_COMPONENTS:
         if name in index:
             index[name] = [None, None]
@@ -189,9 +189,7 @@ def _copy_configs(plan: Plan, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for name in sorted(name for name, value in index.items() if isinstance(value, list) and value[0]):
         (folder / name).mkdir()
-        for file in sorted((plan.configs / name).iterdir()):
-            is_weights = file.suffix in (".safetensors", ".bin", ".msgpack", ".onnx") or ".index." in file.name
-            if file.is_file() and not is_weights:
-                shutil.copyfile(file, folder / name / file.name)
+        for file in config_files(plan.configs / name):
+            shutil.copyfile(file, folder / name / file.name)
     write_scheduler_config(plan.scheduler, folder)
     complete_folder(folder)

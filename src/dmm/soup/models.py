@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_names
-from dmm.files.json import read_json
 from dmm.formats.detect import is_lora
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraLayerWeights
@@ -23,6 +22,7 @@ from dmm.formats.single_file import (
     original_names,
     prediction_type_of,
 )
+from dmm.formats.stock_files import read_index
 from dmm.formats.tensors import Header
 from dmm.soup.reading import WeightFile
 
@@ -200,7 +200,7 @@ def _open_folder(path: Path, label: str) -> OpenModel:
             f"{path} holds no model_index.json, so it is no stock diffusers pipeline folder. Pass the folder that "
             "`save_pretrained` of a pipeline wrote, or a single .safetensors file."
         )
-    index = read_json(path / "model_index.json")
+    index = read_index(path)
     family = tell_folder(path)
     files: dict[str, WeightFile] = {}
     tensors: dict[str, Source] = {}
