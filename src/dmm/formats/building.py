@@ -7,16 +7,16 @@ million layers where it says so, and say what is wrong in the words of their own
 import inspect
 import math
 import re
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from transformers import AutoTokenizer, CLIPTokenizer
+from diffusers import ModelMixin
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedModel
 
 from dmm.errors import UserError
 from dmm.files.json import read_json
@@ -29,6 +29,7 @@ _MOST = {
 }
 """The largest numbers, by the keys that they stand under."""
 _MOST_OF_ALL = 2**31
+_NAMES = {int: "number", float: "number", str: "text", bool: "true or false"}
 _LONGEST_LIST = {"trained_betas": 100_000}
 _LONGEST = 300
 _MOST_TOKENS = 1_000_000
@@ -59,8 +60,8 @@ def check_config(config: Mapping[str, Any], path: Path, kind: Any) -> None:
 
     Args:
         config: what ``path`` holds.
-        kind: the class that will be built of it. Of a class of diffusers the arguments tell each value's type; those of
-            transformers check that themselves.
+        kind: the class that will be built of it, whose arguments (in diffusers) or defaults (in transformers) tell each
+            value's type.
     Raises: UserError: the weights are packed; or a value is of another type, or absurdly large.
     """
     if config.get(_QUANTISED) is not None:
@@ -70,19 +71,13 @@ def check_config(config: Mapping[str, Any], path: Path, kind: Any) -> None:
         )
     for key, value in config.items():
         _check_size(key, value, path)
-    if inspect.isclass(kind) and issubclass(kind, ConfigMixin):
-        for key, parameter in inspect.signature(kind.__init__, eval_str=True).parameters.items():
-            expected = _atoms(parameter.annotation)
-            # models take a list, of one value a block, wherever they take one value
-            if issubclass(kind, ModelMixin) or re.search(r"(?i)list|tuple|ndarray", str(parameter.annotation)):
-                expected |= {list} if expected else set()
-            if key in config and expected and not _fits(config[key], expected):
-                names = " or ".join(
-                    sorted({"number" if one in (int, float) else one.__name__ for one in expected - {list}})
-                )
-                raise UserError(
-                    f"{path}: its {key} is {_shown(config[key])}; {kind.__name__} has a {names}. Get another copy."
-                )
+    expected = _of_transformers(kind) if issubclass(kind, PreTrainedModel) else _of_diffusers(kind)
+    for key, types_there in expected.items():
+        if key in config and not _fits(config[key], types_there):
+            names = " or ".join(sorted({_NAMES.get(one, one.__name__) for one in types_there - {list, NoneType}}))
+            raise UserError(
+                f"{path}: its {key} is {_shown(config[key])}; {kind.__name__} has a {names} there. Get another copy."
+            )
 
 
 def check_tokenizer(folder: Path, reader: Any) -> None:
@@ -92,9 +87,9 @@ def check_tokenizer(folder: Path, reader: Any) -> None:
         reader: the config of the text encoder that reads it.
     Raises: UserError: a file of it is missing or damaged, or it belongs to another text encoder.
     """
-    config = read_json(folder / "tokenizer_config.json")
     if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
         raise UserError(f"{folder} holds neither tokenizer.json nor vocab.json. Add the model's tokenizer.")
+    config = read_json(folder / "tokenizer_config.json")
     for file in folder.iterdir():
         check_regular(file)
     for file in folder.glob("*.json"):
@@ -107,6 +102,7 @@ def check_tokenizer(folder: Path, reader: Any) -> None:
         most = getattr(reader, "max_position_embeddings", _MOST_TOKENS)
         if not (isinstance(length, int) and 1 <= length <= most):
             raise ValueError(f"its model_max_length is {length}, the text encoder reads {most} tokens at most")
+        tokenizer("a cat", padding="max_length", max_length=min(length, 100), truncation=True)
         highest = max([*tokenizer.get_vocab().values(), *tokens])
         if highest >= reader.vocab_size:
             raise ValueError(f"it has a token {highest}, the text encoder has {reader.vocab_size}")
@@ -128,13 +124,35 @@ def _check_size(key: str, value: Any, path: Path) -> None:
             raise UserError(f"{path}: its {key} is {_shown(value)}, as no model's is. Get another copy.")
 
 
+def _of_diffusers(kind: Any) -> dict[str, set[type]]:
+    """The types of a class's arguments, where their annotations tell any."""
+    found = {}
+    for key, parameter in inspect.signature(kind.__init__, eval_str=True).parameters.items():
+        expected = _atoms(parameter.annotation)
+        # models take a list, of one value a block, wherever they take one value
+        if issubclass(kind, ModelMixin) or re.search(r"(?i)list|tuple|ndarray", str(parameter.annotation)):
+            expected |= {list} if expected else set()
+        if parameter.default in (None, inspect.Parameter.empty):
+            expected |= {NoneType} if expected else set()
+        if expected:
+            found[key] = expected
+    return found
+
+
+def _of_transformers(kind: Any) -> dict[str, set[type]]:
+    """The types of a config's defaults; each may also be null, and a model of language has lists of ending tokens."""
+    defaults = {key: one for key, one in vars(kind.config_class()).items() if isinstance(one, bool | int | float | str)}
+    lists = {key for key in defaults if key.endswith("_token_id") and not kind.__name__.startswith("CLIP")}
+    return {key: {type(one), NoneType} | ({list} if key in lists else set()) for key, one in defaults.items()}
+
+
 def _atoms(annotation: Any) -> set[type]:
     """The classes that an annotation is made of, in whatever lists; empty where it may be anything."""
     origin = typing.get_origin(annotation)
     if annotation in (Any, inspect.Parameter.empty) or isinstance(annotation, str | typing.TypeVar):
         return set()
-    if annotation is types.NoneType or annotation is Ellipsis:
-        return {types.NoneType}
+    if annotation is NoneType or annotation is Ellipsis:
+        return {NoneType}
     if origin is typing.Literal:
         return {type(one) for one in typing.get_args(annotation)}
     if origin is dict:
@@ -148,8 +166,6 @@ def _atoms(annotation: Any) -> set[type]:
 def _fits(value: Any, expected: set[type]) -> bool:
     if isinstance(value, list):
         return list in expected and all(_fits(one, expected) for one in value)
-    if value is None:
-        return True
     if isinstance(value, bool):
         return bool(expected & {bool, float})  # where diffusers says "number" of what is a switch
     if isinstance(value, int):

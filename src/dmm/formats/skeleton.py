@@ -95,6 +95,11 @@ def _from_config(model_class: Any, folder: Path) -> Any:
 
 
 def _check_widths(skeletons: Mapping[str, Any], folder: Path) -> None:
+    size = skeletons["unet"].config.sample_size
+    if not (isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2)):
+        raise UserError(
+            f"{folder / 'unet' / 'config.json'}: its sample_size is {size}; a number, or two, was expected."
+        )
     unet, vae, text_encoder = (skeletons[name].config for name in ("unet", "vae", "text_encoder"))
     check_paints_from_noise(str(folder), unet.in_channels, vae.latent_channels)
     for what, found, expected in (
