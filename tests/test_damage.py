@@ -12,7 +12,7 @@ from conftest import tiny_pipeline
 from safetensors.torch import save_file
 
 from dmm.errors import UserError
-from dmm.families import SD1
+from dmm.families.sd1 import SD1
 from dmm.files.yaml import parse_yaml, write_yaml
 from dmm.formats.detect import check_is_checkpoint
 from dmm.formats.lora import read_lora
