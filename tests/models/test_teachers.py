@@ -440,7 +440,8 @@ def test_broken_configs(sd1_folder, tmp_path):
     refused(ModelSource(folder), r"unet/config\.json describes no UNet2DConditionModel")
     config.write_text(json.dumps(good))
     index = folder / "model_index.json"
-    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}))
+    unet = ["diffusers", "UNet2DConditionModel"]
+    index.write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": unet}))
     refused(ModelSource(folder), r"model_index\.json names no vae")
 
 
