@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 NAMES = ("base", "a", "b", "c")
+MEASURED = ("weighted_sum", "ties", "dare_ties", "memory")
 
 # in every child: what is imported counts for nothing, then the clock and the memory are watched
 WATCH = """
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--sd-mecha", metavar="PYTHON", type=Path)
     parser.add_argument("--mergekit", metavar="PYTHON", type=Path)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=["weighted_sum", "ties", "dare_ties", "memory"])
+    parser.add_argument("--only", nargs="+", choices=MEASURED, default=MEASURED)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     write_models(args.folder)

@@ -1,9 +1,11 @@
-"""What a user is told: the one exception that means that they can mend it, and near names for slips in theirs."""
+"""What a user is told: the one exception that means that they can mend it, near names for slips, and notes."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 _LONGEST = 2000  # characters: more is no sentence, but a value of somebody's file
+_NOTED: set[str] = set()
 
 
 class UserError(ValueError):
@@ -44,3 +46,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     longer = [name for name in known if name.startswith(word) or word.startswith(name)]
     near = longer or difflib.get_close_matches(word[:100], known, n=1)
     return f"; did you mean '{near[0]}'" if near else ""
+
+
+def note_once(what: str, first: str) -> None:
+    """Tell the user of something that may be as it should be, once in a process, whatever it is met in.
+
+    Args:
+        what: is noted.
+        first: what it was met in.
+    """
+    if what not in _NOTED:
+        _NOTED.add(what)
+        print(f"dmm: note: {one_line(first)}: {what}", file=sys.stderr)

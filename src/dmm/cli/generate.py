@@ -182,8 +182,9 @@ def _write(
     output: Path,
 ) -> None:
     """Paint, and write the grid that ``layout`` tells of, or each picture on its own where there is none."""
+    from dmm.files.picture_reader import open_picture
     from dmm.files.pictures import grid, save_png
-    from dmm.pipeline.plugins import add_plugins, open_picture
+    from dmm.pipeline.plugins import add_plugins
     from dmm.pipeline.sampling import picture_size, sample, usual_batch_size
 
     start = time.monotonic()

@@ -112,7 +112,7 @@ def regions_of(args: argparse.Namespace, names: Sequence[str], width: int, heigh
         names: of the model's styles, for ``--panorama`` with ``--styles all``.
     Raises: UserError: a mask cannot be read.
     """
-    from dmm.pipeline.plugins import open_picture
+    from dmm.files.picture_reader import open_picture
     from dmm.pipeline.regions import Region
 
     if args.panorama:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmm.data.images import CaptionedImages, load_image
+from dmm.data.images import READER, CaptionedImages, load_image
 from dmm.data.keys import digest_tensors, digest_text_encoder, digest_vae, key_of
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
@@ -62,7 +62,7 @@ def encode_latents(
     return cached_rows(
         cache / "latents",
         len(image_digests),
-        lambda rows: key_of(vae=vae_digest, size=size, images=image_digests[rows.start : rows.stop]),
+        lambda rows: key_of(vae=vae_digest, size=size, reader=READER, images=image_digests[rows.start : rows.stop]),
         make,
         progress,
         place,

@@ -3,18 +3,21 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image, ImageOps
 
+from dmm.data.captions import read_captions
 from dmm.data.keys import key_of
 from dmm.errors import UserError
 from dmm.files.outputs import new_file
+from dmm.files.picture_reader import open_picture
 
-METADATA = "metadata.jsonl"
+READER = 2
+"""Raised where images come to be read as other pixels, so that what was cached of them is made again."""
 
 
 class CaptionedImages(Protocol):
@@ -37,25 +40,16 @@ class CaptionedImages(Protocol):
 
 
 class ImageFolder:
-    """A folder in the ``imagefolder`` convention of ``datasets``.
+    """A folder of captioned images, in the conventions of :mod:`dmm.data.captions`.
 
-    It or its subfolders hold ``metadata.jsonl``, whose lines name an image relative to that file and give its
-    caption: ``{"file_name": "cats/1.png", "text": "a cat"}``. Images that no line names are not part of it.
-
-    Raises: UserError: no such folder, no metadata, or a line that is not of that form or names no file.
+    Raises: UserError: no such folder, or something is wrong with its captions.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.expanduser()
         if not self._folder.is_dir():
             raise UserError(f"{folder}: no such folder of images. Check the path.")
-        files = sorted(self._folder.rglob(METADATA))
-        pairs = [pair for file in files for pair in _read_metadata(file)]
-        if not pairs:
-            found = f"The {METADATA} in {folder} is empty" if files else f"{folder} has no {METADATA}"
-            raise UserError(
-                f'{found}: write a line such as {{"file_name": "1.png", "text": "a caption"}} for each image.'
-            )
+        pairs = read_captions(self._folder)
         self._paths = [path for path, _ in pairs]
         self.captions: Sequence[str] = [caption for _, caption in pairs]
 
@@ -132,58 +126,16 @@ class ImageDataset:
 def load_image(images: CaptionedImages, index: int, size: int) -> Image.Image:
     """Bring an image to the size of training.
 
-    It is turned the way up that its EXIF says, laid on white where it is transparent, shrunk or enlarged until its
-    shorter side fits, with antialiasing, and cut to the middle square.
+    It is read by :func:`dmm.files.picture_reader.open_picture`, shrunk or enlarged until its shorter side fits, with
+    antialiasing, and cut to the middle square.
 
     Args:
         size: pixels a side.
     Returns: RGB, 8 bits a channel.
-    Raises: UserError: it is damaged or no image, or of more than 8 bits a channel, which Pillow cannot bring to RGB.
+    Raises: UserError: it is damaged or no image.
     """
-    try:
-        image = ImageOps.exif_transpose(Image.open(io.BytesIO(images.read(index))))
-        image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{images.name(index)} cannot be read as an image: it is damaged, or of a format that Pillow does not "
-            "know. Replace it or leave it out."
-        ) from error
-    if image.mode.startswith(("I", "F")):
-        raise UserError(
-            f"{images.name(index)} has pixels of mode {image.mode}; 8 bits a channel were expected. Convert it."
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-
-
-def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
-    try:
-        # not splitlines: a caption may hold what else ends a line in Unicode
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} could not be read as UTF-8 text: {error}.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{file}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not valid JSON: {error}.") from error
-        for field in ("file_name", "text"):
-            if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
-                raise UserError(
-                    f"{where} has no string '{field}'; a line such as "
-                    '{"file_name": "1.png", "text": "a caption"} was expected.'
-                )
-        path = file.parent / entry["file_name"]
-        if not path.is_file():
-            raise UserError(f"{where}: there is no file '{path}'. Put the image there, or take the line out.")
-        yield path, entry["text"]
+    image = open_picture(io.BytesIO(images.read(index)), images.name(index))
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
 def _read_memory(memory: Path) -> dict[str, list[Any]]:

@@ -17,6 +17,7 @@ from transformers import CLIPVisionModelWithProjection
 from dmm.errors import UserError
 from dmm.families import denoiser_of, family_of
 from dmm.files.json import read_json
+from dmm.files.picture_reader import open_picture
 from dmm.formats.tensors import read_header
 
 IMAGE_ENCODER_FOLDER = "image_encoder"
@@ -109,19 +110,6 @@ def add_plugins(
         return arguments
 
     return guided, inputs
-
-
-def open_picture(path: Path) -> Image.Image:
-    """A picture file as RGB, see-through parts on white.
-
-    Raises: UserError: missing, or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            seen = image.convert("RGBA")
-    except OSError as error:
-        raise UserError(f"'{path}' could not be read as a picture: {error}") from error
-    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
 
 
 def check_controlnet(config: Mapping[str, Any], unet: Any, name: str) -> None:

@@ -90,7 +90,7 @@ class Data(Part):
     """What the student is trained on: one of three."""
 
     images: Folder | None = None
-    """A captioned folder: ``metadata.jsonl`` with ``file_name`` and ``text``."""
+    """A captioned folder: ``1.txt`` beside ``1.png``, kohya's ``10_concept/``, or ``metadata.jsonl``."""
     dataset: Annotated[str, AfterValidator(path_or_id)] | None = None
     """A ``datasets`` dataset: a hub id, or a path."""
     synthesize: Synthesize | None = None
