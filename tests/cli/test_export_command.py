@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -35,8 +36,14 @@ def test_a_mix_becomes_a_stock_checkpoint(export, tmp_path, merged, capsys):
     assert abs(paint(plain) - paint(pipe)).max() <= 2
 
 
-def test_all_styles_and_the_authors_layout_and_back(export, tmp_path, merged):
+def test_all_styles_and_the_authors_layout_and_back(export, tmp_path, merged, capsys):
     assert export("--all", "--single-file", "--precision", "fp16", "--output", "all") == 0
+    told = capsys.readouterr()
+    assert "a patch in styles/, a difference in loras/, fp16, in" in told.out
+    assert re.search(r"note: what embeds time is too narrow here .* would be \d+\.\d% off\.", told.err)
+    assert {path.name for path in (tmp_path / "all/loras").glob("*.safetensors")} == {
+        f"{style}.diff.safetensors" for style in STYLE_NAMES
+    }
     assert {path.stem for path in (tmp_path / "all/styles").iterdir()} == set(STYLE_NAMES)
     assert load_file(tmp_path / "all/styles/ink.safetensors").keys() == {"model.diffusion_model.time_embed.2.bias"}
     assert export("--authors", "--output", "theirs.safetensors") == 0
