@@ -1,0 +1,334 @@
+"""LoRAs and their relatives: read, whatever layout they are in, and checked against a model."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from dmm.errors import UserError
+from dmm.families import LORA_MARKERS, Family, family_of_names
+from dmm.formats.lora.forms import Form, Hadamard, Kronecker, LoraChange, LowRank, Whole
+from dmm.formats.lora.names import is_layer, layers_by_name, layers_by_original_name
+from dmm.formats.lora.parts import BUNDLED, check_complete, is_lora, split_names
+from dmm.formats.tensors import check_finite, read_header, read_tensors
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The file of a folder that diffusers saved a LoRA to."""
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""The files of a folder that PEFT saved one to."""
+_METADATA = "lora_adapter_metadata"
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """What a file holds of one layer.
+
+    Attributes:
+        form: the change of its weight; None where only its bias changes.
+        bias: the change of its bias, unscaled; or None.
+        scaling: of both, where they are low-rank.
+        magnitude: see :class:`dmm.formats.lora.forms.LoraChange`.
+    """
+
+    form: Form | None
+    bias: Tensor | None
+    scaling: float
+    magnitude: Tensor | None
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA's file.
+
+    Attributes:
+        layers: by the names that the file gives them.
+        dtype: that most of it is kept in.
+        metadata: of its header.
+    """
+
+    path: Path
+    layers: dict[str, LoraLayer]
+    dtype: torch.dtype
+    metadata: Mapping[str, str]
+
+
+def lora_file(path: Path) -> Path:
+    """The file of a LoRA that is passed as its file, or as the folder that diffusers or PEFT saved it to.
+
+    Raises: UserError: a folder that holds none, or several.
+    """
+    if not path.is_dir():
+        return path
+    for name in (LORA_FILE, PEFT_FILE):
+        if (path / name).is_file():
+            return path / name
+    found = sorted(one for one in path.iterdir() if one.suffix.lower() == ".safetensors")
+    if len(found) != 1:
+        raise UserError(
+            f"{path} holds {len(found) or 'no'} .safetensors files, and neither {LORA_FILE} nor {PEFT_FILE}. Name the "
+            "LoRA's file."
+        )
+    return found[0]
+
+
+def read_lora_file(path: Path, family: Family | None = None, *, allow_pickle: bool = False) -> LoraFile:
+    """Read a LoRA's file, whatever model it is for.
+
+    Args:
+        path: its file or folder, see :func:`lora_file`.
+        family: of the model that it is to go on, by which a full checkpoint that was passed for it is told.
+    Raises: UserError: no readable LoRA; a relative that is not read; a layer with parts missing or of shapes that do
+        not fit each other; values that are not finite; metadata that its scale depends on and that cannot be read.
+    """
+    path = lora_file(path)
+    header = read_header(path, allow_pickle=allow_pickle)
+    _check_is_lora(path, header.tensors, family)
+    names = split_names(path, header.tensors)
+    for layer, parts in names.items():
+        check_complete(path, layer, parts)
+    if any(name.startswith(BUNDLED) for name in header.tensors):
+        _logger.warning("%s: the embedding that is bundled with the LoRA is left out.", path)
+    config = _peft_config(path, header.metadata)
+    tensors = read_tensors(path)
+    check_finite({name: tensor for name, tensor in tensors.items() if not name.startswith(BUNDLED)}, str(path))
+    layers = {}
+    for layer, parts in names.items():
+        found = _layer(path, layer, {part: tensors[key] for part, key in parts.items()}, config)
+        if found is not None:
+            layers[layer] = found
+    dtypes = [tensors[key].dtype for parts in names.values() for part, key in parts.items() if part != "alpha"]
+    return LoraFile(path, layers, max(set(dtypes), key=dtypes.count), header.metadata)
+
+
+def read_lora(
+    path: Path,
+    models: Mapping[str, Any],
+    family: Family | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> list[LoraChange]:
+    """Read a LoRA and check that all of it fits a model.
+
+    Args:
+        path: its file, or a folder that diffusers or PEFT saved one to.
+        models: the denoiser, which comes first, and the text encoders by component, with weights or on the meta device.
+        family: of the model; names of the original layout are known by it.
+    Raises: UserError: see :func:`read_lora_file`; none or not all of its layers are the model's; shapes that do not
+        fit.
+    """
+    file = read_lora_file(path, family, allow_pickle=allow_pickle)
+    models = {name: model for name, model in models.items() if name != "vae"}
+    known = layers_by_name(models)
+    if family is not None and any(name not in known for name in file.layers):
+        from dmm.formats.single_file import denoiser_names  # which checkpoints need, too: LoRAs are told from them
+
+        known |= layers_by_original_name(models, denoiser_names(next(iter(models.values())), family))
+    _check_known(file.path, list(file.layers), known)
+    changes = []
+    for name, layer in file.layers.items():
+        component, module = known[name]
+        changes += _changes(file.path, name, layer, component, module, models[component].get_submodule(module))
+    return changes
+
+
+def _check_is_lora(path: Path, names: Mapping[str, Tensor], family: Family | None) -> None:
+    if is_lora(names):
+        return
+    found = family_of_names(names)
+    if found is not None:
+        title = found[0].title
+        advice = " Pass it as the model, without a LoRA." if family is None or title == family.title else ""
+        raise UserError(f"{path} is a full checkpoint ({title}; it holds '{found[1]}'), not a LoRA.{advice}")
+    example = next(iter(names), None)
+    raise UserError(
+        f"{path} is no LoRA: none of its {len(names)} tensors has a LoRA's name"
+        f"{f', such as {example!r}' if example else ''}. Names such as 'lora_unet_....lora_down.weight' were expected."
+    )
+
+
+def _peft_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] | str:
+    """What PEFT says of the LoRA, in the header or beside the file; or why that cannot be read."""
+    beside = path.parent / PEFT_CONFIG
+    told, where = metadata.get(_METADATA), f"its metadata '{_METADATA}'"
+    if told is None and path.name == PEFT_FILE and beside.is_file():
+        told, where = beside.read_text(encoding="utf-8", errors="replace"), f"{PEFT_CONFIG} beside it"
+    if told is None:
+        return {}
+    try:
+        config = json.loads(told)
+    except (ValueError, RecursionError):
+        return f"{where} is no JSON"
+    return config if isinstance(config, dict) else f"{where} is no mapping of names to settings"
+
+
+def peft_scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Read alpha / rank from PEFT's config; 1 where it does not say.
+
+    Args:
+        config: its keys perhaps with a component before them: ``unet.lora_alpha``.
+        layer: the name that the file gives the layer.
+        rank: of the layer.
+    """
+    component, _, module = layer.partition(".")
+    prefix = f"{component}." if any(key.startswith(f"{component}.") for key in config) else ""
+    module = module if prefix else layer.removeprefix("base_model.model.")
+
+    def setting(name: str) -> Any:
+        return config.get(prefix + name)
+
+    alphas = setting("alpha_pattern")
+    default = setting("lora_alpha") if setting("lora_alpha") is not None else setting("alpha")
+    alpha = default if default is not None else rank
+    if isinstance(alphas, dict) and alphas:
+        alpha = alphas.get(get_pattern_key(list(alphas), module), alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise UserError(f"the alpha of '{layer}' is {str(alpha)[:40]}, expected a number")
+    return float(alpha / rank**0.5) if setting("use_rslora") else alpha / rank
+
+
+def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[str, Any] | str) -> LoraLayer | None:
+    """What the tensors of a layer say; None of a layer of rank 0, which says nothing."""
+    if any(part in parts and not parts[part].numel() for part in ("down", "up")):
+        return None
+    form = _form(path, name, parts)
+    bias = parts.get("whole_bias")
+    scaling = 1.0
+    rank = form.rank if form is not None else None
+    if "alpha" in parts:
+        if parts["alpha"].numel() != 1:
+            raise UserError(f"{path}: the alpha of '{name}' is {parts['alpha'].numel()} numbers, expected one.")
+        scaling = parts["alpha"].item() / rank if rank else 1.0
+    elif rank:
+        if isinstance(config, str):
+            raise UserError(f"{path}: {config}, and no other place tells its scale (alpha). Download it again.")
+        try:
+            scaling = peft_scaling(config, name, rank)
+        except UserError as error:
+            raise UserError(f"{path}: {error}. Its settings are damaged; download it again.") from error
+    if "up_bias" in parts:
+        bias = parts["up_bias"].float() * scaling
+    magnitude = parts.get("magnitude")
+    return LoraLayer(form, None if bias is None else bias.float(), scaling, None if magnitude is None else magnitude.float())
+
+
+def _form(path: Path, name: str, parts: Mapping[str, Tensor]) -> Form | None:
+    tensors = {part: tensor.float() for part, tensor in parts.items()}
+    matrices = {part: tensor for part, tensor in tensors.items() if part in ("down", "up") or part[:5] in ("hada_", "lokr_")}
+    for part, tensor in matrices.items():
+        if tensor.ndim not in (2, 3, 4):
+            raise UserError(
+                f"{path}: the layer '{name}' has a {part} of shape {tuple(tensor.shape)}, expected a matrix or a "
+                "convolution's weight. The file is damaged; download it again."
+            )
+    try:
+        if "down" in tensors:
+            form: Form = _low_rank(tensors["down"], tensors["up"], tensors.get("core"))
+        elif "hada_w1_a" in tensors:
+            form = Hadamard(*(_hadamard_factor(tensors, one) for one in ("1", "2")))
+        elif any(part.startswith("lokr_") for part in tensors):
+            form = _kronecker(tensors)
+        elif "whole" in tensors:
+            form = Whole(tensors["whole"])
+        else:
+            return None
+    except (ValueError, RuntimeError) as error:
+        shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in tensors.items() if part != "alpha")
+        raise UserError(
+            f"{path}: the layer '{name}' has {shapes}, which do not fit each other. The file is damaged; download it again."
+        ) from error
+    return form
+
+
+def _low_rank(down: Tensor, up: Tensor, core: Tensor | None) -> LowRank:
+    rank = len(down)
+    if up.flatten(1).shape[1] != rank:
+        raise ValueError
+    if core is not None and core.shape[:2] != (rank, rank):
+        raise ValueError
+    return LowRank(down, up, core)
+
+
+def _hadamard_factor(tensors: Mapping[str, Tensor], one: str) -> LowRank:
+    left, right, core = tensors[f"hada_w{one}_a"], tensors[f"hada_w{one}_b"], tensors.get(f"hada_t{one}")
+    # with a core the outputs' side lies the other way round
+    return _low_rank(right, left if core is None else left.T, core)
+
+
+def _kronecker(tensors: Mapping[str, Tensor]) -> Kronecker:
+    ranks = []
+
+    def factor(name: str, core: Tensor | None) -> Tensor:
+        if name in tensors:
+            return tensors[name]
+        left, right = tensors[f"{name}_a"], tensors[f"{name}_b"]
+        ranks.append(len(right))
+        if core is not None:
+            return torch.einsum("pqhw,qi,po->oihw", core, right, left)
+        return (left @ right.flatten(1)).reshape(len(left), *right.shape[1:])
+
+    one, other = factor("lokr_w1", None), factor("lokr_w2", tensors.get("lokr_t2"))
+    return Kronecker(one.flatten(1), other, ranks[-1] if ranks else None)
+
+
+def _check_known(path: Path, names: Sequence[str], layers: Mapping[str, object]) -> None:
+    unknown = [name for name in names if name not in layers]
+    if not unknown:
+        return
+    title = next((title for title, marker in LORA_MARKERS if any(marker in name for name in names)), None)
+    if len(unknown) == len(names):
+        kind = f"It is of {title}; pass a LoRA made for this one" if title else "Pass a LoRA made for this model"
+        raise UserError(
+            f"{path}: none of its {len(names)} layers is one of this model's: it has '{unknown[0]}', the model "
+            f"'{next(iter(layers))}'. {kind}."
+        )
+    told = f"It is of {title}" if title else "It was made for another model, or is of a layout that is not known here"
+    raise UserError(
+        f"{path}: {len(unknown)} of its {len(names)} layers are not this model's: "
+        f"{', '.join(repr(name) for name in unknown[:3])}{', ...' if len(unknown) > 3 else ''}. "
+        f"{told}; none of it is dropped quietly."
+    )
+
+
+def _changes(path: Path, name: str, layer: LoraLayer, component: str, module: str, target: Any) -> list[LoraChange]:
+    """A layer's changes, held against the model's own layer."""
+    changes = []
+    if layer.form is not None:
+        weight, form = target.weight, layer.form
+        fits = form.num_rows == len(weight) and form.num_columns == weight[0].numel()
+        if not fits or not (is_layer(target) or isinstance(form, Whole)):
+            raise UserError(
+                f"{path}: the layer '{name}' changes a weight of {form.num_rows} x {form.num_columns}, the model's is "
+                f"{tuple(weight.shape)}. It was trained on another architecture; pass that model as the base."
+            )
+        if layer.magnitude is not None and layer.magnitude.numel() not in (len(weight), weight.shape[1]):
+            raise UserError(
+                f"{path}: the layer '{name}' has a magnitude (DoRA) of {tuple(layer.magnitude.shape)}, the model's weight "
+                f"is {tuple(weight.shape)}. The file is damaged, or was trained on another architecture."
+            )
+        magnitude = None if layer.magnitude is None else _oriented(layer.magnitude, weight)
+        changes.append(LoraChange(component, module, "weight", form, layer.scaling, magnitude))
+    if layer.bias is not None:
+        bias = getattr(target, "bias", None)
+        if bias is None or bias.shape != layer.bias.shape:
+            has = "none" if bias is None else str(tuple(bias.shape))
+            raise UserError(
+                f"{path}: the layer '{name}' changes a bias of {tuple(layer.bias.shape)}, the model has {has} there. It was "
+                "trained on another architecture; pass that model as the base."
+            )
+        changes.append(LoraChange(component, module, "bias", Whole(layer.bias)))
+    return changes
+
+
+def _oriented(magnitude: Tensor, weight: Tensor) -> Tensor:
+    """Norms of outputs as (out,), of inputs as (1, in): a file may have either, and PEFT's convolutions (1, out, 1, 1)."""
+    count = magnitude.numel()
+    by_output = count == len(weight) and (magnitude.shape[0] == len(weight) or count != weight.shape[1])
+    return magnitude.flatten() if by_output else magnitude.reshape(1, -1)
