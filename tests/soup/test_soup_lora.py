@@ -34,7 +34,7 @@ def loras(tmp_path_factory):
 def deltas(path):
     pipe = tiny_pipeline()
     layers = read_lora(path, {"unet": pipe.unet, "text_encoder": pipe.text_encoder})
-    return {layer.module: layer.scaling * layer.up.flatten(1) @ layer.down.flatten(1) for layer in layers}
+    return {layer.module: layer.rows(0, layer.form.num_rows) for layer in layers}
 
 
 def merged(loras, output, **keys):

@@ -348,7 +348,7 @@ def _tell_of_foreign_syntax(prompts: list[str]) -> None:
 
 def _parameters(args: argparse.Namespace, title: str, pictures: list[Picture], width: int, height: int) -> "Parameters":
     from dmm.files.parameters import Parameters, UsedLora, lora_hash, model_hash
-    from dmm.formats.detect import lora_file
+    from dmm.formats.lora import lora_file
 
     return Parameters(
         prompt="\n".join(dict.fromkeys(picture.prompt for picture in pictures)),

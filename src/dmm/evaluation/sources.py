@@ -11,7 +11,7 @@ from dmm.errors import UserError
 from dmm.evaluation.held_out import Model
 from dmm.files.digest import sha256
 from dmm.files.runs import RECIPE
-from dmm.formats.detect import LORA_FILE, is_lora
+from dmm.formats.lora import is_lora, lora_file
 from dmm.formats.tensors import read_header
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER
@@ -90,7 +90,8 @@ def _read_source(
     name: str, path: str, base: ModelSource | None, configs: Path | None, allow_pickle: bool
 ) -> ModelSource:
     place = Path(path).expanduser()
-    weights = place / LORA_FILE if place.is_dir() else place
+    is_pipeline = (place / "model_index.json").is_file()
+    weights = lora_file(place) if place.is_dir() and not is_pipeline else place
     if not weights.is_file():
         return ModelSource(path, allow_pickle=allow_pickle)
     if not is_lora(read_header(weights, allow_pickle=allow_pickle).tensors):

@@ -5,25 +5,12 @@ from pathlib import Path
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, Family, Stranger, family_of_names, known_titles
+from dmm.formats.lora.parts import is_lora
 from dmm.formats.tensors import Header
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The file of a folder that diffusers' ``save_lora_weights`` wrote."""
 
 _READS = "model.diffusion_model.input_blocks.0.0.weight"
 _LATENTS = "first_stage_model.post_quant_conv.weight"
-_LORA_PARTS = (".lora_", ".lora.", "_lora.", ".hada_", ".lokr_")
 _DIFFUSERS_PARTS = ("down_blocks.", "mid_block.", "encoder.layers.")
-
-
-def is_lora(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a LoRA or one of its relatives, in any layout."""
-    return any(part in name for name in names for part in _LORA_PARTS)
-
-
-def lora_file(path: Path) -> Path:
-    """The file of a LoRA that is passed as its file, or as the folder that diffusers saved it to."""
-    return path / LORA_FILE if path.is_dir() else path
 
 
 def family_of_file(path: Path, header: Header, expected: Family | None = None) -> Family:
@@ -94,25 +81,6 @@ def check_paints_from_noise(where: str, num_channels: int, num_latents: int) -> 
             "average inpainting models with each other, use dmm soup; for all else choose the text-to-image model that "
             "it was made of."
         )
-
-
-def check_is_lora(path: Path, header: Header) -> None:
-    """Check that a file is a LoRA.
-
-    Raises: UserError: a full checkpoint, or nothing that we know.
-    """
-    names = header.tensors
-    if is_lora(names):
-        return
-    found = family_of_names(names)
-    if found:
-        raise UserError(
-            f"{path} is a full checkpoint ({found[0].title}), not a LoRA. Pass it as the model, without a LoRA."
-        )
-    raise UserError(
-        f"{path} is no LoRA: none of its {len(names)} tensors has a LoRA's name{_example(names)}. "
-        "Names such as 'lora_unet_....lora_down.weight' were expected."
-    )
 
 
 def _example(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_class, known_titles
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_tokenizer
-from dmm.formats.detect import LORA_FILE
+from dmm.formats.lora.reading import LORA_FILE
 from dmm.formats.schedules import read_scheduler_config
 from dmm.formats.skeleton import build_skeletons, check_tensors
 from dmm.formats.stock_files import INDEX, check_classes, config_files, read_index, shards

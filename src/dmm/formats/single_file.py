@@ -192,7 +192,7 @@ def original_names(models: Mapping[str, Any], family: Family) -> dict[str, dict[
     land on a tensor of the model are that tensor's name.
 
     Args:
-        models: by the components' names, with weights or on the meta device.
+        models: by the components' names, all or some of them, with weights or on the meta device.
     Returns: component -> the model's own name -> the name in the file.
     """
     converters = {
@@ -206,6 +206,8 @@ def original_names(models: Mapping[str, Any], family: Family) -> dict[str, dict[
     candidates = {"unet": _unet_candidates, "vae": _vae_candidates, "text_encoder": _text_candidates}
     result = {}
     for component in family.components:
+        if component.name not in models:
+            continue
         model = models[component.name]
         names = [component.original_prefix + name for name in dict.fromkeys(candidates[component.name](model))]
         dummies = {name: torch.tensor(i) for i, name in enumerate(names)}

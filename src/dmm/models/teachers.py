@@ -16,9 +16,9 @@ from dmm.errors import UserError
 from dmm.families import Family
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
-from dmm.formats.detect import check_is_checkpoint, family_of_file, lora_file
+from dmm.formats.detect import check_is_checkpoint, family_of_file
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, family_of_folder, open_folder, weight_files
-from dmm.formats.lora import LoraLayerWeights, fuse_lora, read_lora
+from dmm.formats.lora import LoraChange, fuse_lora, lora_file, read_lora
 from dmm.formats.pickles import PICKLE_SUFFIXES
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
@@ -76,7 +76,7 @@ class CheckedModel:
     scheduler_config: dict[str, Any]
     """With what it predicts, and what a single file says of its noise."""
     prediction_type: PredictionType
-    loras: list[tuple[list[LoraLayerWeights], float]]
+    loras: list[tuple[list[LoraChange], float]]
     """What is to be fused into the weights, and how strongly."""
     vae: Path | None
     """What stands in for its own VAE."""
@@ -114,7 +114,10 @@ def check_model(source: ModelSource, *, family: Family | None = None, name: str 
             skeletons = check_single_file(path, header, configs, family)
             scheduler_config = scheduler_config_of(path, header, configs)
             files = [path]
-        loras = [(read_lora(lora, skeletons, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
+        loras = [
+            (read_lora(lora, skeletons, family, allow_pickle=source.allow_pickle), scale)
+            for lora, scale in source.loras
+        ]
         if source.loras:
             files = [lora_file(lora) for lora, _ in source.loras]
         vae = None if source.vae is None else _locate_vae(source.vae)

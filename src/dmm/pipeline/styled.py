@@ -93,8 +93,11 @@ def open_styled(
     path = locate(source)
     if is_authors(path, allow_pickle=source.allow_pickle):
         pipe = open_authors(path, config=source.config, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
-        models = pipe.components
-        loras = [(read_lora(lora, models, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras]
+        family = family_of(pipe)
+        models = {component.name: getattr(pipe, component.name) for component in family.components}
+        loras = [
+            (read_lora(lora, models, family, allow_pickle=source.allow_pickle), scale) for lora, scale in source.loras
+        ]
         for lora, scale in loras:
             fuse_lora(pipe, lora, scale)
     else:

@@ -15,9 +15,8 @@ from dmm.errors import UserError
 from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_file, new_file
-from dmm.formats.detect import check_is_lora, lora_file
-from dmm.formats.lora import peft_scaling, read_peft_config, split_names
-from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
+from dmm.formats.lora import LowRank, kohya_name_of, lora_file, read_lora_file
+from dmm.formats.tensors import check_finite, write_tensors
 from dmm.soup.ledger import check_digests, describe_recipe, labelled_digests
 from dmm.soup.make import Bar, Made, digest_files, no_bar
 from dmm.soup.models import Source
@@ -255,38 +254,29 @@ def _whole(source: Source) -> Tensor:
 
 
 def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str, str]]:
-    """A LoRA's layers by kohya's names, whatever its layout; the dtype that it is kept in; what tells its family."""
-    header = read_header(path)
-    check_is_lora(path, header)
-    tensors = read_tensors(path)
-    check_finite(tensors, str(path))
-    config = read_peft_config(path, header)
-    layers, dtype = {}, torch.float32
-    for name, parts in split_names(path, list(tensors)).items():
-        if "down" not in parts or "up" not in parts:
-            raise UserError(f"{path}: the layer '{name}' lacks its down or its up. Download it again.")
-        down, up = tensors[parts["down"]], tensors[parts["up"]]
-        dtype = down.dtype
-        if up.shape[1] != len(down):
-            raise UserError(f"{path}: the layer '{name}' has down {tuple(down.shape)} and up {tuple(up.shape)}.")
-        if "alpha" in parts:
-            scaling = tensors[parts["alpha"]].item() / len(down)
-        else:
-            component, _, module = name.partition(".")
-            scaling = peft_scaling(path, config, component, module, rank=len(down))
-        layers[_kohya(name)] = Factors(down.float(), up.float(), scaling)
-    kind = {key: header.metadata[key] for key in (ARCHITECTURE, KOHYA_NAME) if key in header.metadata}
-    return layers, dtype, kind
+    """A LoRA's layers by kohya's names, whatever its layout; the dtype that it is kept in; what tells its family.
 
-
-def _kohya(layer: str) -> str:
-    """A layer's name in kohya's layout, from any other."""
-    component, _, module = layer.partition(".")
-    if component == "unet":
-        return f"lora_unet_{module.replace('.', '_')}"
-    if component == "text_encoder":
-        return f"lora_te_text_model_{module.removeprefix('text_model.').replace('.', '_')}"
-    return layer
+    Raises: UserError: see :func:`read_lora_file`; or it is no plain LoRA, whose sum with others is one.
+    """
+    file = read_lora_file(path)
+    layers = {}
+    for layer, found in file.layers.items():
+        form = found.form
+        if not isinstance(form, LowRank) or form.core is not None or found.magnitude is not None:
+            what = "DoRA" if found.magnitude is not None else "LoHa, LoKr, Tucker core or whole difference"
+            raise UserError(
+                f"{path}: the layer '{layer}' is a {what}, and only plain LoRAs add up to a LoRA. Bake it into a model "
+                "(a soup of full models takes it), and extract a LoRA from that."
+            )
+        name = kohya_name_of(layer)
+        if name is None:
+            raise UserError(
+                f"{path}: '{layer}' is a name of the original layout, whose blocks cannot be told without the model. "
+                "Convert the LoRA to kohya's layout."
+            )
+        layers[name] = Factors(form.down, form.up, found.scaling)
+    kind = {key: file.metadata[key] for key in (ARCHITECTURE, KOHYA_NAME) if key in file.metadata}
+    return layers, file.dtype, kind
 
 
 def _layer_name(tensor: str) -> str | None:
@@ -294,4 +284,4 @@ def _layer_name(tensor: str) -> str | None:
     component, _, name = tensor.partition("/")
     if component not in ("unet", "text_encoder") or not name.endswith(".weight") or name.endswith(_EMBEDDINGS):
         return None
-    return _kohya(f"{component}.{name.removesuffix('.weight')}")
+    return kohya_name_of(f"{component}.{name.removesuffix('.weight')}")

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_names
-from dmm.formats.detect import is_lora
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
-from dmm.formats.lora import LoraLayerWeights
+from dmm.formats.lora import LoraChange, is_lora
 from dmm.formats.schedules import MARKS, read_scheduler_config, said_of_schedule
 from dmm.formats.single_file import (
     HARMLESS,
@@ -44,7 +43,7 @@ class Source:
     """In the file."""
     shape: tuple[int, ...]
     """In the layout that it is read for; its elements' order is the same in all."""
-    added: tuple[tuple[LoraLayerWeights, float], ...] = ()
+    added: tuple[tuple[LoraChange, float], ...] = ()
     """LoRAs on this layer, and how strongly."""
 
     @property
@@ -59,13 +58,22 @@ class Source:
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Some elements, flattened; a slice of a LoRA's product is computed from the rows that it takes."""
+        if any(change.magnitude is not None for change, _ in self.added):
+            return self._read_whole(dtype).flatten()[start:stop]
         values = self.file.read(self.name, start, stop, dtype)
-        for layer, scale in self.added:
-            columns = layer.down.flatten(1).shape[1]
+        for change, scale in self.added:
+            columns = change.form.num_columns
             first, last = start // columns, -(-stop // columns)
-            delta = (layer.up.flatten(1)[first:last].to(dtype) @ layer.down.flatten(1).to(dtype)).flatten()
-            values.add_(delta[start - first * columns : stop - first * columns], alpha=scale * layer.scaling)
+            delta = change.rows(first, last, dtype).flatten()
+            values.add_(delta[start - first * columns : stop - first * columns], alpha=scale)
         return values
+
+    def _read_whole(self, dtype: torch.dtype) -> Tensor:
+        """All of it: a magnitude is of whole rows and columns."""
+        weight = self.file.read(self.name, 0, self.num_elements, dtype).reshape(self.shape)
+        for change, scale in self.added:
+            weight = change.changed(weight, scale)
+        return weight
 
 
 @dataclass(frozen=True)
@@ -126,9 +134,9 @@ class Names:
         }
         return cls(config, skeletons, names)
 
-    def layer(self, layout: Layout, component: str, module: str) -> str:
-        """What a layout calls a layer's weight."""
-        name = f"{component}/{_with_level(component, module)}.weight"
+    def parameter(self, layout: Layout, component: str, module: str, parameter: str) -> str:
+        """What a layout calls a layer's weight or bias."""
+        name = f"{component}/{_with_level(component, module)}.{parameter}"
         return name if layout == "folder" else self.file_of_folder[name]
 
 
@@ -157,19 +165,19 @@ def translate(model: OpenModel, layout: Layout, names: Names) -> OpenModel:
     return replace(model, layout=layout, tensors=tensors)
 
 
-def put_lora(model: OpenModel, layers: Sequence[LoraLayerWeights], path: Path, scale: float, names: Names) -> OpenModel:
+def put_lora(model: OpenModel, changes: Sequence[LoraChange], path: Path, scale: float, names: Names) -> OpenModel:
     """A model with a LoRA on it.
 
     Args:
-        layers: as ``read_lora`` has checked them.
+        changes: as ``read_lora`` has checked them.
     """
     tensors = dict(model.tensors)
-    for layer in layers:
-        name = names.layer(model.layout, layer.component, layer.module)
+    for change in changes:
+        name = names.parameter(model.layout, change.component, change.module, change.parameter)
         source = tensors.get(name)
         if source is None:
             raise UserError(f"{model.label}: {model.path} has no '{name}', which the LoRA {path} changes.")
-        tensors[name] = replace(source, added=(*source.added, (layer, scale)))
+        tensors[name] = replace(source, added=(*source.added, (change, scale)))
     return replace(model, tensors=tensors, loras=(*model.loras, path))
 
 

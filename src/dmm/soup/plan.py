@@ -14,8 +14,8 @@ from dmm.errors import UserError
 from dmm.families import Family, Stranger
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
-from dmm.formats.detect import lora_file
-from dmm.formats.lora import read_lora
+from dmm.formats.folder import family_of_folder
+from dmm.formats.lora import lora_file, read_lora
 from dmm.formats.schedules import (
     STOCK,
     check_same_schedule,
@@ -147,7 +147,7 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
         teachers = [translate(teacher, layout, names) for teacher in teachers]
         for i, teacher in enumerate(given):
             for lora in teacher.all_loras:
-                layers = read_lora(lora.path, names.skeletons)
+                layers = read_lora(lora.path, names.skeletons, family_of_folder(names.config))
                 teachers[i] = put_lora(teachers[i], layers, lora_file(lora.path), lora.scale, names)
 
     plan = Plan(

@@ -85,7 +85,13 @@ def _names_of(component: str, module: str) -> Iterator[str]:
     flat = module.replace(".", "_")
     yield kohya_name(component, module)
     if not component.startswith("text_encoder"):
-        yield from (f"{component}.{module}", f"lycoris_{flat}", f"{_PEFT}{module}", module, f"{_PEFT}{component}.{module}")
+        yield from (
+            f"{component}.{module}",
+            f"lycoris_{flat}",
+            f"{_PEFT}{module}",
+            module,
+            f"{_PEFT}{component}.{module}",
+        )
         return
     # with and without the level that transformers dropped; diffusers' writer of kohya's layout says te1 of any model
     for level in ("", _LEVEL):

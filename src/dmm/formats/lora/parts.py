@@ -27,9 +27,9 @@ _PARTS = {
     ".lora_linear_layer.up.weight": "up",
     ".alpha": "alpha",
     ".dora_scale": "magnitude",
-    ".lora_magnitude_vector.default.weight": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.default.weight": "magnitude_of_outputs",
+    ".lora_magnitude_vector.weight": "magnitude_of_outputs",
+    ".lora_magnitude_vector": "magnitude_of_outputs",
     ".diff": "whole",
     ".diff_b": "whole_bias",
     ".w_norm": "whole",
@@ -97,8 +97,8 @@ def split_names(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
                     "checkpoint with the tool that it comes from, and pass that."
                 )
             raise UserError(
-                f"{path} is {kind} ('{key}'), which is not read; LoRA, DoRA, LoHa, LoKr and whole differences are. Fuse "
-                "it into a full checkpoint with the tool that it comes from, and pass that."
+                f"{path} is {kind} ('{key}'), which is not read; LoRA, DoRA, LoHa, LoKr and whole differences are. "
+                "Fuse it into a full checkpoint with the tool that it comes from, and pass that."
             )
         layer = key.removesuffix(suffix).replace(".processor.", ".")
         parts = names.setdefault(layer, {})
@@ -126,13 +126,14 @@ def check_complete(path: Path, layer: str, parts: Mapping[str, str]) -> None:
     )
     if complete:
         return
-    if found <= {"down", "up", "core", "alpha", "magnitude", "up_bias"}:
+    if found <= {"down", "up", "core", "alpha", "magnitude", "magnitude_of_outputs", "up_bias"}:
         raise UserError(
             f"{path}: the layer '{layer}' has {' and '.join(sorted(found))} but not both down and up. The file is "
             "incomplete; download it again."
         )
     raise UserError(
-        f"{path}: the layer '{layer}' has only {' and '.join(sorted(found))}. The file is incomplete; download it again."
+        f"{path}: the layer '{layer}' has only {' and '.join(sorted(found))}. The file is incomplete; download it "
+        "again."
     )
 
 

@@ -1,7 +1,8 @@
 """LoRAs and their relatives: read, whatever layout they are in, and checked against a model."""
 
-import json
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import LORA_MARKERS, Family, family_of_names
+from dmm.files.json import parse_json
 from dmm.formats.lora.forms import Form, Hadamard, Kronecker, LoraChange, LowRank, Whole
 from dmm.formats.lora.names import is_layer, layers_by_name, layers_by_original_name
 from dmm.formats.lora.parts import BUNDLED, check_complete, is_lora, split_names
@@ -128,9 +130,10 @@ def read_lora(
     models = {name: model for name, model in models.items() if name != "vae"}
     known = layers_by_name(models)
     if family is not None and any(name not in known for name in file.layers):
-        from dmm.formats.single_file import denoiser_names  # which checkpoints need, too: LoRAs are told from them
+        from dmm.formats.single_file import original_names  # which imports what tells LoRAs from checkpoints
 
-        known |= layers_by_original_name(models, denoiser_names(next(iter(models.values())), family))
+        name = family.denoiser.name
+        known = {**layers_by_original_name(models, original_names({name: models[name]}, family)[name]), **known}
     _check_known(file.path, list(file.layers), known)
     changes = []
     for name, layer in file.layers.items():
@@ -163,19 +166,19 @@ def _peft_config(path: Path, metadata: Mapping[str, str]) -> Mapping[str, Any] |
     if told is None:
         return {}
     try:
-        config = json.loads(told)
-    except (ValueError, RecursionError):
-        return f"{where} is no JSON"
+        config = parse_json(told, where)
+    except UserError as error:
+        return str(error).rstrip(".")
     return config if isinstance(config, dict) else f"{where} is no mapping of names to settings"
 
 
-def peft_scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
+def peft_scaling(config: Mapping[str, Any], layer: str, rank: int | None) -> float:
     """Read alpha / rank from PEFT's config; 1 where it does not say.
 
     Args:
         config: its keys perhaps with a component before them: ``unet.lora_alpha``.
         layer: the name that the file gives the layer.
-        rank: of the layer.
+        rank: of the layer, where its tensors tell.
     """
     component, _, module = layer.partition(".")
     prefix = f"{component}." if any(key.startswith(f"{component}.") for key in config) else ""
@@ -184,12 +187,23 @@ def peft_scaling(config: Mapping[str, Any], layer: str, rank: int) -> float:
     def setting(name: str) -> Any:
         return config.get(prefix + name)
 
-    alphas = setting("alpha_pattern")
+    def of_layer(pattern: str, default: Any) -> Any:
+        by_name = setting(pattern)
+        if not isinstance(by_name, dict) or not by_name:
+            return default
+        try:
+            return by_name.get(get_pattern_key(list(by_name), module), default)
+        except (re.error, TypeError, RecursionError) as error:
+            raise UserError(f"its {pattern} holds patterns that cannot be read ({error})") from error
+
+    if rank is None:
+        rank = of_layer("rank_pattern", setting("r"))
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            return 1.0
     default = setting("lora_alpha") if setting("lora_alpha") is not None else setting("alpha")
     alpha = default if default is not None else rank
-    if isinstance(alphas, dict) and alphas:
-        alpha = alphas.get(get_pattern_key(list(alphas), module), alpha)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    alpha = of_layer("alpha_pattern", alpha)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise UserError(f"the alpha of '{layer}' is {str(alpha)[:40]}, expected a number")
     return float(alpha / rank**0.5) if setting("use_rslora") else alpha / rank
 
@@ -206,7 +220,7 @@ def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[s
         if parts["alpha"].numel() != 1:
             raise UserError(f"{path}: the alpha of '{name}' is {parts['alpha'].numel()} numbers, expected one.")
         scaling = parts["alpha"].item() / rank if rank else 1.0
-    elif rank:
+    elif form is not None and not isinstance(form, Whole):
         if isinstance(config, str):
             raise UserError(f"{path}: {config}, and no other place tells its scale (alpha). Download it again.")
         try:
@@ -216,12 +230,18 @@ def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[s
     if "up_bias" in parts:
         bias = parts["up_bias"].float() * scaling
     magnitude = parts.get("magnitude")
-    return LoraLayer(form, None if bias is None else bias.float(), scaling, None if magnitude is None else magnitude.float())
+    if "magnitude_of_outputs" in parts:
+        magnitude = parts["magnitude_of_outputs"].flatten()
+    return LoraLayer(
+        form, None if bias is None else bias.float(), scaling, None if magnitude is None else magnitude.float()
+    )
 
 
 def _form(path: Path, name: str, parts: Mapping[str, Tensor]) -> Form | None:
     tensors = {part: tensor.float() for part, tensor in parts.items()}
-    matrices = {part: tensor for part, tensor in tensors.items() if part in ("down", "up") or part[:5] in ("hada_", "lokr_")}
+    matrices = {
+        part: tensor for part, tensor in tensors.items() if part in ("down", "up") or part[:5] in ("hada_", "lokr_")
+    }
     for part, tensor in matrices.items():
         if tensor.ndim not in (2, 3, 4):
             raise UserError(
@@ -242,7 +262,8 @@ def _form(path: Path, name: str, parts: Mapping[str, Tensor]) -> Form | None:
     except (ValueError, RuntimeError) as error:
         shapes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in tensors.items() if part != "alpha")
         raise UserError(
-            f"{path}: the layer '{name}' has {shapes}, which do not fit each other. The file is damaged; download it again."
+            f"{path}: the layer '{name}' has {shapes}, which do not fit each other. The file is damaged; download it "
+            "again."
         ) from error
     return form
 
@@ -310,8 +331,8 @@ def _changes(path: Path, name: str, layer: LoraLayer, component: str, module: st
             )
         if layer.magnitude is not None and layer.magnitude.numel() not in (len(weight), weight.shape[1]):
             raise UserError(
-                f"{path}: the layer '{name}' has a magnitude (DoRA) of {tuple(layer.magnitude.shape)}, the model's weight "
-                f"is {tuple(weight.shape)}. The file is damaged, or was trained on another architecture."
+                f"{path}: the layer '{name}' has a magnitude (DoRA) of {tuple(layer.magnitude.shape)}, the model's "
+                f"weight is {tuple(weight.shape)}. The file is damaged, or was trained on another architecture."
             )
         magnitude = None if layer.magnitude is None else _oriented(layer.magnitude, weight)
         changes.append(LoraChange(component, module, "weight", form, layer.scaling, magnitude))
@@ -320,15 +341,14 @@ def _changes(path: Path, name: str, layer: LoraLayer, component: str, module: st
         if bias is None or bias.shape != layer.bias.shape:
             has = "none" if bias is None else str(tuple(bias.shape))
             raise UserError(
-                f"{path}: the layer '{name}' changes a bias of {tuple(layer.bias.shape)}, the model has {has} there. It was "
-                "trained on another architecture; pass that model as the base."
+                f"{path}: the layer '{name}' changes a bias of {tuple(layer.bias.shape)}, the model has {has} there. "
+                "It was trained on another architecture; pass that model as the base."
             )
         changes.append(LoraChange(component, module, "bias", Whole(layer.bias)))
     return changes
 
 
 def _oriented(magnitude: Tensor, weight: Tensor) -> Tensor:
-    """Norms of outputs as (out,), of inputs as (1, in): a file may have either, and PEFT's convolutions (1, out, 1, 1)."""
-    count = magnitude.numel()
-    by_output = count == len(weight) and (magnitude.shape[0] == len(weight) or count != weight.shape[1])
+    """Norms of outputs as (out,), of inputs as (1, in)."""
+    by_output = magnitude.shape[0] == len(weight)
     return magnitude.flatten() if by_output else magnitude.reshape(1, -1)
