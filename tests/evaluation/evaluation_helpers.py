@@ -40,7 +40,7 @@ def without_styles():
 def baked(style):
     pipeline = strongly_styled()
     with temporary_style(pipeline, style):
-        term = pipeline.unet.time_embedding.term
+        term = pipeline.unet.time_embedding.linear_2.term
     bake(pipeline.unet, term, SD1.port)
     unet = UNet2DConditionModel.from_config(pipeline.unet.config)
     unet.load_state_dict(pipeline.unet.state_dict())

@@ -454,8 +454,8 @@ def test_a_lora_as_the_model(sd1_folder, pipeline, tmp_path):
 
 
 def test_a_model_as_the_lora(sd1_folder, sd1_file):
-    refused(ModelSource(sd1_folder, loras=((sd1_file, 1.0),)), r"is a full checkpoint \(SD 1\.x\), not a LoRA")
-    refused(ModelSource(sd1_folder, loras=((sd1_folder, 1.0),)), "no such file")
+    refused(ModelSource(sd1_folder, loras=((sd1_file, 1.0),)), r"is a full checkpoint \(SD 1\.x; .*\), not a LoRA")
+    refused(ModelSource(sd1_folder, loras=((sd1_folder, 1.0),)), "is the folder of a full model")
     refused(ModelSource(sd1_folder, loras=((sd1_folder / UNET_WEIGHTS, 1.0),)), "is no LoRA")
 
 

@@ -65,10 +65,12 @@ class LoraFile:
 def lora_file(path: Path) -> Path:
     """The file of a LoRA that is passed as its file, or as the folder that diffusers or PEFT saved it to.
 
-    Raises: UserError: a folder that holds none, or several.
+    Raises: UserError: a folder that holds none, or several, or a full model.
     """
     if not path.is_dir():
         return path
+    if (path / "model_index.json").is_file():
+        raise UserError(f"{path} is the folder of a full model, not of a LoRA. Pass it as the model, without a LoRA.")
     for name in (LORA_FILE, PEFT_FILE):
         if (path / name).is_file():
             return path / name
