@@ -7,6 +7,7 @@ checkpoint, LoRAs.
 """
 
 import json
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -95,14 +96,14 @@ def _assemble(stored: Path, plan: dict[str, Any], folder: Path) -> None:
         if sha256(stored / path) != digest:
             raise UserError(f"'{stored / path}' is damaged: its sha256 is not the recorded one. Install dmm again.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".experts-", dir=folder.parent))
+    building = folder.with_name(f".experts-{secrets.token_hex(4)}")  # tempfile's would be its owner's only
+    building.mkdir()
     try:
         for expert in plan["experts"].values():
             _FORMS[expert["form"]](stored, expert, building)
         files = sorted(path for path in building.rglob("*") if path.is_file())
         record = {path.relative_to(building).as_posix(): sha256(path) for path in files}
         (building / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        building.chmod(0o755)  # mkdtemp's folders are private
         # another process may have been faster: what stands there by then is as good if it is whole
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
