@@ -29,7 +29,7 @@ from dmm.demo import story
 from dmm.demo.assembly import expert_forms, experts
 from dmm.demo.judge import load_judge
 from dmm.errors import UserError
-from dmm.evaluation.distances import check_count
+from dmm.evaluation.extractor_names import check_count
 from dmm.files.yaml import write_yaml
 
 STEPS = story.TRAINING["steps"]

@@ -10,7 +10,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dmm.demo.judge import load_judge
 from dmm.errors import UserError
-from dmm.evaluation.distances import check_count, fid, fid_bias, kid
+from dmm.evaluation.distances import fid, fid_bias, kid
+from dmm.evaluation.extractor_names import check_count
 from dmm.evaluation.extractors import open_extractor
 
 

@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from dmm.errors import UserError
-from dmm.evaluation.extractors import open_extractor
+from dmm.evaluation.extractor_names import NUM_FEATURES
+from dmm.evaluation.extractors import EXTRACTORS, open_extractor
 
 CPU = torch.device("cpu")
 CROP = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
@@ -64,6 +65,11 @@ def test_dino_is_its_class_token(dino, images):
     with torch.no_grad():
         expected = Dinov2Model.from_pretrained(dino)(pixels).pooler_output
     torch.testing.assert_close(found, expected)
+
+
+def test_what_is_known_before_one_is_open_is_so(images):
+    assert list(NUM_FEATURES) == list(EXTRACTORS)
+    assert NUM_FEATURES["judge"] == open_extractor("judge", CPU)(images)["features"].shape[1]
 
 
 def test_the_judge_tells_features_style_and_concept(images):

@@ -30,12 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import add_device
+from dmm.cli.opening import check_there
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
+from dmm.evaluation.extractor_names import NUM_FEATURES, check_count, read_extractor
 from dmm.files.cache import cache_folder
 from dmm.files.outputs import check_new_folder
 from dmm.files.prompts import read_prompts
 from dmm.pipeline.samplers import check_multiple, check_settings
+from dmm.training.ranks import told_once
 
 if TYPE_CHECKING:
     from dmm.evaluation.sources import Models
@@ -113,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
 
     Raises: UserError: see :func:`dmm.evaluation.evaluate.evaluate`; KeyboardInterrupt: with a word on how to go on.
     """
-    prompts = _check(args)
+    with told_once():
+        prompts = _check(args)
     from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
@@ -136,7 +140,6 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
     from dmm.evaluation.preference import open_scorer
     from dmm.evaluation.sources import find_models
     from dmm.report.report import write_report
-    from dmm.training.ranks import told_once
 
     state = PartialState()
     with told_once():
@@ -186,12 +189,17 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
 
 def _check(args: argparse.Namespace) -> list[str] | None:
     """What can be checked before anything heavy is imported; the prompts, where a file is named."""
+    check_there(args.model)
+    check_new_folder(args.output, overwrite=args.overwrite)
     check_settings(steps=args.steps, guidance_scale=args.guidance or GUIDANCE_SCALE, negative_prompt=args.negative)
     for name, size in (("width", args.width), ("height", args.height)):
         if size is not None:
             check_multiple(name, size, 8)
     if args.num_images < 1:
         raise UserError(f"--num-images must be at least 1, not {args.num_images}.")
+    extractor, weights = read_extractor(args.extractor)
+    if weights is None:  # of others it is seen once they are open
+        check_count(args.num_images, NUM_FEATURES[extractor], extractor)
     if bool(args.mixes) != bool(args.scores):
         raise UserError("--mix says what is painted and --score how it is judged: give both or neither.")
     for package in ("matplotlib", "torchmetrics"):

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmm.errors import UserError
+from dmm.evaluation.extractor_names import MIN_BLOCK
 
-MIN_BLOCK = 50  # samples; fewer tell little of a distribution
 NUM_BLOCKS = 10
 
 
@@ -73,19 +72,6 @@ def kid(one: Tensor, other: Tensor) -> Estimate:
         values.append((differences.sum() - differences.trace()) / (len(block) * (len(block) - 1)))
     found = torch.stack(values)
     return Estimate(found.mean().item(), (found.std() / num_blocks**0.5).item())
-
-
-def check_count(num_images: int, num_features: int, extractor: str) -> None:
-    """Refuse fewer pictures than FID can do with: the covariance of D features needs more than D.
-
-    Raises: UserError.
-    """
-    least = max(num_features + 1, 2 * MIN_BLOCK)
-    if num_images < least:
-        raise UserError(
-            f"{num_images} pictures of each style are too few for the {num_features} features of '{extractor}': FID "
-            f"needs at least {least}. Raise --num-images, or choose an extractor of fewer features."
-        )
 
 
 def _disordered(count: int) -> Tensor:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import dmm
 from dmm.data.rows import Place, Rows
 from dmm.errors import UserError, nearest
-from dmm.evaluation.distances import check_count
+from dmm.evaluation.extractor_names import check_count
 from dmm.evaluation.extractors import FEATURES, Extractor, extract
 from dmm.evaluation.figures import (
     REFERENCE,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dmm.data.keys import digest_tensors, key_of
 from dmm.data.rows import Place, Rows, cached_rows
-from dmm.errors import UserError, nearest
+from dmm.errors import UserError
+from dmm.evaluation.extractor_names import read_extractor
 
 FEATURES = "features"
 
@@ -174,12 +175,8 @@ def open_extractor(text: str, device: torch.device) -> Extractor:
     Raises: UserError: there is none of that name, it needs weights or a package that are not there, or they are no
         weights of its.
     """
-    name, _, weights = text.partition("=")
-    if name not in EXTRACTORS:
-        raise UserError(
-            f"There is no extractor '{name}'{nearest(name, EXTRACTORS)}; choose from {', '.join(EXTRACTORS)}."
-        )
-    return EXTRACTORS[name](weights or None, device)
+    name, weights = read_extractor(text)
+    return EXTRACTORS[name](weights, device)
 
 
 def extract(
