@@ -221,13 +221,14 @@ def _fetch(path: Path, hub_id: str, family: Family) -> Path:
         # offline, what an earlier command fetched for other ends is given, too
         for name in ("model_index.json", "tokenizer", *(component.name for component in family.components)):
             if not (folder / name).exists():
-                raise ValueError(f"there is no {name} in the part of it that was fetched.")
+                raise ValueError(f"there is no {name} in the part of it that was fetched")
         return folder
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].removeprefix("Got: ").rstrip(".")
         raise UserError(
             f"{path} is a single file, which needs the configs and the tokenizer of '{hub_id}', and the hub did not "
-            f"give them: {str(error).splitlines()[0]} Go online once, or name a pipeline folder of the same "
-            "architecture as its config (config=, --config)."
+            f"give them ({reason}). Go online once, or name a pipeline folder of the same architecture as its config "
+            "(config=, --config)."
         ) from error
 
 
