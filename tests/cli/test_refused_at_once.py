@@ -33,7 +33,8 @@ def run(folder, *arguments):
 
 
 @pytest.fixture
-def folder(tmp_path, merged, sd1_folder):
+def folder(tmp_path, merged, sd1_folder, sd1_file):
+    (tmp_path / "model.safetensors").symlink_to(sd1_file)
     (tmp_path / "merged").symlink_to(merged)
     (tmp_path / "stock").symlink_to(sd1_folder)
     (tmp_path / "there").mkdir()
@@ -58,6 +59,7 @@ def test_help(tmp_path, command):
         ("generate merged fox --styles ink,clai", "There is no style 'clai'"),
         ("generate merged fox --strip ink,fotos", "There is no style 'fotos'"),
         ("generate stock fox --style ink", "a stock model without styles"),
+        ("generate model.safetensors fox --style ink", "a stock model without styles"),
         ("generate nowhere.safetensors fox", "nowhere.safetensors: no such file or folder"),
         ("generate merged fox --lora nowhere.safetensors", "--lora nowhere.safetensors: no such file"),
         ("generate merged fox --output there.png", "'there.png' exists"),

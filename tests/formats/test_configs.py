@@ -125,8 +125,8 @@ def test_a_wordless_file_follows_its_familys_first_model_on_the_hub(wordless, sd
         open_pipeline(ModelSource(wordless))
     assert str(refused.value) == (
         f"{wordless} is a single file, which needs the configs and the tokenizer of '{SD1.hub_id}', and the hub did "
-        "not give them (there is no way to the hub). Go online once, or name a pipeline folder of the same architecture "
-        "as its config (config=, --config)."
+        "not give them (there is no way to the hub). Go online once, or name a pipeline folder of the same "
+        "architecture as its config (config=, --config)."
     )
     assert same_weights(open_pipeline(ModelSource(wordless, config=sd1_folder)), pipeline)
     hub[SD1.hub_id] = sd1_folder

@@ -26,6 +26,7 @@ from dmm.formats.schedules import open_scheduler, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.skeleton import build_skeleton, check_tensors
 from dmm.formats.tensors import Header, check_finite, read_header, read_tensors, write_tensors
+from dmm.models.style_names import CODEBOOK
 from dmm.models.styles import Provenance, StylePrompts
 
 _KNOWN: list[Family | Stranger] = [*FAMILIES.values(), *STRANGERS]
@@ -35,10 +36,9 @@ UNET_MODULE = "modeling.dmm_unet"
 STYLES_KEY = "dmm.models.styles"
 """Of the metadata of a weight file that we wrote: the styles by name, and where each came from, as JSON."""
 
-_CODEBOOK = "model_embedding.weight"
 # the side-car's own names, by theirs
 _NAMES = {
-    _CODEBOOK: "embeddings",
+    CODEBOOK: "embeddings",
     "add_embedding.linear_1.weight": "linear_1.weight",
     "add_embedding.linear_1.bias": "linear_1.bias",
     "add_embedding.linear_2.weight": "linear_2.weight",
@@ -53,7 +53,7 @@ def is_authors(path: Path, *, allow_pickle: bool = False) -> bool:
         return index.is_file() and read_json(index).get("_class_name") in [
             one.authors.pipeline for one in _KNOWN if one.authors
         ]
-    return any(name.endswith(_CODEBOOK) for name in read_header(path, allow_pickle=allow_pickle).tensors)
+    return any(name.endswith(CODEBOOK) for name in read_header(path, allow_pickle=allow_pickle).tensors)
 
 
 def read_authors_styles(path: Path, *, allow_pickle: bool = False) -> StylePrompts:
@@ -203,10 +203,10 @@ def _side_car(path: Path, files: list[Path], allow_pickle: bool) -> tuple[dict[s
         elif theirs:
             pickled = read_tensors(file)
             found |= {ours: pickled[name] for name, ours in theirs.items()}
-        if any(name.endswith(_CODEBOOK) for name in theirs):
+        if any(name.endswith(CODEBOOK) for name in theirs):
             metadata = header.metadata
     if "embeddings" not in found or found["embeddings"].ndim != 2:
-        raise UserError(f"{path} has no '{_CODEBOOK}' of two dimensions. The file is incomplete; download it again.")
+        raise UserError(f"{path} has no '{CODEBOOK}' of two dimensions. The file is incomplete; download it again.")
     return found, metadata
 
 

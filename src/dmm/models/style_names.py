@@ -6,11 +6,15 @@ Nothing heavy at import, so that a style that there is none of is told before an
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.files.json import read_json
+from dmm.files.json import parse_json, read_json
 
 STYLES_FOLDER = "styles"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 STYLE_PROMPTS_CLASS = "StylePrompts"
+CODEBOOK = "model_embedding.weight"
+"""What the authors' layout calls the style prompts, among a UNet's weights."""
+
+_MAX_HEADER = 100_000_000  # bytes, as the safetensors format has it
 
 _WIDEST = 100_000  # of style prompts; of the models that there are, none is a tenth as wide
 
@@ -20,10 +24,12 @@ def read_style_names(model: str) -> list[str] | None:
 
     Args:
         model: a folder, a single file or a hub id.
-    Returns: the styles in the order of the codebook, none of a stock folder; None where only weights, or the hub, tell.
+    Returns: the styles in the order of the codebook, none of a stock model; None where only weights, or the hub, tell.
     Raises: UserError: the side-car's config is missing or broken.
     """
     folder = Path(model).expanduser()
+    if folder.is_file():
+        return [] if _is_stock_file(folder) else None
     styles = find_side_car(folder)
     if styles is not None:
         return read_style_config(styles / "config.json")[0]
@@ -38,6 +44,19 @@ def find_side_car(folder: Path) -> Path | None:
     names = {file.name for file in styles.iterdir()} if styles.is_dir() else set()
     is_patches = bool(names) and all(name.endswith(".safetensors") and name != WEIGHTS_FILE for name in names)
     return styles if styles.is_dir() and not is_patches else None
+
+
+def _is_stock_file(path: Path) -> bool:
+    """Whether a safetensors file surely has no styles in it; what is wrong with a file is told once it is opened."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_MAX_HEADER, path.stat().st_size):
+            return False
+        try:
+            names = parse_json(file.read(length), str(path))
+        except UserError:
+            return False
+    return isinstance(names, dict) and not any(name.endswith(CODEBOOK) for name in names)
 
 
 def read_style_config(path: Path) -> tuple[list[str], int]:
