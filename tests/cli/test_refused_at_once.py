@@ -42,6 +42,9 @@ def folder(tmp_path, merged, sd1_folder, sd1_file):
     (tmp_path / "there.png").write_text("mine")
     (tmp_path / "bad.yaml").write_text("base: stock\nteachers: []\ndata: {}\n")
     (tmp_path / "good.yaml").write_text(RECIPE.format(merged="merged"))
+    (tmp_path / "empty.txt").write_text("\n")
+    painted = "data: {synthesize: {prompts: empty.txt}}\n"
+    (tmp_path / "painted.yaml").write_text("base: stock\nteachers: [{name: ink, model: stock}]\n" + painted)
     (tmp_path / "soup.yaml").write_text("method: sup\nteachers: []\n")
     return tmp_path
 
@@ -75,6 +78,7 @@ def test_help(tmp_path, command):
         ("evaluate merged --prompts nowhere.txt --output out", "'nowhere.txt' could not be read"),
         ("merge bad.yaml --output out", "the list is empty, expected at least one teacher"),
         ("merge good.yaml --output there", "is not empty"),
+        ("merge painted.yaml --output out", "empty.txt' is empty"),
         ("add merged bad.yaml --output out", "the list is empty, expected at least one teacher"),
         ("soup soup.yaml --output out", "found 'sup', expected"),
         ("soup nowhere.safetensors", "nowhere.safetensors: no such file or folder"),

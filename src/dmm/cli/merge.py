@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 from dmm.cli.arguments import add_device
 from dmm.errors import UserError
 from dmm.files.claims import check_unclaimed
+from dmm.files.prompts import read_prompts
 from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, check_new
 from dmm.recipes.recipe import load_recipe
 from dmm.training.ranks import is_main_process, told_once
@@ -87,6 +88,9 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         recipe = load_recipe(args.recipe, overrides)
         if is_main_process():
             check_unclaimed(args.output)
+        for stage in (recipe.data, recipe.finetune):
+            if stage is not None and stage.synthesize is not None:
+                read_prompts(stage.synthesize.prompts)
         if not args.resume:
             check_new(args.output, overwrite=args.overwrite)
     from dmm.models.libraries import quiet_libraries

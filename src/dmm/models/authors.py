@@ -182,7 +182,7 @@ def _family_of(path: Path, allow_pickle: bool) -> Family:
         told = next((one for one in _KNOWN if one.authors and one.authors.embed_type == embed_type), None)
         kind = f"of addition_embed_type {embed_type}"
     else:
-        names = [name for name in read_header(path, allow_pickle=allow_pickle).tensors if _CODEBOOK not in name]
+        names = [name for name in read_header(path, allow_pickle=allow_pickle).tensors if CODEBOOK not in name]
         told, kind = (family_of_names(names) or (None,))[0], "of no family that we know"
     if not isinstance(told, Family):
         kind = told.title if told else kind
