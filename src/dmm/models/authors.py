@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 from dmm.errors import UserError
 from dmm.families import FAMILIES, STRANGERS, Family, Stranger, family_of, family_of_names, known_titles
 from dmm.files.json import read_json
+from dmm.formats.building import building, check_config, check_tokenizer
 from dmm.formats.configs import find_configs
 from dmm.formats.folder import UNUSED_COMPONENTS, check_component, weight_files
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
@@ -136,11 +137,10 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
         check_component(at, component, build_skeleton(at, component, family), allow_pickle=allow_pickle)
     config = read_json(folder / "unet" / "config.json")
     stock = {name: value for name, value in config.items() if name not in ("addition_embed_type", "num_models")}
-    try:
-        with torch.device("meta"):
-            unet = unet_component.model_class.from_config(stock | {"_class_name": unet_component.model_class.__name__})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'unet' / 'config.json'} describes no UNet: {error}") from error
+    path, kind = folder / "unet" / "config.json", unet_component.model_class
+    check_config(stock, path, kind)
+    with building(f"{path} describes no UNet"), torch.device("meta"):
+        unet = kind.from_config(stock | {"_class_name": kind.__name__})
     tensors: dict[str, Tensor] = {}
     for file in _unet_files(folder, allow_pickle):
         read_header(file, allow_pickle=allow_pickle)
@@ -151,17 +151,17 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
     # one by one: diffusers refuses a pipeline folder that names a class of a library that it does not know
     for component in others:
         at = folder / component.name
-        parts[component.name] = component.model_class.from_pretrained(
-            at,
-            variant=weight_files(at, component, allow_pickle)[1],
-            use_safetensors=None if allow_pickle else True,
-            local_files_only=True,
-        ).to(torch_dtype)
+        with building(f"{at} cannot be opened"):
+            parts[component.name] = component.model_class.from_pretrained(
+                at,
+                variant=weight_files(at, component, allow_pickle)[1],
+                use_safetensors=None if allow_pickle else True,
+                local_files_only=True,
+            ).to(torch_dtype)
     parts["scheduler"] = open_scheduler(read_scheduler_config(folder))
-    try:
+    check_tokenizer(folder / "tokenizer", parts["text_encoder"].config)
+    with building(f"{folder} has no tokenizer that can be opened"):
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder} has no tokenizer that can be opened: {error}") from error
     return family.pipeline_class(**parts, **dict.fromkeys(UNUSED_COMPONENTS), requires_safety_checker=False)
 
 

@@ -18,6 +18,7 @@ from dmm.errors import UserError
 from dmm.families import denoiser_of, family_of
 from dmm.files.json import read_json
 from dmm.files.picture_reader import open_picture
+from dmm.formats.building import building, check_config
 from dmm.formats.tensors import read_header
 
 IMAGE_ENCODER_FOLDER = "image_encoder"
@@ -145,11 +146,10 @@ def _open_controlnet(folder: Path, pipe: Any) -> ControlNetModel:
             f"{folder} holds a {config.get('_class_name')}, not a {ControlNetModel.__name__}. Name a ControlNet's "
             "diffusers folder."
         )
+    check_config(config, folder / "config.json", ControlNetModel)
     check_controlnet(config, denoiser_of(pipe), str(folder))
-    try:
+    with building(f"{folder}: the ControlNet could not be opened"):
         net = ControlNetModel.from_pretrained(folder, torch_dtype=denoiser_of(pipe).dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the ControlNet could not be opened: {str(error).splitlines()[0]}") from error
     return net.to(denoiser_of(pipe).device)
 
 
@@ -184,9 +184,11 @@ def _open_image_encoder(adapter: IPAdapter, pipe: Any) -> nn.Module:
             f"{folder}: no CLIP image encoder there, which the IP-Adapter {adapter.file} needs. Name its folder with "
             "--image-encoder."
         )
-    encoder = CLIPVisionModelWithProjection.from_pretrained(
-        folder, dtype=denoiser_of(pipe).dtype, local_files_only=True
-    )
+    check_config(read_json(folder / "config.json"), folder / "config.json", CLIPVisionModelWithProjection)
+    with building(f"{folder}: the image encoder could not be opened"):
+        encoder = CLIPVisionModelWithProjection.from_pretrained(
+            folder, dtype=denoiser_of(pipe).dtype, local_files_only=True
+        )
     return encoder.to(denoiser_of(pipe).device)
 
 

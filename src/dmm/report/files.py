@@ -1,10 +1,11 @@
 """A report's figures on disk."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dmm.errors import UserError
+from dmm.files.json import parse_json
+from dmm.files.text import read_text
 
 REPORT = "report.json"
 
@@ -23,11 +24,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     file = path / REPORT if path.is_dir() else path
     try:
-        figures = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"'{path}' is no report: {error.strerror}. Name a folder that dmm evaluate wrote.") from error
-    except ValueError as error:
-        raise UserError(f"'{file}' is not a report, but a damaged or another file: {error}.") from error
+        figures = parse_json(read_text(file), f"'{file}'")
+    except UserError as error:
+        raise UserError(f"'{path}' is no report: {error} Name a folder that dmm evaluate wrote.") from error
     missing = [key for key in _KEYS if not isinstance(figures, dict) or key not in figures]
     if missing:
         raise UserError(f"'{file}' has no '{missing[0]}', so it is no report of dmm evaluate.")
