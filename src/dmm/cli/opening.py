@@ -44,6 +44,9 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
         choices=("epsilon", "v_prediction"),
         help="what a single file predicts, where it does not say (default: what the model says)",
     )
+    opening.add_argument(
+        "--ema", action="store_true", help="of a single file, the running average of its weights (model_ema.) instead"
+    )
     opening.add_argument("--allow-pickle", action="store_true", help="open .ckpt and .bin files too")
     add_device(opening)
     opening.add_argument(
@@ -100,6 +103,7 @@ def read_source(args: argparse.Namespace) -> "ModelSource":
         config=args.config,
         loras=tuple(args.loras),
         prediction_type=args.prediction_type,
+        ema=args.ema,
         allow_pickle=args.allow_pickle,
     )
 

@@ -62,7 +62,7 @@ def find_models(
             name: _read_source(name, path, base_source, configs, allow_pickle) for name, path in teachers.items()
         }
     elif recipe is not None and base_source is not None:
-        sources = {one.name: teacher_source(one, recipe.base, configs) for one in recipe.teachers}
+        sources = {one.name: teacher_source(one, recipe.base, configs, ema=recipe.ema) for one in recipe.teachers}
         skips = {one.name: one.clip_skip or None for one in recipe.teachers}
     if not sources:
         raise UserError(

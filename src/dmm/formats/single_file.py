@@ -21,6 +21,7 @@ from dmm.errors import UserError
 from dmm.families import Family, family_of
 from dmm.formats.building import building
 from dmm.formats.configs import describe_pipeline
+from dmm.formats.ema import choose_weights
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs
 from dmm.formats.schedules import (
     V_PREDICTION_MARK,
@@ -90,9 +91,13 @@ def check_vae_file(path: Path, header: Header, skeletons: Mapping[str, Any], fam
     _check_component(skeletons["vae"], original_names(skeletons, family)["vae"], tensors, path)
 
 
-def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: torch.dtype) -> Any:
-    """Load the pipeline of a file that ``check_single_file`` has passed; its scheduler is the config's."""
-    with _plain_file(path) as plain, building(f"{path} cannot be opened"):
+def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: torch.dtype, ema: bool = False) -> Any:
+    """Load the pipeline of a file that ``check_single_file`` has passed; its scheduler is the config's.
+
+    Args:
+        ema: see :func:`dmm.formats.ema.choose_weights`.
+    """
+    with _plain_file(path, ema) as plain, building(f"{path} cannot be opened"):
         return family.pipeline_class.from_single_file(
             str(plain),
             config=str(config),
@@ -104,14 +109,19 @@ def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: t
 
 
 @contextmanager
-def _plain_file(path: Path) -> Iterator[Path]:
+def _plain_file(path: Path, ema: bool) -> Iterator[Path]:
     """A file of the same model that diffusers reads as it stands: not scaled, not pickled, named as it expects."""
-    if path.suffix == ".safetensors" and not read_header(path).scales:
-        yield path
-        return
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        chosen = choose_weights(path, header.tensors, ema=ema)
+        if not header.scales and all(name == kept for name, kept in chosen.items()):
+            yield path
+            return
     with tempfile.TemporaryDirectory(prefix="dmm-") as folder:
         plain = Path(folder) / "model.safetensors"
-        write_tensors(plain, read_tensors(path), {"format": "pt"})
+        tensors = read_tensors(path)
+        chosen = choose_weights(path, tensors, ema=ema)
+        write_tensors(plain, {name: tensors[kept] for name, kept in chosen.items()}, {"format": "pt"})
         yield plain
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from dmm.families import Family
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import check_is_checkpoint, family_of_file
+from dmm.formats.ema import choose_weights
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, family_of_folder, open_folder, weight_files
 from dmm.formats.lora import LoraChange, fuse_lora, lora_file, read_lora
 from dmm.formats.pickles import PICKLE_SUFFIXES
@@ -47,6 +48,9 @@ class ModelSource:
     """A VAE in place of the model's own: a folder, a single file or a hub id."""
     prediction_type: str | None = None
     """``epsilon`` or ``v_prediction``; by default what the file or the folder says."""
+    ema: bool = False
+    """Of a single file, the running average of the UNet's weights in their place; it is taken, too, where a file has
+    nothing else."""
     allow_pickle: bool = False
     """Open pickles too, with ``weights_only``."""
 
@@ -101,6 +105,8 @@ def check_model(source: ModelSource, *, family: Family | None = None, name: str 
     with naming(name):
         path = locate(source)
         if path.is_dir():
+            if source.ema:
+                raise UserError(f"{path} is a folder, which has no EMA copy of its weights. Take it without ema.")
             configs = path
             family = family or family_of_folder(path)
             skeletons = check_folder(path, family, allow_pickle=source.allow_pickle)
@@ -108,6 +114,8 @@ def check_model(source: ModelSource, *, family: Family | None = None, name: str 
             files, _ = weight_files(path / family.denoiser.name, family.denoiser, source.allow_pickle)
         else:
             header = read_header(path, allow_pickle=source.allow_pickle)
+            chosen = choose_weights(path, header.tensors, ema=source.ema)
+            header = replace(header, tensors={name: header.tensors[kept] for name, kept in chosen.items()})
             family = family or family_of_file(path, header)
             check_is_checkpoint(path, header, family)
             configs = source.config or find_configs(path, header, family)
@@ -160,7 +168,7 @@ def open_pipeline(
         if path.is_dir():
             pipeline = open_folder(path, family, torch_dtype=torch_dtype, allow_pickle=source.allow_pickle)
         else:
-            pipeline = open_single_file(path, family, config=checked.configs, torch_dtype=torch_dtype)
+            pipeline = open_single_file(path, family, config=checked.configs, torch_dtype=torch_dtype, ema=source.ema)
         for lora, scale in checked.loras:
             fuse_lora(pipeline, lora, scale)
         if checked.vae is not None:

@@ -21,6 +21,8 @@ class NamedModel(Part):
     name: Name
     model: Model | None = None
     """A stock pipeline folder, a single file or a hub id; by default the base."""
+    ema: bool = False
+    """Of a ``model`` that is a single file: the running average of its weights, which some files hold beside them."""
     lora: ExistingPath | None = None
     """A LoRA that is put on ``model``: a file, or a folder that diffusers saved one to."""
     lora_scale: Number = 1.0
@@ -39,6 +41,8 @@ class NamedModel(Part):
             raise ValueError(f"'{self.name}' has a lora and loras; move the one into the list of the others")
         if self.model is None and not self.all_loras:
             raise ValueError(f"'{self.name}' has neither a model nor a lora; name at least one")
+        if self.ema and self.model is None:
+            raise ValueError(f"'{self.name}' has ema but no model whose averaged weights it could mean; name the model")
         if self.lora is None and self.lora_scale != 1:
             raise ValueError(f"'{self.name}' has a lora_scale but no lora for it to scale; name a lora or leave it out")
         return self

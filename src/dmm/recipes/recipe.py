@@ -231,6 +231,8 @@ class Recipe(Part):
     config: Folder | None = None
     """The stock pipeline folder whose configs and tokenizer a base that is a single file follows; by default what the
     file says, or else those of its family's first model, from the hub."""
+    ema: bool = False
+    """Of a base that is a single file: the running average of its weights, which some files hold beside them."""
     start: str = "base"
     """Whose weights the student begins with: ``base``, or the earlier merge, where there is one; ``average``, of the
     teachers; or any model."""

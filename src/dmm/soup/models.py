@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_names
+from dmm.formats.ema import choose_weights, has_average_beside
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraChange, is_lora
 from dmm.formats.schedules import MARKS, read_scheduler_config, said_of_schedule
@@ -93,6 +94,8 @@ class OpenModel:
     """By their paths within a folder; of a single file, by its name."""
     loras: tuple[Path, ...] = ()
     """The files of the LoRAs on it."""
+    leaves_average: bool = False
+    """Whether its file has an EMA copy of the weights, which is not read."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -100,13 +103,15 @@ class OpenModel:
         return next(iter(self.files.values())).metadata
 
 
-def open_model(path: Path, label: str) -> OpenModel:
+def open_model(path: Path, label: str, *, ema: bool = False) -> OpenModel:
     """Open a model's files and check their headers.
 
+    Args:
+        ema: of a single file, see :func:`dmm.formats.ema.choose_weights`.
     Raises: UserError: damaged files, pickles, or no model of a family that we know; it begins with ``label``.
     """
     try:
-        return _open_folder(path, label) if path.is_dir() else _open_file(path, label)
+        return _open_folder(path, label, ema) if path.is_dir() else _open_file(path, label, ema)
     except UserError as error:
         raise UserError(f"{label}: {error}") from error
 
@@ -181,9 +186,10 @@ def put_lora(model: OpenModel, changes: Sequence[LoraChange], path: Path, scale:
     return replace(model, tensors=tensors, loras=(*model.loras, path))
 
 
-def _open_file(path: Path, label: str) -> OpenModel:
+def _open_file(path: Path, label: str, ema: bool) -> OpenModel:
     file = WeightFile(path)
-    names = list(file.tensors)
+    chosen = choose_weights(path, file.in_order(), ema=ema)
+    names = list(chosen)
     if is_lora(names):
         raise UserError(f"{path} is a LoRA, not a full model. Pass it as lora: instead of model:.")
     found = family_of_names(names)
@@ -196,13 +202,24 @@ def _open_file(path: Path, label: str) -> OpenModel:
     header = Header(file.tensors, file.metadata)
     prediction_type = prediction_type_of(path, header) or "epsilon"
     tensors = {
-        name: Source(file, name, tuple(file.tensors[name].shape)) for name in file.in_order() if name not in MARKS
+        name: Source(file, kept, tuple(file.tensors[kept].shape)) for name, kept in chosen.items() if name not in MARKS
     }
-    said = said_of_schedule(path, header)
-    return OpenModel(label, path, "file", found[0], prediction_type, said, tensors, {path.name: file})
+    return OpenModel(
+        label,
+        path,
+        "file",
+        found[0],
+        prediction_type,
+        said_of_schedule(path, header),
+        tensors,
+        {path.name: file},
+        leaves_average=not ema and has_average_beside(file.tensors),
+    )
 
 
-def _open_folder(path: Path, label: str) -> OpenModel:
+def _open_folder(path: Path, label: str, ema: bool) -> OpenModel:
+    if ema:
+        raise UserError(f"{path} is a folder, which has no EMA copy of its weights. Take it without ema.")
     if not (path / "model_index.json").is_file():
         raise UserError(
             f"{path} holds no model_index.json, so it is no stock diffusers pipeline folder. Pass the folder that "

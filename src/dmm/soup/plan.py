@@ -26,7 +26,7 @@ from dmm.formats.schedules import (
     untold_by_marks,
     with_schedule,
 )
-from dmm.formats.tensors import read_header
+from dmm.formats.tensors import Header
 from dmm.soup.blocks import Blocks
 from dmm.soup.models import (
     TEXT_ENCODERS,
@@ -108,7 +108,7 @@ def plan_soup(recipe: SoupRecipe, layout: Layout) -> Iterator[Plan]:
     Returns: the plan; its files are open within the block.
     Raises: UserError: the first thing that is wrong.
     """
-    opened: dict[Path, OpenModel] = {}
+    opened: dict[tuple[Path, bool], OpenModel] = {}
     try:
         yield _plan(recipe, layout, opened)
     finally:
@@ -117,20 +117,27 @@ def plan_soup(recipe: SoupRecipe, layout: Layout) -> Iterator[Plan]:
                 file.close()
 
 
-def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> Plan:
+def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], OpenModel]) -> Plan:
     method = METHODS[recipe.method]
 
-    def load(model: str, label: str) -> OpenModel:
+    def load(model: str, label: str, *, ema: bool = False) -> OpenModel:
         path = _locate(model)
-        if path not in opened:
-            opened[path] = open_model(path, label)
-        return replace(opened[path], label=label)
+        if (path, ema) not in opened:
+            opened[path, ema] = open_model(path, label, ema=ema)
+        return replace(opened[path, ema], label=label)
 
-    base = None if recipe.base is None else load(recipe.base, "base")
+    base = None if recipe.base is None else load(recipe.base, "base", ema=recipe.ema)
     origin = None if recipe.origin is None else load(recipe.origin, "origin")
     # in the order of their names, so that the order of a recipe, or of additions, changes no bit
     given = recipe.teachers if method.ordered else sorted(recipe.teachers, key=lambda teacher: teacher.name)
-    teachers = [load(str(teacher.model or recipe.base), f"teacher '{teacher.name}'") for teacher in given]
+    teachers = [
+        load(
+            str(teacher.model or recipe.base),
+            f"teacher '{teacher.name}'",
+            ema=recipe.ema if teacher.model is None else teacher.ema,
+        )
+        for teacher in given
+    ]
     models = [model for model in (base, origin, *teachers) if model is not None]
     _check_alike(models)
 
@@ -165,7 +172,10 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[Path, OpenModel]) -> 
         recipe.density or DENSITIES.get(recipe.method, 1.0),
         (),
     )
-    notes: list[str] = []
+    averaged = [model.label for model in models if model.leaves_average]
+    notes = (
+        [f"the EMA copies of {', '.join(averaged)} are left out; 'ema: true' takes them instead"] if averaged else []
+    )
     tensors = [*_plan_tensors(plan, [teacher.name for teacher in given], notes)]
     if layout == "file":
         known = {**(scheduler or STOCK), "prediction_type": plan.prediction_type}
@@ -213,7 +223,8 @@ def _find_configs(model: OpenModel) -> Path:
             f"{model.label}: {model.path} is a single file, and so are the others. Give as config: a stock pipeline "
             "folder of the same architecture."
         )
-    return find_configs(model.path, read_header(model.path), model.family)
+    declared = {name: source.file.tensors[source.name] for name, source in model.tensors.items()}
+    return find_configs(model.path, Header(declared, dict(model.metadata)), model.family)
 
 
 def _plan_tensors(plan: Plan, names: Sequence[str], notes: list[str]) -> Iterator[Merged]:

@@ -43,6 +43,8 @@ class SoupRecipe(Part):
     method: MethodName
     base: Model | None = None
     """What the teachers were fine-tuned from; needed by the methods that work on differences, and by LoRAs."""
+    ema: bool = False
+    """Of a base that is a single file: the running average of its weights, which some files hold beside them."""
     origin: Model | None = None
     """Of ``task_arithmetic``: what the differences are taken from; by default the base."""
     teachers: tuple[SoupTeacher, ...]
@@ -110,6 +112,8 @@ class SoupRecipe(Part):
     def _check_method(self) -> Self:
         if (self.method == "extract") and self.kind != "lora":
             raise ValueError("the method 'extract' makes a LoRA; add 'kind: lora'")
+        if self.ema and self.base is None:
+            raise ValueError("ema is the base's, and there is none; give it to a teacher, or name a base")
         if self.kind == "lora":
             return self._check_lora()
         method = METHODS[self.method]

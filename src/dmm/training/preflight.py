@@ -78,7 +78,9 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     _check_noise_weighting(recipe.losses.noise_weighting, base)
     size = recipe.size or _own_size(base)
     check_multiple("size", size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
-    sources = tuple(teacher_source(teacher, recipe.base, beneath.configs) for teacher in recipe.teachers)
+    sources = tuple(
+        teacher_source(teacher, recipe.base, beneath.configs, ema=recipe.ema) for teacher in recipe.teachers
+    )
     teachers = []
     for teacher, source in zip(recipe.teachers, sources, strict=True):
         name = f"teacher '{teacher.name}'"
@@ -126,7 +128,7 @@ def base_of(recipe: Recipe) -> ModelSource:
 
 def _named_base(recipe: Recipe) -> ModelSource:
     """What LoRAs are put on, and whose configs single files follow."""
-    return ModelSource(recipe.base, config=recipe.config)
+    return ModelSource(recipe.base, config=recipe.config, ema=recipe.ema)
 
 
 def _own_size(base: CheckedModel) -> int:
@@ -232,13 +234,14 @@ def _check_batch(recipe: Recipe, num_processes: int) -> None:
         raise UserError(f"training.batch_size: {error}. Raise it, or that teacher's weight{last}.") from error
 
 
-def teacher_source(teacher: Teacher, base: str, configs: Path | None) -> ModelSource:
+def teacher_source(teacher: Teacher, base: str, configs: Path | None, *, ema: bool = False) -> ModelSource:
     """Where a recipe's teacher comes from.
 
     Args:
         base: the recipe's word for it, which a teacher without a model of its own takes.
         configs: the pipeline folder whose configs single files follow that have none of their own in the recipe; None
             where each finds its own.
+        ema: the recipe's word for the base.
     """
     model = base if teacher.model is None else teacher.model
     return ModelSource(
@@ -247,6 +250,7 @@ def teacher_source(teacher: Teacher, base: str, configs: Path | None) -> ModelSo
         loras=tuple((lora.path, lora.scale) for lora in teacher.all_loras),
         vae=teacher.vae,
         prediction_type=teacher.prediction_type,
+        ema=ema if teacher.model is None else teacher.ema,
         allow_pickle=teacher.allow_pickle,
     )
 
