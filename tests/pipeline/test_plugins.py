@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
-from conftest import tiny_pipeline, tiny_styled
+from conftest import tiny_pipeline, tiny_styled, tiny_unet
 from diffusers import (
     ControlNetModel,
     DDPMScheduler,
@@ -334,6 +334,15 @@ def test_offloading_to_a_gpu_and_back(styled, offload):
 
 
 # dmm.pipeline.plugins: the same from files
+
+
+@pytest.mark.parametrize("channels", [3, 12])
+@pytest.mark.parametrize("controlled", [False, True])
+def test_a_mask_on_latents_of_other_channels_is_refused(pipeline, files, channels, controlled):
+    pipeline.unet = tiny_unet(in_channels=channels, out_channels=channels)
+    controls = [Control(files / "controlnet", files / "edges.png")] if controlled else []
+    with pytest.raises(UserError, match=f"latents have 4 channels; this one's have {channels}"):
+        add_plugins(pipeline, controls=controls, start=Start(files / "cat.png", 0.8, files / "mask.png"))
 
 
 @pytest.mark.parametrize(

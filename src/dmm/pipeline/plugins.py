@@ -25,6 +25,10 @@ IMAGE_ENCODER_FOLDER = "image_encoder"
 """Where an IP-Adapter's image encoder is, beside its file, unless told otherwise."""
 
 
+MASKED_CHANNELS = 4
+"""Of the latents that diffusers' inpainting takes of a text-to-image model."""
+
+
 @dataclass(frozen=True)
 class Control:
     """A ControlNet and what it follows."""
@@ -70,8 +74,11 @@ def add_plugins(
         pipe: on its device and in its dtype; an IP-Adapter changes its UNet.
     Returns: the pipeline that takes them, on the same weights; and the arguments that its call takes for them, as a
         function of the batch size and of the width and height in pixels.
-    Raises: UserError: a file is missing, or made for a model of another family.
+    Raises: UserError: a file is missing, or made for a model of another family; a mask, and the model's latents do not
+        have the channels that diffusers' inpainting takes.
     """
+    if start is not None and start.mask is not None:
+        _check_takes_masks(denoiser_of(pipe))
     pictures = {file: open_picture(file) for file in _pictures(controls, start, ip_adapter)}
     nets = [_open_controlnet(control.model, pipe) for control in controls]
     parts = dict(pipe.components)
@@ -130,6 +137,15 @@ def check_controlnet(config: Mapping[str, Any], unet: Any, name: str) -> None:
                 f"{name}: the ControlNet has {what} {found}, the model {expected}. It was made for a model of another "
                 "family; choose one for this."
             )
+
+
+def _check_takes_masks(unet: Any) -> None:
+    # of other models diffusers raises an error in the midst of painting, or, with a ControlNet, drops the mask
+    if unet.config.in_channels != MASKED_CHANNELS:
+        raise UserError(
+            f"A mask is for models whose latents have {MASKED_CHANNELS} channels; this one's have "
+            f"{unet.config.in_channels}. Paint the whole --image, without --mask, or choose another model."
+        )
 
 
 def _pictures(controls: Sequence[Control], start: Start | None, ip_adapter: IPAdapter | None) -> list[Path]:
