@@ -124,7 +124,7 @@ def test_a_gguf_file_is_named(tmp_path):
         ({f"{LAYER}.scale_weight": torch.ones(1)}, "is float32"),
         (
             {WEIGHT: torch.zeros(8, 8, dtype=torch.float8_e4m3fn), f"{LAYER}.weight_scale": torch.ones(8, 2)},
-            "expected one, or one for each of the 8",
+            "expected one number, or one for each of the 8",
         ),
     ],
 )

@@ -35,6 +35,9 @@ _PACKED = (
     (".wscales", "four-bit weights (SVDQuant, Nunchaku)"),
     (".weight_packed", "packed integers (compressed-tensors)"),
     (".weight_scale_2", "four-bit floats (NVFP4)"),
+    (".weight_scale_inv", "eight-bit floats in blocks"),
+    (".W_q", "packed integers (HQQ)"),
+    (".codebooks", "codes of a book (AQLM)"),
     ("._data", "packed weights (quanto)"),
     (".weight_qdata", "packed weights (torchao)"),
     (".weight.tensor_data_names", "packed weights (torchao)"),
@@ -55,8 +58,10 @@ def check_not_packed(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     for name, tensor in tensors.items():
         form = next((form for part, form in _PACKED if name.endswith(part) or f"{part}." in name), None)
-        if form is None and _is_integer_weight(name, tensor):
-            form = f"integers ({str(tensor.dtype).removeprefix('torch.')})"
+        if form is None and _is_no_weight(name, tensor):
+            form = f"{_kind(tensor.dtype)} ({str(tensor.dtype).removeprefix('torch.')})"
+        if form is None and _is_unknown_scale(name, tensors):
+            form = "numbers with a scale of a kind that is not known here"
         if form is not None:
             raise UserError(
                 f"{path} is quantised: it keeps weights as {form}, as '{name}' shows. Such a file is made for painting "
@@ -84,9 +89,10 @@ def scales_of(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
                 f"{path}: '{name}' is the scale of a weight in fp8, but '{weight_name}' {dtype}. The file is of "
                 "another kind of quantisation, or damaged; get the model in fp16, bf16 or fp32."
             )
-        if scale.numel() not in (1, len(weight)):
+        by_output = scale.ndim > 0 and len(scale) == scale.numel() == len(weight)
+        if scale.numel() != 1 and not by_output:
             raise UserError(
-                f"{path}: '{name}' has {scale.numel()} values, expected one, or one for each of the {len(weight)} "
+                f"{path}: '{name}' has the shape {tuple(scale.shape)}, expected one number, or one for each of the {len(weight)} "
                 f"outputs of '{weight_name}'. Blocks of other sizes are not unpacked; get the model in fp16 or bf16."
             )
         found[weight_name] = name
@@ -127,9 +133,21 @@ def unpack(stored: Tensor, scale: Tensor, rows: Tensor | None = None) -> Tensor:
     return stored.float() * factors.reshape(-1, *(1,) * (stored.ndim - 1))
 
 
-def _is_integer_weight(name: str, tensor: Tensor) -> bool:
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+def _is_no_weight(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor that stands where a weight must be is not of floating point."""
+    if tensor.dtype.is_floating_point or is_of_quantisation(name) or name.endswith(_COUNTS):
         return False
-    if name == _MARK or name.endswith(_UNUSED):
-        return False
-    return tensor.ndim >= 2 and not name.endswith(_COUNTS)
+    return tensor.ndim >= 2 or name.endswith((".weight", ".bias"))
+
+
+def _is_unknown_scale(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor scales the weight beside it, and is none of the scales that are unpacked."""
+    layer, _, last = name.rpartition(".")
+    beside = f"{layer}.weight" in tensors or layer in tensors
+    return "scal" in last and beside and not is_of_quantisation(name)
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex numbers"
+    return "truth values" if dtype == torch.bool else "integers"
