@@ -118,6 +118,7 @@ REFUSED = {
     "a scale under another name": scaled_by(f"{LAYER}.weight.scale", (1,)),
     "a scaling factor": scaled_by(f"{LAYER}.weights_scaling_factor", (1,)),
     "scales of blocks": scaled_by(f"{LAYER}.weight_scale", (2, 2, 2)),
+    "scales of inputs": scaled_by(f"{LAYER}.weight_scale", (1, 8)),
     "a scale of what is not in fp8": beside(".scale_weight", (1,), torch.float32),
     "a scale of nothing": lambda tensors: {**tensors, "model.diffusion_model.nothing.scale_weight": torch.ones(1)},
 }

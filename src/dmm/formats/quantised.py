@@ -92,8 +92,8 @@ def scales_of(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         by_output = scale.ndim > 0 and len(scale) == scale.numel() == len(weight)
         if scale.numel() != 1 and not by_output:
             raise UserError(
-                f"{path}: '{name}' has the shape {tuple(scale.shape)}, expected one number, or one for each of the {len(weight)} "
-                f"outputs of '{weight_name}'. Blocks of other sizes are not unpacked; get the model in fp16 or bf16."
+                f"{path}: '{name}' has the shape {tuple(scale.shape)}, expected one number, or one for each of the "
+                f"{len(weight)} outputs of '{weight_name}'. Blocks of other sizes are not unpacked; get the model in fp16 or bf16."
             )
         found[weight_name] = name
     return found
