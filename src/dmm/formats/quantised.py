@@ -93,7 +93,8 @@ def scales_of(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if scale.numel() != 1 and not by_output:
             raise UserError(
                 f"{path}: '{name}' has the shape {tuple(scale.shape)}, expected one number, or one for each of the "
-                f"{len(weight)} outputs of '{weight_name}'. Blocks of other sizes are not unpacked; get the model in fp16 or bf16."
+                f"{len(weight)} outputs of '{weight_name}'. Blocks of other sizes are not unpacked; "
+                "get the model in fp16 or bf16."
             )
         found[weight_name] = name
     return found
