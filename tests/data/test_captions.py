@@ -79,7 +79,7 @@ def test_a_folder_without_images(tmp_path):
 
 def test_a_caption_that_is_no_text(tmp_path):
     put(tmp_path / "1.png", b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"1\.txt could not be read as UTF-8"):
+    with pytest.raises(UserError, match=r"1\.txt is not UTF-8 text"):
         read_captions(tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_a_caption_that_is_no_text(tmp_path):
         ("[]", "line 1 has no string 'file_name'"),
         ('{"file_name": "0.png", "text": "a', "line 1 is not valid JSON"),
         ('{"file_name": "gone.png", "text": "a cat"}', "line 1: there is no file '.*gone.png'. Put the image there"),
-        (b"\xff", "could not be read as UTF-8"),
+        (b"\xff", "is not UTF-8 text"),
     ],
 )
 def test_a_folder_that_is_not_as_it_should_be(tmp_path, metadata, message):

@@ -9,7 +9,6 @@ Three conventions, which may be mixed in one tree:
   10_concept/           kohya's: each image counts ten times, and is captioned ``concept`` where it has no text file.
 """
 
-import json
 import math
 import os
 import re
@@ -17,8 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dmm.errors import UserError, note_once
+from dmm.files.json import parse_json
+from dmm.files.text import read_text
 
 METADATA = "metadata.jsonl"
+
+_LARGEST = 2**32  # bytes: of the captions of millions of images
 CAPTION_SUFFIXES = (".txt", ".caption")
 IMAGE_SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jxl"))
 
@@ -87,11 +90,8 @@ def _read_text(path: Path) -> str:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        # not splitlines: a caption may hold what else ends a line in Unicode
-        return path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} could not be read as UTF-8 text: {error}.") from error
+    # not splitlines: a caption may hold what else ends a line in Unicode
+    return read_text(path, str(path), largest=_LARGEST).split("\n")
 
 
 def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
@@ -99,10 +99,7 @@ def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
         if not line.strip():
             continue
         where = f"{file}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not valid JSON: {error}.") from error
+        entry = parse_json(line, where)
         for field in ("file_name", "text"):
             if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
                 raise UserError(f"{where} has no string '{field}'; a line such as {_EXAMPLE} was expected.")

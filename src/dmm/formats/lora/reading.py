@@ -1,7 +1,6 @@
 """LoRAs and their relatives: read, whatever layout they are in, and checked against a model."""
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 """The files of a folder that PEFT saved one to."""
 _METADATA = "lora_adapter_metadata"
+_LARGEST_ALPHA = 1e9  # those that people train with are below a thousand; JSON has numbers that no float holds
 
 _logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def peft_scaling(config: Mapping[str, Any], layer: str, rank: int | None) -> flo
     default = setting("lora_alpha") if setting("lora_alpha") is not None else setting("alpha")
     alpha = default if default is not None else rank
     alpha = of_layer("alpha_pattern", alpha)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST_ALPHA:
         raise UserError(f"the alpha of '{layer}' is {str(alpha)[:40]}, expected a number")
     return float(alpha / rank**0.5) if setting("use_rslora") else alpha / rank
 
