@@ -161,6 +161,13 @@ def test_schedulers_that_are_none_are_refused(sd1_folder, tmp_path, changes):
         check_model(ModelSource(folder))
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_schedulers_that_need_several_steps_are_taken(sd1_folder, tmp_path, skip):
+    folder = copy_folder(sd1_folder, tmp_path / "folder")
+    PNDMScheduler.from_config(STOCK, skip_prk_steps=skip).save_pretrained(folder / "scheduler")
+    assert check_model(ModelSource(folder)).scheduler_config["skip_prk_steps"] is skip
+
+
 def test_other_schedules_are_told_with_the_values_where_they_differ_most():
     stock, zero, listed = (noise_schedule(config) for config in (STOCK, ZERO, LISTED))
     check_same_schedule("teacher 'a'", stock, "the student's", stock.clone())
