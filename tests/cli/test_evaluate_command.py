@@ -98,9 +98,10 @@ def test_bad_input_is_told_before_anything_is_painted(arguments, merged, dino, t
     assert "no extractor 'judg'; did you mean 'judge'" in told("--extractor", "judg")
     assert "give both or neither" in told("--mix", "ink=0.5,photo=0.5")
     assert "no such file or folder" in told("--teacher", f"clay={tmp_path / 'nowhere'}")
-    assert "names its teachers; name them with --teacher" in refusal(
-        capsys, "evaluate", merged, "--extractor", "judge", *output
-    )
+    # which the side-car tells of, and which never were
+    told_of = refusal(capsys, "evaluate", merged, "--extractor", "judge", *output)
+    assert "teacher 'ink': models/ink.safetensors: no such file or folder" in told_of
+    assert "Teachers that have moved are named with --teacher NAME=PATH" in told_of
     assert "--prompts FILE is missing" in refusal(capsys, "evaluate", merged, "--extractor", f"dino={dino}", *output)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "mine.txt").touch()

@@ -14,6 +14,7 @@ from dmm.evaluation.evaluate import Evaluation
 from dmm.report.compare import compare_reports, write_table
 from dmm.report.files import read_report
 from dmm.report.report import write_report
+from dmm.report.verdict import verdict
 
 STYLES = ["ink", "photo <b>"]
 
@@ -99,13 +100,43 @@ def test_a_report_is_figures_pictures_and_a_page(folder):
             assert len(set(picture.convert("RGB").get_flattened_data())) > 2
 
 
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [(-1.5, "merged paints as its teachers do: 90 of 100"), (-4, "nearly as its teachers do"), (-40, "does not yet")],
+)
+def test_the_verdict_goes_by_the_judge(points, words):
+    told = verdict({**figures_of(), "judged": {"both": judged(points)}})
+    assert words in told
+    assert told.endswith(".")
+
+
+def test_the_verdict_without_a_judge_goes_by_fid_and_names_the_weakest_style():
+    figures = {**figures_of(fidt=2.0), "judged": None}
+    figures["fid_matrix"][1][1] = 3.0
+    told = verdict(figures)
+    assert told.startswith("merged paints nearly as its teachers do: its pictures are 2 times as far")
+    assert "furthest behind is photo <b>" in told
+
+
+def test_a_style_that_the_judge_does_not_know_takes_nothing_from_the_others():
+    one = {**judged(-3), **{key: {"ink": 90.0} for key in ("student", "teacher")}, "difference": {"ink": -3.0}}
+    assert "(1 of its styles the judge does not know)" in verdict({**figures_of(), "judged": {"both": one}})
+
+
+def test_the_page_begins_with_the_verdict_and_the_models_name(folder):
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<title>merged" in page
+    assert page.index("merged paints as its teachers do") < page.index("FIDt")
+    assert page.count('<figure class="wide">') == 1
+
+
 def test_the_page_needs_nothing_beside_it(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "photo &lt;b&gt;" in page
     assert "<b>ink" not in page.replace("photo &lt;b&gt;", "")
-    for told in ("FIDt", "-1.5 points", "weighted merging", "about 0.5"):
+    for told in ("FIDt", "-1.5 <small>points", "weighted merging", "about 0.5"):
         assert told in page
 
 

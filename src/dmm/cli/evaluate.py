@@ -25,11 +25,12 @@ Examples:
 
 import argparse
 import importlib.util
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmm.cli.arguments import add_device
+from dmm.cli.arguments import add_device, read_scaled_path
 from dmm.cli.opening import check_there
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
@@ -51,13 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MERGED", help="a merged model, or a stock one")
     parser.add_argument(
         "--teacher",
-        metavar="NAME=PATH",
+        metavar="NAME=PATH[:SCALE]",
         dest="teachers",
         type=_teacher,
         action="append",
         default=[],
         help="of the style NAME: a folder, a single file, a hub id, or a LoRA of the base; once for each style "
-        "(default: those of the merge's recipe)",
+        "(default: those that the merge's recipes and the model itself know of all its styles); what the recipe says "
+        "of that teacher, such as a LoRA's scale, holds unless SCALE is given",
     )
     parser.add_argument("--base", metavar="MODEL", help="that the teachers were trained from (default: the recipe's)")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="of the report")
@@ -136,6 +138,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
 
     from dmm.evaluation.evaluate import Protocol, evaluate
     from dmm.evaluation.extractors import JudgeExtractor, open_extractor
+    from dmm.evaluation.known_teachers import NamedTeacher
     from dmm.evaluation.painting import Painting
     from dmm.evaluation.preference import open_scorer
     from dmm.evaluation.sources import find_models
@@ -149,7 +152,10 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
             if not isinstance(extractor, JudgeExtractor):
                 raise UserError("--prompts FILE is missing: name a file with what to paint, one prompt a line.")
             prompts = extractor.concepts
-        models = find_models(args.model, dict(args.teachers), args.base, state.device, allow_pickle=args.allow_pickle)
+        named = {name: NamedTeacher(path, scale) for name, (path, scale) in args.teachers}
+        models = find_models(args.model, named, args.base, state.device, allow_pickle=args.allow_pickle)
+    for note in models.notes if state.is_main_process else ():
+        print(f"dmm: note: {note}", file=sys.stderr)
     precision = args.precision or ("bf16" if state.device.type == "cpu" else "fp16")
     protocol = Protocol(
         prompts,
@@ -237,8 +243,10 @@ def _told(figures: dict[str, Any], folder: Path, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _teacher(text: str) -> tuple[str, str]:
+def _teacher(text: str) -> tuple[str, tuple[str, float | None]]:
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"'{text}' is no teacher; write NAME=PATH")
-    return name, path
+    scaled, scale = read_scaled_path(path)
+    whole = Path(path).expanduser()
+    return name, (path, None) if scaled == whole or whole.exists() else (str(scaled), scale)

@@ -116,10 +116,11 @@ def judged_figures(
     prompts: Sequence[str],
     num_images: int,
 ) -> dict[str, Any] | None:
-    """What the judge says of the pictures, if it is asked for styles and things that it knows."""
+    """What the judge says of the pictures, of the styles that it knows, if it is asked for things that it knows."""
     if not isinstance(extractor, JudgeExtractor):
         return None
-    if not set(styles) <= set(extractor.styles) or not set(prompts) <= set(extractor.concepts):
+    styles = [style for style in styles if style in extractor.styles]
+    if not styles or not set(prompts) <= set(extractor.concepts):
         return None
     painted = [prompts[i % len(prompts)] for i in range(num_images)]
     verdicts = {

@@ -1,7 +1,7 @@
 """The models of an evaluation: the student, and its teachers as they are named or as the merge's recipe tells."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,14 @@ import torch
 
 from dmm.errors import UserError
 from dmm.evaluation.held_out import Model
+from dmm.evaluation.known_teachers import NamedTeacher, check_unchanged, known_teachers, named_teacher, read_recipes
 from dmm.files.digest import sha256
 from dmm.files.runs import RECIPE
-from dmm.formats.lora import is_lora, lora_file
-from dmm.formats.tensors import read_header
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.teachers import ModelSource, check_model, locate, open_pipeline
 from dmm.pipeline.styled import load_pipeline
-from dmm.recipes.recipe import Recipe, load_recipe
-from dmm.training.preflight import teacher_source
+from dmm.recipes.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -32,73 +30,64 @@ class Models:
     """Where it is known."""
     recipe: Recipe | None
     """Of the merge, where it is there."""
+    notes: tuple[str, ...] = ()
+    """What the user should be told, and may be content with."""
 
 
 def find_models(
-    student: str, teachers: Mapping[str, str], base: str | None, device: torch.device, *, allow_pickle: bool = False
+    student: str,
+    teachers: Mapping[str, NamedTeacher],
+    base: str | None,
+    device: torch.device,
+    *,
+    allow_pickle: bool = False,
 ) -> Models:
     """Find and check the models of an evaluation, before anything is painted.
 
     Args:
         student: a merged model, or a stock one: a folder, a single file or a hub id.
-        teachers: by style, a folder, a single file, a hub id, or a LoRA of the base; by default those that the merge's
-            recipe names.
-        base: by default the one of the recipe.
+        teachers: by style; by default those of all styles that its recipe, those of the merges before it, and its
+            side-car know.
+        base: by default the one of the first merge.
         device: where they shall run.
         allow_pickle: open pickles too.
     Raises: UserError: there are no teachers, one is not where it was, or is another than the one that was merged.
     """
     folder = locate(ModelSource(student, allow_pickle=allow_pickle))
-    recipe = _recipe(folder, needed=not teachers)
-    base = base or (recipe.base if recipe else None)
-    base_path = None if base is None else locate(ModelSource(base))
+    recipes = read_recipes(folder)
+    base_path = _base(base, recipes)
     # single files follow the base; one that is a single file itself, what the recipe or the file says
-    configs = base_path if base_path is not None and base_path.is_dir() else recipe.config if recipe else None
+    written = recipes[-1].config if recipes else None
+    configs = base_path if base_path is not None and base_path.is_dir() else written
     base_source = None if base_path is None else ModelSource(base_path, config=configs if base_path.is_file() else None)
-    sources: dict[str, ModelSource] = {}
-    skips: dict[str, int | None] = {}
-    if teachers:
-        sources = {
-            name: _read_source(name, path, base_source, configs, allow_pickle) for name, path in teachers.items()
-        }
-    elif recipe is not None and base_source is not None:
-        sources = {one.name: teacher_source(one, recipe.base, configs, ema=recipe.ema) for one in recipe.teachers}
-        skips = {one.name: one.clip_skip or None for one in recipe.teachers}
-    if not sources:
+    known = known_teachers(folder, recipes, configs)
+    chosen = {
+        name: named_teacher(name, one, known.get(name), base_source, allow_pickle=allow_pickle)
+        for name, one in teachers.items()
+    } or known
+    if not chosen:
         raise UserError(
             f"{student} has no {RECIPE} that names its teachers; name them with --teacher NAME=PATH, one a style."
         )
-    found = {name: _model(name, source, device, skips.get(name)) for name, source in sources.items()}
-    if not teachers:
-        _check_unchanged(folder, found)
-    base_model = None if base_source is None else _model("base", base_source, device, None)
-    return Models(_student(student, folder, configs, device, allow_pickle), found, base_model, recipe)
-
-
-def _recipe(folder: Path, *, needed: bool) -> Recipe | None:
-    if not (folder / RECIPE).is_file():
-        return None
     try:
-        return load_recipe(folder / RECIPE)
-    except UserError:  # its files may have moved since
-        if needed:
+        found = {name: _model(name, one.source, device, one.clip_skip) for name, one in chosen.items()}
+    except UserError as error:
+        if teachers:
             raise
+        raise UserError(f"{error} Teachers that have moved are named with --teacher NAME=PATH.") from error
+    notes = check_unchanged(folder, {name: (one.source, one.sha256) for name, one in found.items()}, teachers)
+    base_model = None if base_source is None else _model("base", base_source, device, None)
+    recipe = recipes[0] if recipes else None
+    return Models(_student(student, folder, configs, device, allow_pickle), found, base_model, recipe, tuple(notes))
+
+
+def _base(named: str | None, recipes: Sequence[Recipe]) -> Path | None:
+    """The model that a user names or, if it is still there, the one that the first merge began with."""
+    if named is not None:
+        return locate(ModelSource(named))
+    if not recipes or (Path(recipes[-1].base).is_absolute() and not Path(recipes[-1].base).exists()):
         return None
-
-
-def _read_source(
-    name: str, path: str, base: ModelSource | None, configs: Path | None, allow_pickle: bool
-) -> ModelSource:
-    place = Path(path).expanduser()
-    is_pipeline = (place / "model_index.json").is_file()
-    weights = lora_file(place) if place.is_dir() and not is_pipeline else place
-    if not weights.is_file():
-        return ModelSource(path, allow_pickle=allow_pickle)
-    if not is_lora(read_header(weights, allow_pickle=allow_pickle).tensors):
-        return ModelSource(path, config=configs, allow_pickle=allow_pickle)
-    if base is None:
-        raise UserError(f"teacher '{name}': {path} is a LoRA; name the model that it was trained on with --base.")
-    return replace(base, loras=((place, 1.0),), allow_pickle=allow_pickle)
+    return locate(ModelSource(recipes[-1].base))
 
 
 def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int | None) -> Model:
@@ -123,14 +112,3 @@ def _student(told: str, path: Path, configs: Path | None, device: torch.device, 
         return open_pipeline(source, torch_dtype=dtype).to(device)
 
     return Model(open_model, told, sha256(*files))
-
-
-def _check_unchanged(folder: Path, teachers: Mapping[str, Model]) -> None:
-    prompts = read_side_car(folder)
-    for one in prompts.provenance if prompts else ():
-        teacher = teachers.get(one.name)
-        if teacher is not None and teacher.sha256 != one.sha256:
-            raise UserError(
-                f"teacher '{one.name}': {teacher.source} is not the model that was merged: its sha256 begins with "
-                f"{teacher.sha256[:10]}, that one's with {one.sha256[:10]}. Name the one that was, with --teacher."
-            )

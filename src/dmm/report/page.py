@@ -6,19 +6,35 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from dmm.report.verdict import model_name, verdict
+
 _STYLE = """
-:root { color-scheme: light dark; --line: #8884; --faint: #888; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-p.sub, figcaption, td small, dt { color: var(--faint); } figure { margin: 1rem 0; }
+:root {
+  color-scheme: light dark; --line: #8886; --faint: light-dark(#555, #aaa); --tint: light-dark(#f4f6fa, #23262c);
+}
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 2rem; }
+h1 { margin: 0; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+p.verdict { font-size: 1.35rem; line-height: 1.4; margin: 1rem 0; max-width: 60rem; }
+p.sub, figcaption, small, dt { color: var(--faint); } figure { margin: 1rem 0; }
+p { max-width: 52rem; }
 img { max-width: 100%; background: #fff; border-radius: 4px; }
-.cards { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.5rem 0; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1.2rem; flex: 1 1 12rem; }
+figure.wide { width: calc(100vw - 5rem); margin-left: calc(50% - 50vw + 2.5rem); }
+.grow input { position: absolute; opacity: 0; }
+.grow img { width: 100%; display: block; cursor: zoom-in; }
+.grow:focus-within img { outline: 2px solid; }
+.grow:has(:checked) { position: fixed; inset: 0; overflow: auto; background: Canvas; z-index: 1; }
+.grow :checked + img { width: max(100%, 2400px); max-width: none; cursor: zoom-out; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem; margin: 1.5rem 0; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1.2rem; background: var(--tint); }
 .card b { display: block; font-size: 1.7rem; line-height: 1.3; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; }
+.card b small { font-size: 1rem; font-weight: 400; }
+.card > small { display: block; line-height: 1.35; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; } th { font-weight: 600; vertical-align: bottom; line-height: 1.25; }
 th:first-child, td:first-child { text-align: left; }
+table.sources td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.sources td:not(:nth-child(2)) { white-space: nowrap; } table.sources th { text-align: left; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 """
@@ -32,15 +48,16 @@ def write_page(figures: Mapping[str, Any], pictures: Path, path: Path) -> None:
         pictures: the folder of the report's PNG files, which are put into the page.
         path: of the page.
     """
-    styles = figures["styles"]
+    styles, name = figures["styles"], escape(model_name(figures))
     parts = [
-        f"<h1>{len(styles)} style{'s' * (len(styles) > 1)} of one model</h1>",
-        f'<p class="sub">{escape(figures["sources"]["student"]["source"])} beside its teachers: '
-        f"{figures['num_images']} pictures of each style, compared in the features of "
+        f"<h1>{name}: {len(styles)} style{'s' * (len(styles) > 1)} beside {'their' if len(styles) > 1 else 'its'} "
+        f"teacher{'s' * (len(styles) > 1)}</h1>",
+        f'<p class="verdict">{escape(verdict(figures))}</p>',
+        f"<p class='sub'>{figures['num_images']} pictures of each style, compared in the features of "
         f"<b>{escape(figures['extractor'])}</b></p>",
         _cards(figures),
         "<h2>Teacher over student</h2>",
-        _picture(pictures / "grid.png", "Student and teacher begin from the same noise."),
+        _grid(pictures / "grid.png", "Student and teacher begin from the same noise. A click makes it larger."),
         "<h2>FID matrix</h2>",
         _picture(
             pictures / "fid_matrix.png",
@@ -66,7 +83,8 @@ def write_page(figures: Mapping[str, Any], pictures: Path, path: Path) -> None:
     body = "\n".join(parts)
     path.write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>dmm: report</title><style>{_STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width"><title>{name} &ndash; dmm evaluate</title>'
+        f"<style>{_STYLE}</style></head>\n"
         f"<body>\n{body}\n</body></html>\n",
         encoding="utf-8",
     )
@@ -74,35 +92,48 @@ def write_page(figures: Mapping[str, Any], pictures: Path, path: Path) -> None:
 
 def _cards(figures: Mapping[str, Any]) -> str:
     kid, pairwise, errors, judged = (figures[key] for key in ("kid", "pairwise", "score_error", "judged"))
+    apart, other = (_mean(pairwise, key) for key in ("feature_distance", "feature_distance_of_other_noise"))
     cards = [
-        ("FIDt", f"{figures['fidt']:.4g}", f"the teachers' own: {figures['fidt_reference']:.4g}"),
-        ("gap", f"{figures['fidt_gap_percent']:+.1f} %", "of FIDt to the teachers' own"),
+        (
+            "distance from the teacher",
+            f"{100 * apart / other:.0f} %" if other else "&ndash;",
+            "of that between the teacher's own pictures from two noises, in features; "
+            f"{_mean(pairwise, 'psnr'):.1f} dB PSNR, {_mean(pairwise, 'psnr_of_other_noise'):.1f} dB of other noise",
+        ),
+        (
+            "FIDt",
+            f"{figures['fidt']:.4g}",
+            f"the teachers' own: {figures['fidt_reference']:.4g}, {figures['fidt_gap_percent']:+.1f} %",
+        ),
         (
             "KID &times; 1000",
             _thousandths(kid["student"]["mean"]),
             f"the teachers' own: {_thousandths(kid['reference']['mean'])}",
         ),
-        (
-            "same noise, same picture?",
-            f"{pairwise['psnr']['mean']['value']:.1f} dB",
-            f"of other noise: {pairwise['psnr_of_other_noise']['mean']['value']:.1f} dB",
-        ),
     ]
     if errors:
-        cards.append(("score error", f"{errors['mean']:.3f}", "0: the teachers' scores; 1: the base's"))
+        learnt = (
+            "learnt of the teachers",
+            f"{100 * (1 - errors['mean']):.0f} %",
+            f"0 %: predicts as the base does, 100 %: as the teachers; score error {errors['mean']:.3f}",
+        )
+        cards.insert(0, learnt)
     if judged:
         low, high = judged["both"]["interval"]
-        cards.append(
-            (
-                "right style and thing",
-                f"{judged['both']['mean_difference']:+.1f} points",
-                f"beside the teachers; 95 %: {low:+.1f} to {high:+.1f}",
-            )
+        right = (
+            "right style and thing",
+            f"{judged['both']['mean_difference']:+.1f} <small>points</small>",
+            f"pictures in 100, beside the teachers; 95 %: {low:+.1f} to {high:+.1f}",
         )
+        cards.insert(0, right)
     inner = "".join(
         f'<div class="card">{title}<b>{value}</b><small>{more}</small></div>' for title, value, more in cards
     )
     return f'<div class="cards">{inner}</div>'
+
+
+def _mean(pairwise: Mapping[str, Any], key: str) -> float:
+    return float(pairwise[key]["mean"]["value"])
 
 
 def _bias_told(figures: Mapping[str, Any]) -> str:
@@ -143,13 +174,16 @@ def _style_table(figures: Mapping[str, Any]) -> str:
         row += [f"{one['by_style'][style]:.3f}" for one in (errors, errors["own"])] if errors else []
         for what in ("style", "concept") if judged else ():
             one = judged[what]
-            row.append(f"{one['student'][style]:.1f} <small>({one['difference'][style]:+.1f})</small>")
+            known = style in one["student"]
+            row.append(
+                f"{one['student'][style]:.1f} <small>({one['difference'][style]:+.1f})</small>" if known else "&ndash;"
+            )
         rows.append(row)
     told = _table(header, rows)
     if judged:
         told += (
             "<p>Right style and thing: of the student's pictures, by the judge; in parentheses, the difference to the "
-            "teacher in points.</p>"
+            "teacher in points; a dash where the judge does not know the style.</p>"
         )
     return told
 
@@ -180,15 +214,24 @@ def _settings(figures: Mapping[str, Any]) -> str:
         f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{escape(str(value)) or '&ndash;'}</dd>"
         for name, value in facts.items()
     )
-    return _table(["model", "source", "sha256"], rows) + f"<dl>{listed}</dl>"
+    return _table(["model", "source", "sha256"], rows, "sources") + f"<dl>{listed}</dl>"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "figures") -> str:
     head = "".join(f"<th>{cell}</th>" for cell in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _picture(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<figure><img src="data:image/png;base64,{data}" alt=""><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><img src="{_inlined(path)}" alt=""><figcaption>{caption}</figcaption></figure>'
+
+
+def _grid(path: Path, caption: str) -> str:
+    """A picture as wide as the page, and wider on a click, which needs no script."""
+    picture = f'<input type="checkbox" aria-label="larger"><img src="{_inlined(path)}" alt="">'
+    return f'<figure class="wide"><label class="grow">{picture}</label><figcaption>{caption}</figcaption></figure>'
+
+
+def _inlined(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
