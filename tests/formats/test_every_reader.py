@@ -181,3 +181,26 @@ def test_every_command_asks_the_one_check(sd1_file, sd1_folder, merged, tmp_path
     for command, argv in commands(sd1_file, merged, sd1_folder, tmp_path).items():
         assert main(argv) == 2, command
         assert "The one check refuses it." in capsys.readouterr().err
+
+
+def test_every_command_asks_the_one_reader_of_loras(sd1_file, sd1_folder, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise UserError("The one reader refuses it.")
+
+    monkeypatch.setattr("dmm.formats.lora.reading.split_names", refuse)
+    lora = tmp_path / "lora.safetensors"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.ones(1, 8)}, lora)
+    argvs = commands(sd1_file, tmp_path, sd1_folder, tmp_path)
+    del argvs["export"]  # which puts no LoRA on what it writes
+    for name in ("merge", "soup"):
+        path = tmp_path / f"{name}.yaml"
+        recipe = yaml.safe_load(path.read_text())
+        teachers = [{"name": name, "lora": str(lora)} for name in "ab"]
+        path.write_text(yaml.safe_dump({**recipe, "base": str(sd1_folder), "teachers": teachers}))
+    argvs["generate"] += ["--lora", str(lora)]
+    recipe = {"kind": "lora", "method": "soup", "teachers": teachers}
+    (tmp_path / "loras.yaml").write_text(yaml.safe_dump(recipe))
+    argvs["soup of LoRAs"] = ["soup", str(tmp_path / "loras.yaml"), "--output", str(tmp_path / "out.safetensors")]
+    for command, argv in argvs.items():
+        assert main(argv) == 2, command
+        assert "The one reader refuses it." in capsys.readouterr().err
