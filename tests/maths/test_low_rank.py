@@ -3,11 +3,9 @@ import torch
 
 from dmm.maths.low_rank import (
     deal_ranks,
-    error_left,
     input_components,
     output_components,
     plain_components,
-    ranks_for_error,
 )
 
 
@@ -107,13 +105,3 @@ def test_no_more_is_dealt_than_there_is():
     for budget in range(30):
         dealt = deal_ranks(GAINS, COSTS, budget)
         assert sum(COSTS[layer] * rank for ranks in dealt for layer, rank in ranks.items()) <= budget
-
-
-def test_ranks_for_an_error_leave_no_more_and_waste_nothing():
-    gains = GAINS[0]
-    for error in (0.0, 0.05, 0.2, 0.5, 0.9):
-        ranks = ranks_for_error(gains, COSTS, error)
-        assert error_left(gains, ranks) <= error + 1e-12
-    assert ranks_for_error(gains, COSTS, 0.45) == {"wide": 1}
-    assert ranks_for_error(gains, COSTS, 1.0) == {}
-    assert error_left(gains, {"wide": 1}) == pytest.approx(6.5 / 14.5)

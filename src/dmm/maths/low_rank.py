@@ -124,37 +124,6 @@ def deal_ranks(gains: Sequence[Mapping[str, Tensor]], costs: Mapping[str, int], 
     return ranks
 
 
-def ranks_for_error(gains: Mapping[str, Tensor], costs: Mapping[str, int], error: float) -> dict[str, int]:
-    """The fewest parameters of one style that leave no more than a share of what it has to gain.
-
-    Args:
-        gains, costs: see :func:`deal_ranks`.
-        error: the share that may be left, in [0, 1].
-    Returns: the rank of each layer; layers without one are left out.
-    """
-    index = [(layer, i) for layer, of_layer in gains.items() for i in range(len(of_layer))]
-    if not index:
-        return {}
-    every = torch.cat(list(gains.values()))
-    worth = every / torch.tensor([costs[layer] for layer, _ in index])
-    order = torch.sort(worth, descending=True, stable=True).indices
-    left = 1 - every[order].cumsum(0) / every.sum().clamp(min=torch.finfo(every.dtype).tiny)
-    count = int((left > error).sum()) + 1
-    ranks: dict[str, int] = {}
-    for place in order[: count if error < 1 else 0].tolist():
-        if every[place] > 0:
-            layer, _ = index[place]
-            ranks[layer] = ranks.get(layer, 0) + 1
-    return ranks
-
-
-def error_left(gains: Mapping[str, Tensor], ranks: Mapping[str, int]) -> float:
-    """The share of what a style has to gain that ranks leave: about its score error relative to the start's."""
-    total = sum(float(of_layer.sum()) for of_layer in gains.values())
-    kept = sum(float(of_layer[: ranks.get(layer, 0)].sum()) for layer, of_layer in gains.items())
-    return max(0.0, 1 - kept / total) if total else 0.0
-
-
 def _root(covariance: Tensor, damping: float) -> Tensor:
     """L with L L^T the damped covariance, (n, n); the identity where nothing came by."""
     size = covariance.diagonal().mean()

@@ -83,6 +83,10 @@ class StyledStudent(nn.Module):
         self.style_prompts = style_prompts
         self._tap = BlockTap(unet)
 
+    def parameter_groups(self, rate: float, style_rate: float) -> list[tuple[nn.Module, float]]:
+        """What is trained, and how fast."""
+        return [(self.unet, rate), (self.style_prompts, style_rate)]
+
     def forward(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], style_weights: Tensor
     ) -> StudentOutput:
@@ -124,6 +128,17 @@ class TrainedAdapter(nn.Module):
             parts[kind][of.replace("/", ".")] = parameter
         return Adapter({name: Factors(up, parts["down"][name]) for name, up in parts["up"].items()}, parts["offset"])
 
+    @torch.no_grad()
+    def frozen(self) -> Adapter:
+        """What it holds now, on the CPU, apart from what is trained further."""
+        adapter = self.adapter()
+        factors = {name: Factors(_apart(one.up), _apart(one.down)) for name, one in adapter.factors.items()}
+        return Adapter(factors, {name: _apart(offset) for name, offset in adapter.offsets.items()})
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
 
 def _escaped(name: str) -> str:
     return name.replace(".", "/")  # torch keeps the dot for submodules
@@ -147,7 +162,12 @@ class AdaptedStudent(nn.Module):
         else:
             # __setattr__ would register it as a submodule: saved with every checkpoint, and sent to every process
             self.__dict__["unet"] = unet.eval().requires_grad_(False)
+        self._train_shared = train_shared
         self._tap = BlockTap(unet)
+
+    def parameter_groups(self, rate: float, style_rate: float) -> list[tuple[nn.Module, float]]:
+        """What is trained, and how fast."""
+        return [*([(self.unet, rate)] if self._train_shared else []), (self.adapters, style_rate)]
 
     def forward(
         self, x_t: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], style_weights: Tensor
@@ -160,13 +180,9 @@ class AdaptedStudent(nn.Module):
             prediction = self.unet(x_t, timesteps, **conditioning, return_dict=False)[0]
         return StudentOutput(prediction, dict(features))
 
-    @torch.no_grad()
     def adapter(self, name: str) -> Adapter:
         """What a style's adapter is now, apart from what is trained further."""
-        trained: Any = self.adapters[self.names.index(name)]
-        adapter: Adapter = trained.adapter()
-        factors = {of: Factors(one.up.clone(), one.down.clone()) for of, one in adapter.factors.items()}
-        return Adapter(factors, {of: offset.clone() for of, offset in adapter.offsets.items()})
+        return self._trained()[self.names.index(name)].frozen()
 
     def _trained(self) -> list[TrainedAdapter]:
         return [one for one in self.adapters if isinstance(one, TrainedAdapter)]

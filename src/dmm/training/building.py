@@ -30,6 +30,21 @@ def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> St
         average: whether this process averages the teachers, where that is the start; the others' weights are made
             equal to its when training begins.
     """
+    unet = shared_weights(recipe, plan, base, average=average)
+    prompts = plan.style_prompts
+    if prompts is None and plan.earlier is not None:
+        prompts = grow(plan.earlier, [teacher.name for teacher in recipe.teachers])
+    elif prompts is None:
+        prompts = StylePrompts(list(plan.styles), plan.family.width(unet))
+    return StyledStudent(unet, prompts, plan.family)
+
+
+def shared_weights(recipe: Recipe, plan: Plan, base: Any, *, average: bool = True) -> Any:
+    """The model that a student begins with, float32, on the CPU.
+
+    Args:
+        average: see :func:`build_student`.
+    """
     unet = denoiser_of(base).to("cpu")  # the watch has asked it where the run computes
     if plan.start is not None:
         unet = denoiser_of(open_pipeline(plan.start, name="start"))
@@ -39,13 +54,7 @@ def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> St
             for name, tensor in denoiser_of(open_pipeline(source)).state_dict().items():
                 mean[name] += tensor
         unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
-    unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
-    prompts = plan.style_prompts
-    if prompts is None and plan.earlier is not None:
-        prompts = grow(plan.earlier, [teacher.name for teacher in recipe.teachers])
-    elif prompts is None:
-        prompts = StylePrompts(list(plan.styles), plan.family.width(unet))
-    return StyledStudent(unet, prompts, plan.family)
+    return unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
 
 
 def roles_of(recipe: Recipe, styles: list[str]) -> list[Role]:
@@ -60,13 +69,15 @@ def roles_of(recipe: Recipe, styles: list[str]) -> list[Role]:
     return roles + kept
 
 
-def build_adversary(recipe: Recipe, plan: Plan, base: Any, device: torch.device) -> Adversary | None:
+def build_adversary(
+    recipe: Recipe, plan: Plan, base: Any, device: torch.device, *, num_styles: int
+) -> Adversary | None:
     """The discriminator on the base's UNet, before that becomes the student; on the device before the teachers are."""
     weight = recipe.losses.adversarial
     if weight == 0:
         return None
     dtype = DTYPES[recipe.training.precision]
-    discriminator = Discriminator(denoiser_of(base), len(plan.styles), dtype=dtype, seed=recipe.seed)
+    discriminator = Discriminator(denoiser_of(base), num_styles, dtype=dtype, seed=recipe.seed)
     if recipe.training.gradient_checkpointing:
         discriminator.backbone.enable_gradient_checkpointing()
     return Adversary(discriminator.to(device), weight, plan.prediction_type)
@@ -79,14 +90,19 @@ def open_teachers(recipe: Recipe, plan: Plan, groups: list[Group], device: torch
         if index == len(recipe.teachers):
             teachers[index] = _open_earlier_student(plan, DTYPES[recipe.training.precision])
             continue
-        name = f"teacher '{recipe.teachers[index].name}'"
-        pipeline = open_pipeline(plan.teachers[index], torch_dtype=DTYPES[recipe.training.precision], name=name)
-        unet = freeze(denoiser_of(pipeline)).to(memory_format=torch.channels_last)
-        if recipe.training.compile:
-            unet.compile()
-        teachers[index] = Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
+        teachers[index] = open_teacher(recipe, plan, index)
     taken = student_bytes(plan.sizes, averaged=recipe.training.ema_decay is not None)
     return place_teachers(teachers, device, num_student_bytes=taken)
+
+
+def open_teacher(recipe: Recipe, plan: Plan, index: int) -> Teacher:
+    """One of the recipe's teachers: frozen, in its precision, on the CPU."""
+    name = f"teacher '{recipe.teachers[index].name}'"
+    pipeline = open_pipeline(plan.teachers[index], torch_dtype=DTYPES[recipe.training.precision], name=name)
+    unet = freeze(denoiser_of(pipeline)).to(memory_format=torch.channels_last)
+    if recipe.training.compile:
+        unet.compile()
+    return Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
 
 
 def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:

@@ -36,7 +36,20 @@ from dmm.errors import UserError
 from dmm.families import FAMILIES, denoiser_of, set_denoiser
 from dmm.files.outputs import check_folder
 from dmm.files.prompts import read_prompts
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, INDEX, LOG, RECIPE, SAMPLES, check_new, checkpoints, step_of
+from dmm.files.runs import (
+    CALIBRATION,
+    CHECKPOINTS,
+    FIRST_STAGE,
+    INDEX,
+    LOG,
+    RECIPE,
+    SAMPLES,
+    STYLE_RUNS,
+    UNTRAINED,
+    check_new,
+    checkpoints,
+    step_of,
+)
 from dmm.formats.schedules import noise_schedule
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
@@ -45,6 +58,8 @@ from dmm.models.teachers import open_pipeline
 from dmm.pipeline.styled import save_pipeline
 from dmm.recipes.parts import MAX_SEED, exists
 from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
+from dmm.training.adapting import Run as AdapterRun
+from dmm.training.adapting import adapt
 from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
 from dmm.training.checkpoint import newest_checkpoint
@@ -60,12 +75,12 @@ from dmm.training.watch import Watch, watched_groups
 _TRACKERS = "trackers"
 _RESULT = "result"
 _WRITTEN = (
-    *(INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER),
+    *(INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER, CALIBRATION, UNTRAINED, STYLE_RUNS),
     *dict.fromkeys(component.name for family in FAMILIES.values() for component in family.components),
     *("scheduler", "tokenizer"),
 )
 # of a recipe, what a run may not change once it has begun
-_BINDING = ("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "seed")
+_BINDING = ("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "styles", "seed")
 _NUM_SAMPLE_PROMPTS = 4
 _WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
 
@@ -173,11 +188,22 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     data, captions = on_all(lambda: prepare_data_of(recipe, plan, base, terms, accelerator))
     prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
     by_teachers = on_all(lambda: _paint_teachers(recipe, plan, terms, base, prompts, accelerator))
-    new_batches = _batches_of(recipe, data, styles, roles, base, accelerator)
+    show_step = partial(_show, recipe, plan, prompts, by_teachers, folder, accelerator.device)
+    batches_of = partial(_batches_of, recipe, data, base, accelerator)
+    if recipe.styles.has_adapters:
+        _begin_all(recipe, folder, accelerator, resume=resume)
+        watch_of = partial(_build_watch, recipe, plan, accelerator)
+        shown = show_step if recipe.sample_interval else None
+        save = partial(_save, base, plan, folder)
+        adapt(AdapterRun(recipe, plan, folder, accelerator, base, batches_of, watch_of, shown, save))
+        _finish_trackers(accelerator)
+        return
+    new_batches = batches_of(styles, roles)
     # asks the base, which then becomes the student
-    watch = _build_watch(recipe, plan, roles, base, new_batches, accelerator)
+    num_styles = [len(role.styles) for role in roles]
+    watch = _build_watch(recipe, plan, accelerator, denoiser_of(base), new_batches, num_styles, styles)
     set_seed(recipe.seed)
-    adversary = build_adversary(recipe, plan, base, accelerator.device)
+    adversary = build_adversary(recipe, plan, base, accelerator.device, num_styles=len(styles))
     student = build_student(recipe, plan, base, average=accelerator.is_main_process)
     groups = share_batch(training.batch_size, [role.share for role in roles], *_places(accelerator))
     teachers = open_teachers(recipe, plan, groups, accelerator.device)
@@ -191,7 +217,6 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     )
 
     set_denoiser(base, student.unet)  # the merged pipeline
-    show_step = partial(show, base, recipe, plan.size, styles, prompts, by_teachers, folder, accelerator.device)
     trainer = Trainer(
         accelerator,
         student,
@@ -202,18 +227,42 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         styles,
         adversary,
         watch,
-        show_step if recipe.sample_interval else None,
+        partial(show_step, base, styles) if recipe.sample_interval else None,
     )
     if resume:
         on_all(trainer.resume)  # every check comes before the first write
+    _begin_all(recipe, folder, accelerator, resume=resume)
+    trainer.train()
+    with trainer.averaged():
+        on_main(lambda: _save(base, plan, folder, None))
+    _finish_trackers(accelerator)
+
+
+def _begin_all(recipe: Recipe, folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
     on_main(lambda: _begin(recipe, folder, resume=resume))
     if recipe.logging.trackers:
         accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
-    trainer.train()
-    with trainer.averaged():
-        on_main(lambda: _save_result(base, plan, folder))
+
+
+def _finish_trackers(accelerator: Accelerator) -> None:
     for tracker in accelerator.trackers:  # end_training would part the processes, and another stage may come
         tracker.finish()
+
+
+def _show(
+    recipe: Recipe,
+    plan: Plan,
+    prompts: Sequence[str],
+    by_teachers: Rows,
+    folder: Path,
+    device: torch.device,
+    pipeline: Any,
+    styles: list[str],
+    step: int,
+) -> None:
+    """Samples in some of the styles, beside what their teachers painted."""
+    beside = [[row[plan.styles.index(style)] for style in styles] for row in by_teachers]
+    show(pipeline, recipe, plan.size, styles, prompts, beside, folder, device, step)
 
 
 def _paint_teachers(
@@ -233,10 +282,10 @@ def _places(accelerator: Accelerator) -> tuple[int, int]:
 def _batches_of(
     recipe: Recipe,
     data: TrainingData,
-    styles: Sequence[str],
-    roles: Sequence[Role],
     base: Any,
     accelerator: Accelerator,
+    styles: Sequence[str],
+    roles: Sequence[Role],
 ) -> Callable[..., Batches]:
     """What makes batches of the training data; it lacks whose, and their randomness."""
     painted = recipe.data.synthesize
@@ -256,17 +305,23 @@ def _batches_of(
 def _build_watch(
     recipe: Recipe,
     plan: Plan,
-    roles: Sequence[Role],
-    base: Any,
-    new_batches: Callable[..., Batches],
     accelerator: Accelerator,
+    beside: torch.nn.Module,
+    new_batches: Callable[..., Batches],
+    num_styles: Sequence[int],
+    styles: Sequence[str],
 ) -> Watch | None:
-    """What measures the score error while the student trains, where the recipe wants it."""
+    """What measures the score error while the student trains, where the recipe wants it.
+
+    Args:
+        beside: the model that the student is measured beside, which is asked now.
+        num_styles: of each teacher.
+    """
     if not recipe.logging.score_error_every:
         return None
-    groups = watched_groups([len(role.styles) for role in roles], *_places(accelerator))
+    groups = watched_groups(num_styles, *_places(accelerator))
     fixed = new_batches(groups=groups, caption_dropout=0.0, seed=(recipe.seed + 1) * _WATCHED % 2**32)
-    return Watch(fixed, denoiser_of(base).to(accelerator.device), plan.prediction_type, list(plan.styles))
+    return Watch(fixed, beside.to(accelerator.device), plan.prediction_type, list(styles))
 
 
 def _check(
@@ -351,14 +406,20 @@ def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     save_recipe(recipe, folder / RECIPE)
 
 
-def _save_result(pipeline: Any, plan: Plan, folder: Path) -> None:
+def _save(pipeline: Any, plan: Plan, folder: Path, stage: str | None) -> None:
+    """Write the result, or into a folder of the run's what there is at a stage before, where that has not been done."""
     denoiser_of(pipeline).to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    if stage is not None:
+        if not (folder / stage).is_dir():
+            save_pipeline(pipeline, folder / stage, provenance=plan.provenance)
+        return
     save_pipeline(pipeline, folder / _RESULT, provenance=plan.provenance)
     made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == INDEX)
     _remove(folder, (path.name for path in made))
     for path in made:
         path.rename(folder / path.name)
     (folder / _RESULT).rmdir()
+    _remove(folder, (UNTRAINED, CALIBRATION))  # which the result stands in for
 
 
 def _remove(folder: Path, names: Any) -> None:

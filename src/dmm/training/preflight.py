@@ -96,6 +96,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         provenance = (*_earlier_provenance(earlier, base_source, base), *provenance)
     styles = tuple(one.name for one in provenance)
     style_prompts = _read_start(recipe, start, styles)
+    _check_adapters(recipe, base, teachers, earlier)
     return Plan(
         base.family,
         base_source,
@@ -140,6 +141,27 @@ def _own_size(base: CheckedModel) -> int:
     return side * 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1)
 
 
+def _check_adapters(
+    recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedModel], earlier: StylePrompts | None
+) -> None:
+    """Refuse what adapters cannot begin from, or what would change weights that adapters stand on."""
+    if earlier is not None and earlier.adapters and recipe.styles.trained == "all":
+        assert recipe.earlier is not None
+        raise UserError(
+            f"styles: {recipe.earlier.model} has adapters, which stand on its shared weights; to train these would "
+            "change every style. Leave out `rank: 0` and `train: all`."
+        )
+    if not recipe.styles.has_adapters:
+        return
+    for teacher, checked in zip(recipe.teachers, teachers, strict=True):
+        if checked.prediction_type != base.prediction_type:
+            raise UserError(
+                f"teacher '{teacher.name}' predicts {checked.prediction_type}, the base {base.prediction_type}: an "
+                "adapter begins as the difference of their weights, which says nothing then. Set styles.rank to 0, or "
+                "choose a base that predicts what the teacher does."
+            )
+
+
 def _check_noise_weighting(weighting: float, base: CheckedModel) -> None:
     # velocities weigh as a weighting of 1 would have them, and a schedule of theirs may end where there is no signal
     if weighting and base.prediction_type != "epsilon":
@@ -151,7 +173,7 @@ def _check_noise_weighting(weighting: float, base: CheckedModel) -> None:
 
 def shares_of(recipe: Recipe) -> list[float]:
     """Each teacher's share of a batch; the last is the earlier student's, where there is one to be kept."""
-    kept = recipe.earlier.regularization if recipe.earlier else 0.0
+    kept = recipe.regularization
     whole = sum(teacher.weight for teacher in recipe.teachers)
     shares = [(1 - kept) * teacher.weight / whole for teacher in recipe.teachers]
     return [*shares, kept] if kept else shares
@@ -179,7 +201,7 @@ def paints_itself(recipe: Recipe) -> bool:
 
 def paints_earlier(recipe: Recipe) -> bool:
     """Whether the earlier student, in each of its styles, paints data beside the teachers."""
-    return recipe.data.synthesize is not None and recipe.earlier is not None and recipe.earlier.regularization > 0
+    return recipe.data.synthesize is not None and recipe.regularization > 0
 
 
 def open_source(recipe: Recipe, plan: Plan) -> CaptionedImages | Synthesis:
@@ -227,9 +249,11 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 def _check_batch(recipe: Recipe, num_processes: int) -> None:
     try:
         for process in range(num_processes):
-            share_batch(recipe.training.batch_size, shares_of(recipe), num_processes, process)
+            # of one style, where these are trained by themselves
+            shares = shares_of(recipe) if recipe.styles.trained == "all" else [1.0]
+            share_batch(recipe.training.batch_size, shares, num_processes, process)
     except ValueError as error:
-        is_kept = recipe.earlier and recipe.earlier.regularization
+        is_kept = recipe.regularization
         last = f" (teacher {len(recipe.teachers)} is the earlier merge, of earlier.regularization)" if is_kept else ""
         raise UserError(f"training.batch_size: {error}. Raise it, or that teacher's weight{last}.") from error
 

@@ -13,6 +13,7 @@ from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
 from dmm.data.training import student_in
 from dmm.families import denoiser_of, family_of
+from dmm.models.adapters import NOTHING, Adapter, KeptWeights
 from dmm.models.styles import StylePrompts, bake
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.recipes.recipe import Recipe
@@ -72,7 +73,11 @@ def painters_of(recipe: Recipe, plan: Plan, terms: Terms, device: torch.device) 
     if plan.earlier is not None:
         # what the earlier student paints in each of its styles stands in for its teachers
         open_earlier = partial(_open_styled, plan.base, "the earlier merge", dtype, device)
-        earlier = {name: partial(open_earlier, term) for name, term in zip(plan.earlier.names, terms[0], strict=True)}
+        adapters = plan.earlier.adapters
+        earlier = {
+            name: partial(open_earlier, adapters.get(name, NOTHING), term)
+            for name, term in zip(plan.earlier.names, terms[0], strict=True)
+        }
     return earlier | {
         teacher.name: partial(open_teacher, teacher.name, model)
         for teacher, model in zip(recipe.teachers, plan.teachers, strict=True)
@@ -97,9 +102,12 @@ def _openers(
         openers = {teacher.name: openers[teacher.name] for teacher in recipe.teachers}
     if paints_itself(recipe):
         assert plan.start is not None
+        assert plan.style_prompts is not None
         open_start = partial(_open_styled, plan.start, "start", DTYPES[recipe.training.precision], device)
+        adapters = plan.style_prompts.adapters
         openers |= {
-            student_in(name): partial(open_start, term) for name, term in zip(plan.styles, terms[1], strict=True)
+            student_in(name): partial(open_start, adapters.get(name, NOTHING), term)
+            for name, term in zip(plan.styles, terms[1], strict=True)
         }
     return openers
 
@@ -111,9 +119,13 @@ def _open_reader(name: str, model: ModelSource, device: torch.device) -> Any:
     return pipeline
 
 
-def _open_styled(model: ModelSource, name: str, dtype: torch.dtype, device: torch.device, term: Tensor) -> Any:
+def _open_styled(
+    model: ModelSource, name: str, dtype: torch.dtype, device: torch.device, adapter: Adapter, term: Tensor
+) -> Any:
     pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
-    bake(denoiser_of(pipeline), term, family_of(pipeline).port)
+    KeptWeights().fuse(denoiser_of(pipeline), adapter)
+    if len(term):
+        bake(denoiser_of(pipeline), term, family_of(pipeline).port)
     return pipeline.to(device)
 
 

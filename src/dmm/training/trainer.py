@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dmm.errors import UserError
 from dmm.files.runs import CHECKPOINTS, LOG
-from dmm.models.student import StyledStudent
+from dmm.models.student import AdaptedStudent, StyledStudent
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches
 from dmm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, sweep
@@ -42,7 +42,7 @@ class Trainer:
 
     Args:
         accelerator: of the recipe's precision, its trackers set up.
-        student: float32; put on the accelerator's device, and made equal to the main process's.
+        student: what it trains is float32; put on the accelerator's device, and made equal to the main process's.
         teachers: frozen, by index.
         batches: this process's.
         recipe: the training, its losses, its checkpoints and its log.
@@ -52,12 +52,14 @@ class Trainer:
         watch: measures the student at the recipe's intervals.
         show: called on the main process at the recipe's intervals with the step, while the student holds its
             averaged weights.
+        title: of the bar, before the step.
+        before: steps that other styles have been trained by, for trackers.
     """
 
     def __init__(
         self,
         accelerator: Accelerator,
-        student: StyledStudent,
+        student: StyledStudent | AdaptedStudent,
         teachers: Teachers,
         batches: Batches,
         recipe: Recipe,
@@ -66,17 +68,21 @@ class Trainer:
         adversary: Adversary | None = None,
         watch: Watch | None = None,
         show: Callable[[int], None] | None = None,
+        *,
+        title: str = "",
+        before: int = 0,
     ) -> None:
         self.accelerator, self.student, self.teachers, self.batches = accelerator, student, teachers, batches
         self.recipe, self.folder, self.adversary, self.show = recipe, folder, adversary, show
         self.watch = watch
+        self._title, self._before = title, before
         training = recipe.training
         if training.gradient_checkpointing:
             student.unet.enable_gradient_checkpointing()
         if training.compile:
             student.unet.compile()
         style_rate = training.style_learning_rate or training.learning_rate
-        groups = [(student.unet, training.learning_rate), (student.style_prompts, style_rate)]
+        groups = student.parameter_groups(training.learning_rate, style_rate)
         self.learners = {STUDENT: Learner(accelerator, student, groups, training)}
         self.parameters = self.learners[STUDENT].parameters
         if adversary is not None:
@@ -131,7 +137,7 @@ class Trainer:
                 initial=first * training.batch_size,
                 unit=" samples",
                 unit_scale=True,
-                desc=f"step {first}/{training.steps}",
+                desc=f"{self._title}step {first}/{training.steps}",
                 disable=not self.accelerator.is_main_process,
             ) as bar,
         ):
@@ -140,7 +146,7 @@ class Trainer:
                     self.student.train()
                     self._step(step)
                     done = step + 1
-                    bar.set_description(f"step {done}/{training.steps}", refresh=False)
+                    bar.set_description(f"{self._title}step {done}/{training.steps}", refresh=False)
                     bar.update(training.batch_size)
                     is_last = done == training.steps
                     measured = self._measure() if is_last or done % self.watch_every == 0 else {}
@@ -209,7 +215,7 @@ class Trainer:
         bar.set_postfix({name: f"{scalars[name]:.4f}" for name in ("score", "score_error") if name in scalars})
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": done, "time": round(time.time(), 3), **scalars}) + "\n")
-        self.accelerator.log(scalars, step=done)
+        self.accelerator.log(scalars, step=self._before + done)
 
     def _save(self, done: int) -> None:
         if self.accelerator.is_main_process:

@@ -1,0 +1,409 @@
+"""A merge whose styles are adapters: each teacher calibrated, ranks dealt, then one style trained after another.
+
+Beside what every run has, its folder gets::
+
+    merged/calibration/NAME.safetensors    what is known of each style before training
+           untrained/                      a merge already: the calibrated adapters, without any training
+           training/NAME/                  a style's own run: its log and its checkpoints
+
+The shared weights are frozen, so that no style touches another: only one teacher is in memory at a time, and a run
+that was stopped goes on with the style that it was at.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dmm.errors import UserError
+from dmm.families import denoiser_of, set_denoiser
+from dmm.files.runs import CALIBRATION, CHECKPOINTS, STYLE_RUNS, UNTRAINED, step_of
+from dmm.formats.lora import read_lora
+from dmm.maths.sharing import Group, share_batch
+from dmm.models.adapter_files import file_stems
+from dmm.models.adapters import NOTHING, Adapter, Factors, KeptWeights
+from dmm.models.adapting import twin_of
+from dmm.models.student import AdaptedStudent, TrainedAdapter, grow
+from dmm.models.styles import StylePrompts, style_weights
+from dmm.models.teachers import freeze, open_pipeline
+from dmm.models.unfused import set_changes
+from dmm.pipeline.styled import add_styles
+from dmm.recipes.recipe import Recipe
+from dmm.training.batches import Batches, Role
+from dmm.training.building import DTYPES, build_adversary, open_teacher, open_teachers, roles_of, shared_weights
+from dmm.training.calibrating import (
+    Calibrated,
+    Sample,
+    budget_of_rank,
+    calibrate,
+    costs_of,
+    deal_by_budget,
+    deal_by_error,
+    read_calibrated,
+    shapes_of,
+    write_calibrated,
+)
+from dmm.training.checkpoint import load_checkpoint, newest_checkpoint
+from dmm.training.preflight import Plan
+from dmm.training.preparing import free_memory
+from dmm.training.processes import on_all, on_main
+from dmm.training.trainer import STUDENT, Trainer
+from dmm.training.watch import Watch
+
+NUM_BYTES = 2
+"""Of a parameter of an adapter on disk."""
+
+_CALIBRATED = 0x85EBCA6B  # a factor that takes seeds far away from those that people choose, and from the watch's
+# of a layer's components, how many times the rank asked for are kept to be dealt from, and how many at least
+_KEPT, _LEAST_KEPT = 8, 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a merge with adapters has at hand once its data are there.
+
+    Attributes:
+        base: the pipeline that becomes the merged one.
+        new_batches: of the styles and roles that it is given; what is made lacks whose batches, and their randomness.
+        new_watch: of a model, and of likewise new batches, by how many styles each teacher has; None where none is
+            wanted.
+        show: paints samples with a pipeline, in some styles, by step; None where none are wanted.
+        save: the pipeline, as the result, or into a folder of the run's.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    folder: Path
+    accelerator: Accelerator
+    base: Any
+    new_batches: Callable[[Sequence[str], Sequence[Role]], Callable[..., Batches]]
+    new_watch: Callable[[nn.Module, Callable[..., Batches], Sequence[int], Sequence[str]], Watch | None]
+    show: Callable[[Any, list[str], int], None] | None
+    save: Callable[[str | None], None]
+
+    @property
+    def new_styles(self) -> list[str]:
+        """Those of the recipe's teachers."""
+        return [teacher.name for teacher in self.recipe.teachers]
+
+
+def adapt(run: Run) -> None:
+    """Calibrate, deal and save; then train, unless the recipe wants no training, and save again.
+
+    Raises: UserError; Stopped: see :meth:`dmm.training.trainer.Trainer.train`.
+    """
+    unet = shared_weights(run.recipe, run.plan, run.base)
+    set_seed(run.recipe.seed)  # a new style's prompt, where there are prompts, is drawn
+    prompts = _prompts_of(run.plan, run.new_styles)
+    starting, exact = _starting_adapters(run, unet, prompts)
+    prompts.adapters = {**prompts.adapters, **{name: _stored(one, name in exact) for name, one in starting.items()}}
+    # what is trained may be in half precision: the result has the base's own bits
+    trained = copy.deepcopy(unet) if run.recipe.styles.trained == "adapters" else None
+    set_denoiser(run.base, unet)
+    add_styles(run.base, prompts)
+    if run.recipe.styles.trained != "none":
+        on_main(lambda: run.save(UNTRAINED))
+    if run.recipe.styles.trained == "all":
+        _train_all(run, unet, prompts, starting)
+    elif trained is not None:
+        trained.to(run.accelerator.device, DTYPES[run.recipe.training.precision])
+        before = 0
+        for name in [one for one in starting if one not in exact]:
+            recipe = _of_style(run.recipe, name)
+            adapter = _train(run, recipe, trained, prompts, name, starting[name], before)
+            prompts.adapters = {**prompts.adapters, name: _stored(adapter)}
+            before += recipe.training.steps
+    on_main(lambda: run.save(None))
+
+
+def _prompts_of(plan: Plan, new_styles: Sequence[str]) -> StylePrompts:
+    """What the styles are so far."""
+    if plan.style_prompts is not None:
+        return plan.style_prompts
+    if plan.earlier is not None:
+        return grow(plan.earlier, new_styles)
+    return StylePrompts(list(plan.styles), 0)
+
+
+def _starting_adapters(run: Run, unet: nn.Module, prompts: StylePrompts) -> tuple[dict[str, Adapter], set[str]]:
+    """The new styles' adapters before any training, float32, and which of these are their teachers' own."""
+    if all(name in prompts.adapters for name in run.new_styles):  # an earlier stage has trained them
+        return {name: prompts.adapters[name] for name in run.new_styles}, set()
+    paths = _calibration_files(run)
+    on_all(lambda: _calibrate_share(run, unet, prompts, paths))
+    found = {name: read_calibrated(path) for name, path in paths.items()}
+    costs, shapes, styles = costs_of(unet), shapes_of(unet), run.recipe.styles
+    if styles.error is not None:
+        dealt = [deal_by_error(one, costs, styles.error) for one in found.values()]
+    else:
+        dealt = deal_by_budget(list(found.values()), costs, _budget(run.recipe, unet, found))
+    starting, exact = {}, set()
+    for (name, one), ranks in zip(found.items(), dealt, strict=True):
+        starting[name] = one.own_adapter() if ranks is None else one.adapter(ranks, shapes)
+        if ranks is None:
+            exact.add(name)
+    if run.accelerator.is_main_process:
+        for name, one in found.items():
+            tqdm.write(_told(name, one, starting[name], name in exact), file=sys.stderr)
+    return starting, exact
+
+
+def _budget(recipe: Recipe, unet: nn.Module, found: Mapping[str, Calibrated]) -> int:
+    """Parameters of a style's factors, on average."""
+    styles = recipe.styles
+    if styles.num_bytes is None:
+        assert styles.rank is not None
+        return budget_of_rank(unet, styles.rank)
+    offsets = sum(offset.numel() for one in found.values() for offset in one.offsets.values()) // len(found)
+    budget = styles.num_bytes // NUM_BYTES - offsets
+    if budget <= 0:
+        raise UserError(
+            f"styles.size is {styles.size}, of which the differences of biases and norms alone take "
+            f"{NUM_BYTES * offsets / 1e6:.3g} MB; choose more."
+        )
+    return budget
+
+
+def _told(name: str, one: Calibrated, adapter: Adapter, is_own: bool) -> str:
+    """What a style comes to before training."""
+    size = f"{NUM_BYTES * adapter.num_parameters / 1e6:.3g} MB"
+    if is_own:
+        return f"{name}: {size}, its teacher's own LoRA"
+    points = ", ".join(f"{NUM_BYTES * count / 1e6:.3g} MB {error:.2g}" for count, error in one.curve)
+    return f"{name}: {size}; score error before training by size: {points}"
+
+
+def _calibration_files(run: Run) -> dict[str, Path]:
+    stems = file_stems(run.new_styles)
+    return {
+        name: run.folder / CALIBRATION / f"{stem}.safetensors" for name, stem in zip(run.new_styles, stems, strict=True)
+    }
+
+
+def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Mapping[str, Path]) -> None:
+    """Calibrate this process's share of the styles, as far as that has not been done."""
+    accelerator, recipe = run.accelerator, run.recipe
+    unet.to(accelerator.device)
+    for index in range(accelerator.process_index, len(recipe.teachers), accelerator.num_processes):
+        name = recipe.teachers[index].name
+        if paths[name].is_file():
+            continue
+        roles = [Role([0], name, 1.0)]
+        groups = [Group(0, range(recipe.styles.samples), 1 / recipe.styles.samples)]
+        batches = run.new_batches([name], roles)(
+            groups=groups,
+            caption_dropout=recipe.training.caption_dropout,
+            seed=(recipe.seed + 1) * _CALIBRATED % 2**32,
+        )
+
+        def samples(batches: Batches = batches) -> Iterator[Sample]:
+            for batch in batches.of_step(0):
+                yield Sample(batch.x_t, batch.timesteps, batch.parts[0].conditioning, batch.conditioning)
+
+        pipeline = open_pipeline(run.plan.teachers[index], name=f"teacher '{name}'")
+        teacher = freeze(denoiser_of(pipeline)).to(accelerator.device, memory_format=torch.channels_last)
+        with _prompted(run, unet, prompts, name), accelerator.autocast():
+            found = calibrate(
+                teacher,
+                unet,
+                samples,
+                seed=recipe.seed,
+                max_rank=max(_LEAST_KEPT, _KEPT * (recipe.styles.rank or _LEAST_KEPT)),
+                own=_own_factors(run, index),
+            )
+        write_calibrated(found, paths[name])
+        del pipeline, teacher  # before the next one is opened
+        free_memory(accelerator.device)
+    unet.to("cpu")
+
+
+def _own_factors(run: Run, index: int) -> dict[str, Factors]:
+    """The factors of a teacher that is a LoRA on the very weights that are shared; none of any other."""
+    recipe, teacher = run.recipe, run.recipe.teachers[index]
+    if recipe.start != "base" or recipe.earlier is not None or teacher.model not in (None, recipe.base):
+        return {}
+    source = run.plan.teachers[index]
+    denoiser = run.plan.family.denoiser.name
+    models = {one.name: getattr(run.base, one.name) for one in run.plan.family.components}
+    layers = [
+        (layer, scale * layer.scaling)
+        for path, scale in source.loras
+        for layer in read_lora(path, models, allow_pickle=source.allow_pickle)
+    ]
+    if any(layer.component != denoiser for layer, _ in layers):  # whose text encoder reads otherwise is to be learnt
+        return {}
+    factors: dict[str, Factors] = {}
+    for layer, scale in layers:
+        name = f"{layer.module}.weight"
+        shape = models[denoiser].get_parameter(name).shape
+        one = Factors(layer.up.flatten(1) * scale, layer.down.reshape(-1, *shape[1:]))
+        both = [factors[name], one] if name in factors else [one]
+        factors[name] = Factors(torch.cat([part.up for part in both], dim=1), torch.cat([part.down for part in both]))
+    return factors
+
+
+@contextmanager
+def _prompted(run: Run, unet: nn.Module, prompts: StylePrompts, name: str) -> Iterator[None]:
+    """Within the block, a model has a style's prompt, where styles have prompts, baked in: on it stands the adapter."""
+    if not prompts.config.dim:
+        yield
+        return
+    with torch.no_grad():
+        term = prompts(style_weights(prompts.names, name))
+    kept = KeptWeights()
+    kept.fuse(unet, Adapter({}, {f"{run.plan.family.port}.bias": term}))
+    try:
+        yield
+    finally:
+        kept.fuse(unet, NOTHING)
+
+
+def _stored(adapter: Adapter, is_own: bool = False) -> Adapter:
+    """As it is written: in half precision, unless that would change a bit of what is the teacher's own."""
+    half = adapter.to(torch.float16)
+    if is_own and not all(torch.equal(a, b.float()) for a, b in zip(_tensors(adapter), _tensors(half), strict=True)):
+        return adapter
+    return half
+
+
+def _tensors(adapter: Adapter) -> list[Tensor]:
+    return [part for one in adapter.factors.values() for part in (one.up, one.down)] + [*adapter.offsets.values()]
+
+
+def _of_style(recipe: Recipe, name: str) -> Recipe:
+    """The recipe of one style's own run: a teacher of more weight gets as many more steps."""
+    (weight,) = (teacher.weight for teacher in recipe.teachers if teacher.name == name)
+    steps = max(1, round(recipe.training.steps * weight))
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
+
+
+def _train(
+    run: Run, recipe: Recipe, unet: nn.Module, prompts: StylePrompts, name: str, start: Adapter, before: int
+) -> Adapter:
+    """Train one style's adapter to the end of its own run.
+
+    Args:
+        recipe: of this run.
+        unet: with the shared weights, where and as it computes.
+        before: steps that other styles have taken.
+    """
+    accelerator, training = run.accelerator, recipe.training
+    (stem,) = (stem for one, stem in zip(run.new_styles, file_stems(run.new_styles), strict=True) if one == name)
+    folder = run.folder / STYLE_RUNS / stem
+    done = _finished(folder / CHECKPOINTS, training.steps, start)
+    if done is not None:
+        return done
+    with _prompted(run, unet, prompts, name):
+        roles = [Role([0], name, 1.0)]
+        new_batches = run.new_batches([name], roles)
+        set_changes(unet, {})
+        with accelerator.autocast():
+            watch = run.new_watch(unet, new_batches, [1], [name])
+        set_seed(recipe.seed)
+        adversary = build_adversary(recipe, run.plan, run.base, accelerator.device, num_styles=1)
+        student = AdaptedStudent(unet, {name: start})
+        teacher = open_teacher(recipe, run.plan, run.new_styles.index(name))
+        teacher.unet.to(accelerator.device)
+        if watch is not None:
+            watch.ask({0: teacher})
+        batches = new_batches(
+            groups=share_batch(training.batch_size, [1.0], accelerator.num_processes, accelerator.process_index),
+            caption_dropout=training.caption_dropout,
+            seed=recipe.seed,
+            adversarial=adversary is not None,
+        )
+        show = None if run.show is None else partial(_show, run, student, before)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(
+            accelerator,
+            student,
+            {0: teacher},
+            batches,
+            recipe,
+            folder,
+            [name],
+            adversary,
+            watch,
+            show,
+            title=f"{name}, ",
+            before=before,
+        )
+        trainer.train()
+        with trainer.averaged():
+            adapter = student.adapter(name).to("cpu")
+        set_changes(unet, {})
+    accelerator.free_memory()
+    free_memory(accelerator.device)
+    return adapter
+
+
+def _finished(root: Path, steps: int, start: Adapter) -> Adapter | None:
+    """The adapter of a style whose own run has ended; None of another."""
+    newest = newest_checkpoint(root)
+    if newest is None or step_of(newest) != steps:
+        return None
+    tensors = load_checkpoint(newest).tensors
+    state = {**tensors[STUDENT], **tensors.get("ema", {})}
+    trained = TrainedAdapter(start)
+    trained.load_state_dict({key.removeprefix("adapters.0."): tensor for key, tensor in state.items()})
+    return trained.frozen()
+
+
+@torch.no_grad()
+def _show(run: Run, student: AdaptedStudent, before: int, step: int) -> None:
+    """Paint samples in the styles that are trained."""
+    assert run.show is not None
+    painter = copy.copy(run.base)
+    twin = twin_of(student.unet)
+    set_changes(twin, {})
+    set_denoiser(painter, twin)
+    prompts = StylePrompts(student.names, 0)
+    prompts.adapters = {name: student.adapter(name) for name in student.names}
+    add_styles(painter, prompts)
+    run.show(painter, student.names, before + step)
+
+
+def _train_all(run: Run, unet: nn.Module, prompts: StylePrompts, starting: Mapping[str, Adapter]) -> None:
+    """Train the shared weights and all adapters together; the pipeline has them in the end."""
+    recipe, accelerator = run.recipe, run.accelerator
+    styles = list(starting)
+    roles = roles_of(recipe, styles)
+    new_batches = run.new_batches(styles, roles)
+    unet.to(accelerator.device)
+    watch = run.new_watch(unet, new_batches, [1] * len(styles), styles)
+    set_seed(recipe.seed)
+    adversary = build_adversary(recipe, run.plan, run.base, accelerator.device, num_styles=len(styles))
+    student = AdaptedStudent(unet, starting, train_shared=True)
+    groups = share_batch(
+        recipe.training.batch_size,
+        [role.share for role in roles],
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    teachers = open_teachers(recipe, run.plan, groups, accelerator.device)
+    if watch is not None:
+        watch.ask(teachers)
+    batches = new_batches(
+        groups=groups,
+        caption_dropout=recipe.training.caption_dropout,
+        seed=recipe.seed,
+        adversarial=adversary is not None,
+    )
+    show = None if run.show is None else partial(_show, run, student, 0)
+    trainer = Trainer(accelerator, student, teachers, batches, recipe, run.folder, styles, adversary, watch, show)
+    trainer.train()
+    with trainer.averaged():
+        set_changes(unet, {})
+        prompts.adapters = {name: _stored(student.adapter(name).to("cpu")) for name in styles}
+        unet.requires_grad_(False).to("cpu")
+        on_main(lambda: run.save(None))
