@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dmm.errors import UserError
 from dmm.families import denoiser_of, set_denoiser
 from dmm.files.runs import CALIBRATION, CHECKPOINTS, STYLE_RUNS, UNTRAINED, step_of
-from dmm.formats.lora import read_lora
+from dmm.formats.lora import LowRank, read_lora
 from dmm.maths.sharing import Group, share_batch
 from dmm.models.adapter_files import file_stems
 from dmm.models.adapters import NOTHING, Adapter, Factors, KeptWeights
@@ -235,18 +235,24 @@ def _own_factors(run: Run, index: int) -> dict[str, Factors]:
     source = run.plan.teachers[index]
     denoiser = run.plan.family.denoiser.name
     models = {one.name: getattr(run.base, one.name) for one in run.plan.family.components}
-    layers = [
-        (layer, scale * layer.scaling)
+    changes = [
+        (change, scale)
         for path, scale in source.loras
-        for layer in read_lora(path, models, allow_pickle=source.allow_pickle)
+        for change in read_lora(path, models, allow_pickle=source.allow_pickle)
     ]
-    if any(layer.component != denoiser for layer, _ in layers):  # whose text encoder reads otherwise is to be learnt
-        return {}
     factors: dict[str, Factors] = {}
-    for layer, scale in layers:
-        name = f"{layer.module}.weight"
+    for change, scale in changes:
+        if change.parameter != "weight":  # what is no layer's weight is carried in full
+            continue
+        form = change.form
+        # a text encoder that reads otherwise is to be learnt, and other forms to be decomposed
+        if change.component != denoiser or not isinstance(form, LowRank) or change.magnitude is not None:
+            return {}
+        if form.up.flatten(1).shape[1] != len(form.down):
+            return {}
+        name = f"{change.module}.weight"
         shape = models[denoiser].get_parameter(name).shape
-        one = Factors(layer.up.flatten(1) * scale, layer.down.reshape(-1, *shape[1:]))
+        one = Factors(form.up.float().flatten(1) * (scale * change.scaling), form.down.float().reshape(-1, *shape[1:]))
         both = [factors[name], one] if name in factors else [one]
         factors[name] = Factors(torch.cat([part.up for part in both], dim=1), torch.cat([part.down for part in both]))
     return factors
