@@ -69,6 +69,12 @@ def store_lora(source: Path, target: Path, rank: int) -> None:
     print(f"{source.name}: rank {rank} keeps {mean:.1%} of the layers' squared norms, {min(kept):.1%} at least")
 
 
+def write_compactly(path: Path) -> None:
+    """Write a JSON file anew without spaces between its values."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(value, separators=(",", ":"), ensure_ascii=False), encoding="utf-8")
+
+
 def forget_path(config: Path) -> None:
     """Leave out of a config where its model lay while it was trained."""
     settings = json.loads(config.read_text(encoding="utf-8"))
@@ -102,7 +108,7 @@ COLLECTIONS = {
     "sd1": Collection(
         "", (*STYLES, "noto-v"), ("twemoji",), ("noto-blob",), {"noto-v": {"prediction_type": "v_prediction"}}, 10
     ),
-    "sdxl": Collection("sdxl-", ("noto", "openmoji", "fluent-v"), (), (), {"fluent-v": ZERO_SNR}, 6),
+    "sdxl": Collection("sdxl-", ("noto", "openmoji", "fluent-v"), (), (), {"fluent-v": ZERO_SNR}, 5),
 }
 
 
@@ -131,6 +137,8 @@ def publish(work: Path, family: str, collection: Collection) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(base, folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
     forget_path(folder / "configs" / "vae" / "config.json")
+    for tokenizer in folder.glob("configs/*/tokenizer.json"):
+        write_compactly(tokenizer)
     plan: dict[str, dict[str, Any]] = {}
     for name in ("base", *collection.names):
         source = base if name == "base" else experts / name

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
 from dmm.demo import expert_sources, experts
 from dmm.demo.assembly import COLLECTIONS, PLAN, RECORD, WEIGHTS
+from dmm.demo.judge import judge_images, load_judge
 from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.formats.lora import read_lora
@@ -39,8 +40,37 @@ def test_all_are_there_in_the_forms_that_collections_have(paths):
     ]
 
 
-def test_what_is_stored_fits_into_40_mb():
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 40e6
+def test_what_is_stored_fits():
+    def size(folder):
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+    assert size(WEIGHTS / "sdxl") < 14e6
+    assert size(WEIGHTS) - size(WEIGHTS / "sdxl") < 40e6
+
+
+def test_a_family_without_experts_is_told(cache):
+    with pytest.raises(UserError, match="no embedded experts of 'sd9'; there are of sd1, sdxl"):
+        experts("sd9", cache=cache)
+
+
+@pytest.mark.parametrize(("name", "hand"), [("noto", "noto"), ("openmoji", "openmoji"), ("fluent-v", "fluent")])
+def test_the_small_sdxl_paints_in_its_hands_with_plain_diffusers(cache, name, hand):
+    paths = experts("sdxl", cache=cache)
+    assert list(paths) == ["base", "noto", "openmoji", "fluent-v"]
+    is_lora = paths[name].is_file()
+    pipe = StableDiffusionXLPipeline.from_pretrained(paths["base" if is_lora else name])
+    if is_lora:
+        pipe.load_lora_weights(paths[name])
+    pipe.set_progress_bar_config(disable=True)
+    told = pipe.scheduler.config
+    assert (told.prediction_type == "v_prediction") == bool(told.rescale_betas_zero_snr) == (name == "fluent-v")
+    things = ["fox", "red apple", "rocket", "castle", "sun", "house", "fish", "panda"]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(things))]
+    pictures = pipe(things, num_inference_steps=20, guidance_scale=2.0, generator=generators).images
+    judge = load_judge()
+    verdict = judge_images(judge, pictures)
+    right = [judge.config.styles[i] == hand for i in verdict.style_logits.argmax(1).tolist()]
+    assert sum(right) >= 6
 
 
 def paint(pipeline):
