@@ -287,3 +287,9 @@ def test_a_controlnet_started_from_an_export_takes_its_style(styled, tmp_path):
     assert net.time_embedding.linear_2.bias.equal(unet.time_embedding.linear_2.bias)
     assert copy_folder(tmp_path / "x", tmp_path / "y").is_dir()
     assert np.isfinite(paint(plain_folder(tmp_path / "y"))).all()
+
+
+def test_the_authors_layout_has_no_place_for_adapters(adapted, tmp_path):
+    with pytest.raises(UserError, match="are adapters, for which the layout of DMM's authors has no place"):
+        export_authors(adapted, tmp_path / "authors")
+    assert not (tmp_path / "authors").exists()

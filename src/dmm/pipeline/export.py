@@ -99,9 +99,14 @@ def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float3
 
     Args:
         output: a folder; or a .safetensors file, the original layout with the side-car's five tensors beside it.
-    Raises: UserError: see :func:`export_style`.
+    Raises: UserError: see :func:`export_style`; or the styles are adapters, for which that layout has no place.
     """
     prompts: StylePrompts = style_prompts_of(pipe)
+    if prompts.adapters:
+        raise UserError(
+            "The styles of this model are adapters, for which the layout of DMM's authors has no place: it keeps style "
+            "prompts alone. Export with --all, or one style with --style."
+        )
     stock, metadata = stock_twin(pipe), describe(pipe, None)
     check_finite({name: tensor.to(dtype) for name, tensor in prompts.state_dict().items()}, "the style prompts")
     if output.suffix == SINGLE_FILE:
