@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from drawings import Drawings, nudge
+from drawings import nudge
 
 SCHEDULE = {  # SD 1.5's
     "beta_start": 0.00085,
@@ -49,13 +49,17 @@ def captions(texts: Sequence[str], generator: torch.Generator) -> list[str]:
 
 
 @torch.no_grad()
-def encode_views(vae: AutoencoderKL, drawings: Drawings, views: int = VIEWS, reach: int = 2) -> Tensor:
-    """Scaled latents of views of every drawing, moved by up to ``reach`` pixels of 64: (N, views, C, h, w)."""
+def encode_views(vae: AutoencoderKL, images: Tensor, views: int = VIEWS, reach: int = 2) -> Tensor:
+    """Scaled latents of views of every drawing, moved by up to ``reach`` pixels of 64: (N, views, C, h, w).
+
+    Args:
+        images: (N, 3, 64, 64) uint8.
+    """
     generator = torch.Generator().manual_seed(0)
     encoded = []
     for _ in range(views):
-        images = nudge(drawings.images, generator, reach)
-        encoded.append(torch.cat([vae.encode(some).latent_dist.mode() for some in images.split(128)]))
+        moved = nudge(images, generator, reach)
+        encoded.append(torch.cat([vae.encode(some).latent_dist.mode() for some in moved.split(128)]))
     return torch.stack(encoded, 1) * vae.config.scaling_factor
 
 

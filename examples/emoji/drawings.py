@@ -1,18 +1,23 @@
-"""The drawings: eight captioned image folders, read once into memory, and their augmentation.
+"""The drawings: eight captioned image folders, or one of a hand of its own, read once into memory, and their
+augmentation.
 
-The folders follow the ``datasets`` imagefolder convention: ``STYLE/metadata.jsonl`` with
+The eight follow the ``datasets`` imagefolder convention: ``STYLE/metadata.jsonl`` with
 ``file_name``, ``text`` (Unicode's short name of the concept) and ``group``; pictures are 64 x 64 RGB.
 """
 
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
+
+from dmm.data.images import ImageFolder
+from dmm.files.picture_reader import open_picture
 
 STYLES = (
     "noto",
@@ -70,6 +75,30 @@ def read_drawings(folder: Path) -> Drawings:
             texts.append(row["text"])
             groups.append(row["group"])
     return Drawings(torch.stack(images), torch.tensor(styles), torch.tensor(concepts), texts, groups)
+
+
+def holds_hands(folder: Path) -> bool:
+    """Whether a folder holds the eight hands' folders, or some of them, rather than one hand's pictures."""
+    return any((folder / style / "metadata.jsonl").is_file() for style in STYLES)
+
+
+def read_hand(folder: Path) -> tuple[Tensor, list[str]]:
+    """Read one hand's own pictures, of any size, and their captions.
+
+    Each picture is brought whole to 64 x 64 pixels, in the middle of a white ground.
+
+    Args:
+        folder: in any of the conventions of :mod:`dmm.data.captions`.
+    Returns: (N, 3, 64, 64) uint8 and the N captions.
+    Raises: UserError: no such folder, a picture is damaged, or something is wrong with the captions.
+    """
+    hand = ImageFolder(folder)
+    images = []
+    for index in range(len(hand.captions)):
+        picture = open_picture(io.BytesIO(hand.read(index)), hand.name(index))
+        whole = ImageOps.pad(picture, (2 * SIZE, 2 * SIZE), Image.Resampling.LANCZOS, color="white")
+        images.append(torch.from_numpy(np.array(whole)).permute(2, 0, 1))
+    return torch.stack(images), list(hand.captions)
 
 
 def held_out_texts(drawings: Drawings) -> set[str]:

@@ -101,7 +101,7 @@ def train(drawings: Drawings, views: int, folder: Path, steps: int, options: arg
     if not model.exists():
         pipeline = StableDiffusionPipeline.from_pretrained(experts()["base"], dtype=torch.float32)
         pipeline.text_encoder.requires_grad_(False)
-        latents = encode_views(pipeline.vae, drawings, views, reach=0 if views == 1 else 2)
+        latents = encode_views(pipeline.vae, drawings.images, views, reach=0 if views == 1 else 2)
         settings = {"batch_size": options.batch_size, "learning_rate": options.learning_rate}
         torch.manual_seed(0)
         fine_tune(pipeline, latents, drawings.texts, folder / "run", steps=steps, **settings)

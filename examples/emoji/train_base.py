@@ -101,7 +101,7 @@ def main() -> None:
     drawings = read_drawings(args.drawings)
     published = drawings.select(drawings.concepts >= 0)
     vae = AutoencoderKL.from_pretrained(args.work / "vae")
-    latents = encode_views(vae, published)
+    latents = encode_views(vae, published.images)
     # eight times each: a published concept's name should be whole words
     tokenizer = new_tokenizer(sorted(set(drawings.texts)) + 8 * sorted(set(published.texts)))
     torch.manual_seed(0)
