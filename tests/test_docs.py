@@ -57,6 +57,7 @@ def test_every_recipe_is_one(page, tmp_path):
             if name.startswith("models/"):
                 (tmp_path / name).mkdir(parents=True, exist_ok=True)
             elif name.endswith((".safetensors", ".txt")):
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / name).touch()
         (tmp_path / "recipe.yaml").write_text(block, encoding="utf-8")
         given = yaml.safe_load(block)
