@@ -68,6 +68,20 @@ def test_two_processes_find_what_one_finds(arguments, sd1_folder, tmp_path, caps
     assert one["sources"] == two["sources"]
 
 
+def test_a_quick_evaluation_needs_no_number_of_pictures_and_has_no_fid(arguments, tmp_path, capsys):
+    at = arguments.index("--num-images")
+    quick = [*arguments[:at], *arguments[at + 2 :], "--quick"]
+    # the base is a teacher here, beside which there is nothing to measure
+    at = quick.index("--base")
+    quick = [*quick[:at], *quick[at + 2 :]]
+    assert main([*quick, "--output", str(tmp_path / "report"), "--cache", str(tmp_path / "cache")]) == 0
+    told = capsys.readouterr().out
+    assert "KID x 1000: " in told
+    assert "FIDt" not in told
+    figures = read(tmp_path / "report")
+    assert (figures["num_images"], figures["fidt"]) == (64, None)
+
+
 def shifted(folder, target):
     """A copy of a pipeline whose UNet is another."""
     from dmm.models.teachers import ModelSource, open_pipeline

@@ -72,6 +72,7 @@ def test_help(tmp_path, command):
         ("remove merged inc --output out", "There is no style 'inc'"),
         ("remove merged ink --output there", "is not empty"),
         ("evaluate merged --num-images 2048 --output out", "too few for the 2048 features of 'inception'"),
+        ("evaluate merged --quick --num-images 19 --output out", "too few for KID and its error, also with --quick"),
         ("evaluate merged --extractor jugde --output out", "There is no extractor 'jugde'; did you mean 'judge'"),
         ("evaluate nowhere --output out", "nowhere: no such file or folder"),
         ("evaluate merged --output there", "is not empty"),

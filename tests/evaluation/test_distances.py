@@ -11,7 +11,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from dmm.demo.judge import load_judge
 from dmm.errors import UserError
 from dmm.evaluation.distances import fid, fid_bias, kid
-from dmm.evaluation.extractor_names import check_count
+from dmm.evaluation.extractor_names import check_count, check_quick_count
 from dmm.evaluation.extractors import open_extractor
 
 
@@ -75,17 +75,19 @@ def test_the_bias_of_equal_distributions_is_all_of_fid():
     assert np.mean([fid_bias(*pair) for pair in pairs]) == pytest.approx(found, rel=0.15)
 
 
-def test_kid_is_unbiased_and_its_standard_error_true():
-    """Also where the rows of both sets show the same prompts, in which they differ far more than in noise."""
-    prompts = 3 * samples(7, count=20)
-    found = [kid(*(prompts.repeat(10, 1) + samples(100 * seed + side, 200) for side in (0, 1))) for seed in range(40)]
+@pytest.mark.parametrize("repeats", [2, 10])
+def test_kid_is_unbiased_and_its_standard_error_true(repeats):
+    """Also of a few dozen, and where the rows of both sets show the same prompts, in which they differ far more."""
+    prompts, count = 3 * samples(7, count=20).repeat(repeats, 1), 20 * repeats
+    found = [kid(*(prompts + samples(100 * seed + side, count) for side in (0, 1))) for seed in range(40)]
     values, errors = (np.array([getattr(one, name) for one in found]) for name in ("value", "standard_error"))
     assert abs(values.mean()) < 3 * values.std() / 40**0.5
     assert errors.mean() == pytest.approx(values.std(), rel=0.4)
 
 
-def test_kid_sees_a_shift():
-    found = kid(samples(0), samples(1, shift=0.3))
+@pytest.mark.parametrize("count", [64, 400])
+def test_kid_sees_a_shift(count):
+    found = kid(samples(0, count), samples(1, count, shift=0.3 if count == 400 else 0.8))
     assert found.value > 4 * found.standard_error
 
 
@@ -95,3 +97,6 @@ def test_too_few_pictures_are_told():
         check_count(320, 320, "judge")
     with pytest.raises(UserError, match="needs at least 100"):
         check_count(99, 12, "tiny")
+    check_quick_count(20)
+    with pytest.raises(UserError, match=r"19 pictures of each style are too few for KID .* at least 20"):
+        check_quick_count(19)

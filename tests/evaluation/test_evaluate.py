@@ -11,6 +11,7 @@ from evaluation_helpers import BASE, NUM_IMAGES, PAINTING, PROMPTS, STUDENT, STY
 from dmm.errors import UserError
 from dmm.evaluation import painting
 from dmm.evaluation.evaluate import Protocol
+from dmm.evaluation.figures import NO_FID
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,17 @@ def test_other_seeds_give_the_reference_within_its_noise(run):
     ]
     assert figures[0]["fidt"] != figures[1]["fidt"]
     assert figures[0]["fidt"] == pytest.approx(figures[1]["fidt"], rel=0.5)
+
+
+def test_without_fid_a_few_pictures_tell_the_rest(run, perfect):
+    figures = run(STUDENT, base=BASE, protocol=Protocol(PROMPTS, 24, PAINTING, with_fid=False)).figures
+    assert {figures[name] for name in NO_FID} == {None}
+    assert figures["score_error"] == perfect.figures["score_error"]
+    assert figures["pairwise"]["psnr"]["mean"]["value"] > 45
+    kid = figures["kid"]["student"]["mean"]
+    assert abs(kid["value"]) < 4 * kid["standard_error"]
+    with pytest.raises(UserError, match=r"19 pictures .* too few for KID"):
+        run(STUDENT, protocol=Protocol(PROMPTS, 19, PAINTING, with_fid=False))
 
 
 def test_swapped_names_show_at_once(run, perfect):

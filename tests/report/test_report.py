@@ -11,6 +11,7 @@ from PIL import Image
 from dmm.cli import main
 from dmm.errors import UserError
 from dmm.evaluation.evaluate import Evaluation
+from dmm.evaluation.figures import NO_FID
 from dmm.report.compare import compare_reports, write_table
 from dmm.report.files import read_report
 from dmm.report.report import write_report
@@ -75,6 +76,11 @@ def figures_of(fidt=2.0, kid=0.1):
     }
 
 
+def quick_figures(kid=0.1):
+    """Of an evaluation without FID and judge."""
+    return {**figures_of(kid=kid), **NO_FID, "num_images": 64, "judged": None}
+
+
 MIXED = ("student", "weighted_merge", "difference")
 
 
@@ -118,6 +124,21 @@ def test_the_verdict_without_a_judge_goes_by_fid_and_names_the_weakest_style():
     assert "furthest behind is photo <b>" in told
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(0.1, "paints as its teachers do: its predictions are 0.10 as far"), (0.28, "nearly as"), (0.39, "falls behind")],
+)
+def test_the_verdict_without_judge_and_fid_goes_by_the_score_error(error, words):
+    assert words in verdict({**quick_figures(), "score_error": {"mean": error, "by_style": {"ink": 1.0, "photo": 0.0}}})
+
+
+def test_the_verdict_by_kid_alone_says_only_whether_a_difference_is_seen():
+    alone = {**quick_figures(), "score_error": None}
+    assert verdict(alone).startswith("merged does not paint as its teachers do: 64 pictures of each style show it")
+    alone["kid"] = {"student": estimates(0.02, 0.01)}
+    assert verdict(alone).startswith("merged cannot be told from its teachers by 64 pictures of each style")
+
+
 def test_a_style_that_the_judge_does_not_know_takes_nothing_from_the_others():
     one = {**judged(-3), **{key: {"ink": 90.0} for key in ("student", "teacher")}, "difference": {"ink": -3.0}}
     assert "(1 of its styles the judge does not know)" in verdict({**figures_of(), "judged": {"both": one}})
@@ -145,6 +166,27 @@ def test_a_report_without_what_cannot_be_measured(evaluation, tmp_path):
     write_report(evaluation, tmp_path / "report")
     assert not (tmp_path / "report" / "score_error.png").exists()
     assert "Score error" not in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_quick_report_says_that_it_has_no_fid_and_has_all_else(evaluation, tmp_path):
+    evaluation.figures.update(quick_figures())
+    write_report(evaluation, tmp_path / "report")
+    names = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert names == ["grid.png", "report.html", "report.json", "score_error.png"]
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "merged paints nearly as its teachers do" in page
+    assert "A quick evaluation has no FID" in page
+    for left_out in ("FIDt", "FID matrix", "<th>FID</th>"):
+        assert left_out not in page
+    assert page.index("Teacher over student") < page.index("<th>KID &times; 1000</th>")
+
+
+def test_quick_reports_are_compared_without_fid_and_not_with_others():
+    compared = compare_reports([("a", quick_figures(0.1)), ("b", quick_figures(0.3))])
+    assert compared["KID"]["b"].value == 0.3
+    assert "FIDt" not in compared
+    with pytest.raises(UserError, match="their num_images is 64 and 1000"):
+        compare_reports([("a", quick_figures()), ("b", figures_of())])
 
 
 def test_a_report_is_not_written_over_another(evaluation, folder):

@@ -8,14 +8,18 @@ Every style is painted by the student and, twice, by its teacher. DIR gets
   grid.png         the student's pictures under the teachers', from the same noise
   score_error.png  how far the student's predictions are off, by timestep
 
-The teachers are those of the merge's recipe, or those that --teacher names. A stock model can be evaluated too: it
-paints the same in every style (the base, a weighted average), or is the one teacher's (--teacher ink=models/ink).
+The teachers are those of all styles, as far as the recipes of the merge and of those before it, and the model itself,
+know them; or only those that --teacher names. A stock model can be evaluated too: it paints the same in every style
+(the base, a weighted average), or is the one teacher's (--teacher ink=models/ink).
+
+--quick looks at a few dozen pictures and does without FID and fid_matrix.png, which need many.
 
 Pictures are kept in a cache, by what they were made from: stopped in any way, the same command goes on, and a second
 evaluation paints only what has changed. Several processes share the work: torchrun, or accelerate launch on GPUs.
 
 Examples:
   dmm evaluate merged --num-images 1000 --extractor judge --output report       # the embedded experts
+  dmm evaluate merged --quick --extractor judge --output look                   # a first look, within minutes
   dmm evaluate merged --prompts coco.txt --extractor inception=weights.pth --output report
   dmm evaluate merged --prompts coco.txt --teacher ink=models/ink --teacher photo=photo.safetensors --output report
   dmm evaluate merged --prompts coco.txt --mix ink=0.5,photo=0.5 --score clip --score pickscore --output report
@@ -34,7 +38,7 @@ from dmm.cli.arguments import add_device, read_scaled_path
 from dmm.cli.opening import check_there
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
-from dmm.evaluation.extractor_names import NUM_FEATURES, check_count, read_extractor
+from dmm.evaluation.extractor_names import NUM_FEATURES, check_count, check_quick_count, read_extractor
 from dmm.files.cache import cache_folder
 from dmm.files.outputs import check_new_folder
 from dmm.files.prompts import read_prompts
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
     from dmm.evaluation.sources import Models
 
 GUIDANCE_SCALE = 7.0
+NUM_IMAGES, NUM_QUICK_IMAGES = 5000, 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +76,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to paint, one a line (default, with the judge: what it knows)",
     )
     parser.add_argument(
-        "--num-images", metavar="N", type=int, default=5000, help="of each style (default: 5000, the paper's)"
+        "--num-images",
+        metavar="N",
+        type=int,
+        help=f"of each style (default: {NUM_IMAGES}, the paper's; {NUM_QUICK_IMAGES} with --quick)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="grid, pairs, KID and score error of a few dozen pictures, without FID, which needs many",
     )
     parser.add_argument(
         "--extractor",
@@ -159,7 +172,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
     precision = args.precision or ("bf16" if state.device.type == "cpu" else "fp16")
     protocol = Protocol(
         prompts,
-        args.num_images,
+        _num_images(args),
         Painting(
             steps=args.steps,
             guidance_scale=_guidance(models) if args.guidance is None else args.guidance,
@@ -169,6 +182,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
             precision=precision,
         ),
         args.seed,
+        with_fid=not args.quick,
     )
     cache = args.cache or cache_folder("evaluation")
     try:
@@ -201,11 +215,14 @@ def _check(args: argparse.Namespace) -> list[str] | None:
     for name, size in (("width", args.width), ("height", args.height)):
         if size is not None:
             check_multiple(name, size, 8)
-    if args.num_images < 1:
-        raise UserError(f"--num-images must be at least 1, not {args.num_images}.")
+    num_images = _num_images(args)
+    if num_images < 1:
+        raise UserError(f"--num-images must be at least 1, not {num_images}.")
     extractor, weights = read_extractor(args.extractor)
-    if weights is None:  # of others it is seen once they are open
-        check_count(args.num_images, NUM_FEATURES[extractor], extractor)
+    if args.quick:
+        check_quick_count(num_images)
+    elif weights is None:  # of others it is seen once they are open
+        check_count(num_images, NUM_FEATURES[extractor], extractor)
     if bool(args.mixes) != bool(args.scores):
         raise UserError("--mix says what is painted and --score how it is judged: give both or neither.")
     for package in ("matplotlib", "torchmetrics"):
@@ -218,6 +235,12 @@ def _check(args: argparse.Namespace) -> list[str] | None:
     return None if args.prompts is None else read_prompts(args.prompts)
 
 
+def _num_images(args: argparse.Namespace) -> int:
+    if args.num_images is not None:
+        return int(args.num_images)
+    return NUM_QUICK_IMAGES if args.quick else NUM_IMAGES
+
+
 def _guidance(models: "Models") -> float:
     if models.recipe is None:
         return GUIDANCE_SCALE
@@ -226,11 +249,15 @@ def _guidance(models: "Models") -> float:
 
 
 def _told(figures: dict[str, Any], folder: Path, seconds: float) -> str:
-    lines = [
-        f"Wrote {folder}/report.html and report.json in {seconds:.0f} s.",
-        f"  FIDt: {figures['fidt']:.4g}, the teachers' own {figures['fidt_reference']:.4g} "
-        f"({figures['fidt_gap_percent']:+.1f} %)",
-    ]
+    lines = [f"Wrote {folder}/report.html and report.json in {seconds:.0f} s."]
+    if figures["fidt"] is not None:
+        lines.append(
+            f"  FIDt: {figures['fidt']:.4g}, the teachers' own {figures['fidt_reference']:.4g} "
+            f"({figures['fidt_gap_percent']:+.1f} %)"
+        )
+    else:
+        student, reference = (figures["kid"][who]["mean"]["value"] for who in ("student", "reference"))
+        lines.append(f"  KID x 1000: {1000 * student:.2f}, the teachers' own {1000 * reference:.2f}; no FID (--quick)")
     if figures["score_error"]:
         lines.append(f"  score error: {figures['score_error']['mean']:.3f} (0: the teacher's scores; 1: the base's)")
     if figures["judged"]:

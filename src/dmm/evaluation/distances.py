@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dmm.evaluation.extractor_names import MIN_BLOCK
+from dmm.evaluation.extractor_names import MIN_BLOCK, MIN_SMALL_BLOCK
 
 NUM_BLOCKS = 10
 
@@ -51,17 +51,19 @@ class Estimate:
 def kid(one: Tensor, other: Tensor) -> Estimate:
     """Kernel distance of two sets of features: the unbiased squared MMD with torchmetrics' cubic kernel.
 
-    It is the mean over ten disjoint blocks of both sets (fewer where they would have less than 50 samples), which are
-    independent, and so tell the mean's standard error. Row i of both sets shows the same prompt: such pairs are left
-    out of the cross term, as each row's pair with itself is of the others, or the sets would look nearer than they are.
+    It is the mean over ten disjoint blocks of both sets (fewer where they would have less than 50 samples or, of
+    sets of less than 100, less than 10), which are independent, and so tell the mean's standard error. Row i of
+    both sets shows the same prompt: such pairs are left out of the cross term, as each row's pair with itself is of
+    the others, or the sets would look nearer than they are.
 
     Args:
-        one, other: (N, D), of one length, at least 100.
+        one, other: (N, D), of one length, at least 20.
     Source: Bińkowski et al. 2018; the estimator is that of Gretton et al. 2012, lemma 6, for samples in pairs.
     """
     from torchmetrics.image.kid import poly_kernel
 
-    num_blocks = min(NUM_BLOCKS, len(one) // MIN_BLOCK)
+    least = MIN_BLOCK if len(one) >= 2 * MIN_BLOCK else MIN_SMALL_BLOCK
+    num_blocks = min(NUM_BLOCKS, len(one) // least)
     assert len(one) == len(other)
     assert num_blocks >= 2
     values = []

@@ -6,6 +6,7 @@ Nothing heavy at import, so that a mistake is told without waiting.
 from dmm.errors import UserError, nearest
 
 MIN_BLOCK = 50  # samples; fewer tell little of a distribution
+MIN_SMALL_BLOCK = 10  # of sets that do not make two blocks of the other size
 NUM_FEATURES = {"inception": 2048, "clip": 768, "dino": 1024, "judge": 320}
 """Of each extractor with the weights that it has by default."""
 
@@ -32,5 +33,18 @@ def check_count(num_images: int, num_features: int, extractor: str) -> None:
     if num_images < least:
         raise UserError(
             f"{num_images} pictures of each style are too few for the {num_features} features of '{extractor}': FID "
-            f"needs at least {least}. Raise --num-images, or choose an extractor of fewer features."
+            f"needs at least {least}. Raise --num-images, choose an extractor of fewer features, or do without FID: "
+            "--quick."
+        )
+
+
+def check_quick_count(num_images: int) -> None:
+    """Refuse fewer pictures than KID can do with, which needs two blocks of them to tell its error.
+
+    Raises: UserError.
+    """
+    if num_images < 2 * MIN_SMALL_BLOCK:
+        raise UserError(
+            f"{num_images} pictures of each style are too few for KID and its error, also with --quick: it needs at "
+            f"least {2 * MIN_SMALL_BLOCK}. Raise --num-images."
         )

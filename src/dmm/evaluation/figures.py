@@ -23,19 +23,27 @@ Job = tuple[Any, ...]
 
 
 def distances_between(
-    styles: Sequence[str], features: Mapping[tuple[str, str], Tensor]
+    styles: Sequence[str], features: Mapping[tuple[str, str], Tensor], *, with_fid: bool
 ) -> dict[Job, Callable[[], float | Estimate]]:
     """All distances that there are to compute."""
     jobs: dict[Job, Callable[[], float | Estimate]] = {}
     for who in (STUDENT, SECOND):
+        for style in styles:
+            jobs["kid", who, style] = partial(kid, features[who, style], features[REFERENCE, style])
+    for who in (STUDENT, SECOND) if with_fid else ():
         for row in styles:
             for column in styles:
                 sets = features[who, row], features[REFERENCE, column]
                 jobs["fid", who, row, column] = partial(fid, *sets)
                 if row == column:
                     jobs["bias", who, row] = partial(fid_bias, *sets)
-                    jobs["kid", who, row] = partial(kid, *sets)
     return jobs
+
+
+NO_FID: Mapping[str, None] = dict.fromkeys(
+    ("fid_matrix", "fid_reference", "fidt", "fidt_reference", "fidt_gap_percent", "fid_bias")
+)
+"""What :func:`fid_figures` finds, of too few pictures for it."""
 
 
 def fid_figures(styles: Sequence[str], distances: Mapping[Job, Any]) -> dict[str, Any]:

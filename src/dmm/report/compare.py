@@ -38,6 +38,11 @@ def _plain(value: float) -> tuple[float, float, float]:
     return value, value, value
 
 
+def _plain_if_there(value: float | None) -> tuple[float, float, float] | None:
+    """Of FID, which a quick evaluation does without."""
+    return None if value is None else _plain(value)
+
+
 def _estimated(estimate: Mapping[str, float]) -> tuple[float, float, float]:
     value, error = estimate["value"], estimate["standard_error"]
     return value, value - error, value + error
@@ -49,8 +54,8 @@ def _judged(figures: Mapping[str, Any]) -> tuple[float, float, float] | None:
 
 
 MEASURES = (
-    Measure("FIDt", lambda figures: _plain(figures["fidt"]), 2),
-    Measure("gap to the reference, %", lambda figures: _plain(figures["fidt_gap_percent"]), 1),
+    Measure("FIDt", lambda figures: _plain_if_there(figures["fidt"]), 2),
+    Measure("gap to the reference, %", lambda figures: _plain_if_there(figures["fidt_gap_percent"]), 1),
     Measure("KID", lambda figures: _estimated(figures["kid"]["student"]["mean"]), 5),
     Measure("score error", lambda figures: figures["score_error"] and _plain(figures["score_error"]["mean"]), 4),
     Measure("feature distance", lambda figures: _estimated(figures["pairwise"]["feature_distance"]["mean"]), 4),

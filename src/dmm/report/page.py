@@ -58,13 +58,7 @@ def write_page(figures: Mapping[str, Any], pictures: Path, path: Path) -> None:
         _cards(figures),
         "<h2>Teacher over student</h2>",
         _grid(pictures / "grid.png", "Student and teacher begin from the same noise. A click makes it larger."),
-        "<h2>FID matrix</h2>",
-        _picture(
-            pictures / "fid_matrix.png",
-            "Left: how far the student's style of a row is from the teacher of a column. Right: the same of the "
-            "teachers' own second pictures, from other noise: the best that a student can do. Bold: a row's smallest.",
-        ),
-        f"<p>{_bias_told(figures)}</p>",
+        *(_fid(figures, pictures) if figures["fid_matrix"] else [f"<p>{_NO_FID}</p>"]),
         "<h2>Style by style</h2>",
         _style_table(figures),
     ]
@@ -90,6 +84,24 @@ def write_page(figures: Mapping[str, Any], pictures: Path, path: Path) -> None:
     )
 
 
+_NO_FID = (
+    "A quick evaluation has no FID, which needs many pictures; what it has tells of what one sees in the grid, and "
+    "whether it is time for a whole one."
+)
+
+
+def _fid(figures: Mapping[str, Any], pictures: Path) -> list[str]:
+    return [
+        "<h2>FID matrix</h2>",
+        _picture(
+            pictures / "fid_matrix.png",
+            "Left: how far the student's style of a row is from the teacher of a column. Right: the same of the "
+            "teachers' own second pictures, from other noise: the best that a student can do. Bold: a row's smallest.",
+        ),
+        f"<p>{_bias_told(figures)}</p>",
+    ]
+
+
 def _cards(figures: Mapping[str, Any]) -> str:
     kid, pairwise, errors, judged = (figures[key] for key in ("kid", "pairwise", "score_error", "judged"))
     apart, other = (_mean(pairwise, key) for key in ("feature_distance", "feature_distance_of_other_noise"))
@@ -101,16 +113,18 @@ def _cards(figures: Mapping[str, Any]) -> str:
             f"{_mean(pairwise, 'psnr'):.1f} dB PSNR, {_mean(pairwise, 'psnr_of_other_noise'):.1f} dB of other noise",
         ),
         (
-            "FIDt",
-            f"{figures['fidt']:.4g}",
-            f"the teachers' own: {figures['fidt_reference']:.4g}, {figures['fidt_gap_percent']:+.1f} %",
-        ),
-        (
             "KID &times; 1000",
             _thousandths(kid["student"]["mean"]),
             f"the teachers' own: {_thousandths(kid['reference']['mean'])}",
         ),
     ]
+    if figures["fid_matrix"]:
+        fidt = (
+            "FIDt",
+            f"{figures['fidt']:.4g}",
+            f"the teachers' own: {figures['fidt_reference']:.4g}, {figures['fidt_gap_percent']:+.1f} %",
+        )
+        cards.insert(1, fidt)
     if errors:
         learnt = (
             "learnt of the teachers",
@@ -147,10 +161,8 @@ def _bias_told(figures: Mapping[str, Any]) -> str:
 
 def _style_table(figures: Mapping[str, Any]) -> str:
     kid, pairwise, errors, judged = (figures[key] for key in ("kid", "pairwise", "score_error", "judged"))
-    header = [
-        "style",
-        "FID",
-        "reference",
+    header = ["style", *(["FID", "reference"] if figures["fid_matrix"] else [])]
+    header += [
         "KID &times; 1000",
         "reference",
         "feature distance",
@@ -161,10 +173,9 @@ def _style_table(figures: Mapping[str, Any]) -> str:
     header += ["right style, %", "right thing, %"] if judged else []
     rows = []
     for i, style in enumerate(figures["styles"]):
-        row = [
-            escape(style),
-            f"{figures['fid_matrix'][i][i]:.3g}",
-            f"{figures['fid_reference'][i][i]:.3g}",
+        row = [escape(style)]
+        row += [f"{figures[key][i][i]:.3g}" for key in ("fid_matrix", "fid_reference") if figures[key]]
+        row += [
             _thousandths(kid["student"]["by_style"][style]),
             _thousandths(kid["reference"]["by_style"][style]),
             f"{pairwise['feature_distance']['by_style'][style]['value']:.3f}",

@@ -26,7 +26,8 @@ def write_report(evaluation: Evaluation, folder: Path, *, overwrite: bool = Fals
     with new_folder(folder, overwrite=overwrite) as building:
         text = json.dumps(figures, indent=1, ensure_ascii=False, allow_nan=False)
         (building / REPORT).write_text(text + "\n", encoding="utf-8")
-        draw_fid_matrix(figures, building / FID_MATRIX)
+        if figures["fid_matrix"]:
+            draw_fid_matrix(figures, building / FID_MATRIX)
         if figures["score_error"]:
             draw_score_error(figures["score_error"], building / SCORE_ERROR)
         picture = teacher_over_student(evaluation.prompts, evaluation.teachers, evaluation.students)
