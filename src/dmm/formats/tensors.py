@@ -146,6 +146,16 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             )
 
 
+def check_safetensors(path: Path) -> None:
+    """Check that a safetensors file is whole, whatever it holds: one of ours, which need not be a model's.
+
+    Raises: UserError: missing, cut short, or not valid.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Check the path.")
+    _read_safetensors_header(path)
+
+
 def _read_safetensors_header(path: Path) -> Header:
     size = path.stat().st_size
     with path.open("rb") as file:

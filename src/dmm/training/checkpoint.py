@@ -32,7 +32,7 @@ from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.files.json import read_json
 from dmm.files.runs import checkpoints, step_of
-from dmm.formats.tensors import DTYPE_NAMES, check_finite, read_header
+from dmm.formats.tensors import DTYPE_NAMES, check_finite, check_safetensors
 
 MANIFEST = "manifest.json"
 INFO = "info.json"
@@ -120,7 +120,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     tensors = {}
     for name in manifest["files"]:
         if name != INFO:
-            read_header(folder / name)
+            check_safetensors(folder / name)
             tensors[Path(name).stem] = load_file(folder / name)
             check_finite(tensors[Path(name).stem], str(folder / name))
     return Checkpoint(int(manifest["step"]), tensors, info)
