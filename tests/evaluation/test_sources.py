@@ -84,7 +84,18 @@ def test_without_a_recipe_the_side_car_knows_all_teachers(model, sd1_folder):
 
 def test_after_a_style_was_removed_the_others_are_known(model, tmp_path):
     remove_style(str(model), "photo", tmp_path / "two")
-    assert list(find_models(str(tmp_path / "two"), {}, None, CPU).teachers) == ["ink", "clay"]
+    models = find_models(str(tmp_path / "two"), {}, None, CPU)
+    assert list(models.teachers) == ["ink", "clay"]
+    # what only the recipe says
+    assert models.teachers["clay"].clip_skip == 1
+    assert models.base is not None
+    assert models.recipe == find_models(str(model), {}, None, CPU).recipe
+
+
+def test_a_removal_over_another_model_leaves_no_recipe_of_that_one(merged, model, tmp_path):
+    remove_style(str(model), "photo", tmp_path / "two")
+    remove_style(str(merged), "photo", tmp_path / "two", overwrite=True)
+    assert not (tmp_path / "two" / "recipe.yaml").exists()
 
 
 def test_after_an_addition_the_earlier_teachers_are_known_by_their_own_recipe(model, sd1_folder, lora, tmp_path):
