@@ -82,6 +82,7 @@ def train(args: argparse.Namespace) -> Path:
     latents = encode_views(pipeline.vae, images)
     torch.manual_seed(0)
     if args.lora_rank:
+        family = family_of(pipeline)  # one that is not known is refused before the training
         pipeline.unet.requires_grad_(False)
         pipeline.unet.add_adapter(
             LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=list(LORA_TARGETS))
@@ -101,7 +102,7 @@ def train(args: argparse.Namespace) -> Path:
     made.mkdir(exist_ok=True)
     if args.lora_rank:
         file = made / f"{name}.safetensors"
-        save_kohya_lora(file, {"unet": pipeline.unet}, family_of(pipeline))
+        save_kohya_lora(file, {"unet": pipeline.unet}, family)
         return file
     schedule = {"prediction_type": args.prediction_type}
     if args.zero_terminal_snr:  # such a model is sampled from its very last step
