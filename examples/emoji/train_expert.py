@@ -82,7 +82,8 @@ def train(args: argparse.Namespace) -> Path:
     latents = encode_views(pipeline.vae, images)
     torch.manual_seed(0)
     if args.lora_rank:
-        family = family_of(pipeline)  # one that is not known is refused before the training
+        # the small SDXL is of no family that opens
+        family = None if args.family == "sdxl" else family_of(pipeline)
         pipeline.unet.requires_grad_(False)
         pipeline.unet.add_adapter(
             LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=list(LORA_TARGETS))

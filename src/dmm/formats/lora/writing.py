@@ -27,7 +27,7 @@ def fuse_lora(pipeline: Any, lora: Sequence[LoraChange], scale: float) -> None:
 def save_kohya_lora(
     path: Path,
     models: Mapping[str, nn.Module],
-    family: Family,
+    family: Family | None,
     *,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
@@ -36,7 +36,7 @@ def save_kohya_lora(
 
     Args:
         models: by the components' names, with one LoRA adapter each (``add_adapter``) on linear layers, convolutions.
-        family: of the pipeline.
+        family: of the pipeline; None of one that is not known here, of which the header then says nothing.
         dtype: of the written weights; by default each keeps its own. Alphas are float32.
         metadata: further strings for the header.
     Raises: UserError: there is no adapter.
@@ -59,7 +59,7 @@ def save_kohya_lora(
         raise UserError(f"{path}: the model has no LoRA adapter to write. Add one with `add_adapter` and train it.")
     written = {
         "format": "pt",
-        **family.lora_metadata,
+        **(family.lora_metadata if family else {}),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
     }
