@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmm.maths.draws import draw
+from dmm.maths.draws import draw, draw_shares
 
 SHAPE = {"latent_shape": (4, 4, 4), "num_timesteps": 1000, "caption_dropout": 0.1}
 
@@ -65,3 +65,16 @@ def test_a_choice_of_styles_is_even_and_takes_rows_of_the_style_chosen():
     assert 150 < draws.styles.sum() < 250
     assert (draws.own_rows[draws.styles == 0] == 0).all()
     assert set(draws.own_rows[draws.styles == 1].tolist()) == set(range(5))
+
+
+def test_shares_are_uniform_and_each_samples_own():
+    on_path, of_range = draw_shares(0, 3, range(2000))
+    for shares in (on_path, of_range):
+        assert 0 <= shares.min() < 0.01
+        assert 0.99 < shares.max() < 1
+        assert abs(shares.mean() - 0.5) < 0.03
+    assert abs(torch.corrcoef(torch.stack([on_path, of_range]))[0, 1]) < 0.1
+    again, _ = draw_shares(0, 3, [7])
+    assert again == on_path[7]
+    assert draw_shares(1, 3, [7])[0] != again
+    assert draw_shares(0, 4, [7])[0] != again

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dmm.maths.losses import feature_loss, score_loss
+from dmm.maths.losses import consistency_loss, feature_loss, score_loss
 
 
 def test_equal_predictions_cost_nothing_and_a_unit_difference_one():
@@ -35,3 +35,11 @@ def test_a_block_that_the_student_lacks_is_an_error():
 def test_small_differences_survive_half_precision():
     a = torch.zeros(1, 1, 4, 4, dtype=torch.float16)
     assert score_loss(a, a + 1e-4).item() > 0
+
+
+def test_the_loss_is_square_for_small_differences_and_straight_for_large_ones():
+    target = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert consistency_loss(target, target).abs().max() < 1e-9
+    torch.testing.assert_close(consistency_loss(target + 5, target), torch.full((3,), 5.0), rtol=1e-3, atol=1e-3)
+    small = consistency_loss(target.double() + 1e-5, target.double(), width=1e-2)
+    torch.testing.assert_close(small, torch.full((3,), 5e-9), rtol=0.5, atol=1e-9)

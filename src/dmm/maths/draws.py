@@ -104,3 +104,16 @@ def draw_again(
         later.append(generator.integers(timestep, num_timesteps))
         noise.append(generator.standard_normal(tuple(latent_shape), dtype=np.float32))
     return torch.tensor(later), torch.from_numpy(np.stack(noise))
+
+
+def draw_shares(seed: int, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Draw two numbers of each sample for few-step distillation; of a stream of its own, as :func:`draw_again`'s is.
+
+    Returns: where each is on its sub-path, and what guidance it gets of a range: (B,) float32 each, uniform in [0, 1).
+    """
+    shares = [
+        np.random.Generator(np.random.Philox(key=seed, counter=[0, 1 << 62, index, step])).random(2, dtype=np.float32)
+        for index in indices
+    ]
+    on_path, of_range = torch.from_numpy(np.stack(shares)).unbind(1)
+    return on_path, of_range

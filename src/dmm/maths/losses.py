@@ -69,6 +69,19 @@ def discriminator_loss(student_logits: Tensor, teacher_logits: Tensor, styles: T
     return fake + F.cross_entropy(teacher_logits.float(), styles, reduction="none")
 
 
+def consistency_loss(student: Tensor, target: Tensor, *, width: float = 1e-3) -> Tensor:
+    """Mean pseudo-Huber distance of two values of the consistency function.
+
+    Args:
+        student, target: (B, C, H, W).
+        width: c, below which differences count by their square, above by their size.
+    Returns: (B,) float32.
+    Source: LCM (arXiv:2310.04378), in the form of its code: sqrt(d^2 + c^2) - c.
+    """
+    difference = student.float() - target.float()
+    return ((difference.square() + width**2).sqrt() - width).flatten(1).mean(1)
+
+
 def _mean_squared_error(a: Tensor, b: Tensor) -> Tensor:
     # squares of half-precision differences underflow
     return (a.float() - b.float()).square().flatten(1).mean(1)
