@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ def main() -> None:
         print(f"Wrote {folder}: a ControlNet of {sum(p.numel() for p in net.parameters()):,} parameters.")
 
 
-def new_net(unet: nn.Module, rank: int) -> ControlNetModel:
+def new_net(unet: UNet2DConditionModel, rank: int) -> ControlNetModel:
     """A ControlNet on a copy of the UNet's encoder, of which low-rank changes are trained; all else of it is new."""
     torch.manual_seed(0)
     # as many strides as the VAE has: pixels become latents
@@ -149,7 +149,7 @@ def paint(texts: Sequence[str], kept: Path) -> list[Image.Image]:
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, pictures: Sequence[Image.Image]) -> Tensor:
+def encode(vae: AutoencoderKL, pictures: Sequence[Image.Image]) -> Tensor:
     """Scaled latents, (N, C, h, w)."""
     pixels = torch.stack([tensor(picture) for picture in pictures])
     latents = torch.cat([vae.encode(some * 2 - 1).latent_dist.mode() for some in pixels.split(64)])

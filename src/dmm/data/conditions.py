@@ -6,6 +6,7 @@ or a function of the same form in any installed module, as ``package.module:func
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -57,7 +58,7 @@ def canny(picture: Image.Image) -> Image.Image:
     Raises: UserError: OpenCV is not installed.
     """
     try:
-        import cv2
+        cv2: Any = importlib.import_module("cv2")
     except ImportError as error:
         raise UserError(
             "canny edges are found by OpenCV, which is not installed: `pip install opencv-python-headless`, or choose "
