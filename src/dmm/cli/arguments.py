@@ -8,8 +8,6 @@ from typing import NoReturn
 
 from dmm.errors import UserError, nearest
 
-# tqdm's format where single steps move the bar by parts of a picture
-BAR = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads no more than 32 bits of a seed
 MAX_PICTURES = 100_000  # of one command: more is a slip of the keyboard
 

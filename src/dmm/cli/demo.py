@@ -17,10 +17,6 @@ import argparse
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
-from dmm.cli.arguments import BAR
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -31,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge and show; a finished demo is reported and left alone, an unfinished one goes on."""
+    from dmm.files.bars import PartsBar
     from dmm.files.outputs import check_folder
     from dmm.models.libraries import quiet_libraries
 
@@ -50,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
             story.write_recipe(folder)
         print("Merging eight experts: they paint what is learned from, then one model learns.")
         story.merge_experts(folder)
-        with tqdm(total=story.num_pictures(), unit=" pictures", bar_format=BAR) as bar:
+        with PartsBar(story.num_pictures(), " pictures") as bar:
             shown = story.show(folder, bar.update)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("run dmm demo again to go on") from None

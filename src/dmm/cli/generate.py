@@ -33,10 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from dmm.cli.arguments import (
-    BAR,
     MAX_PICTURES,
     MAX_SEED,
     add_overwrite,
@@ -50,6 +47,7 @@ from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_p
 from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
 from dmm.cli.style_options import Style, add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError, nearest, one_line
+from dmm.files.bars import PartsBar
 from dmm.files.outputs import check_file, check_folder, new_files
 from dmm.files.prompts import read_prompts, web_ui_syntax
 from dmm.models.style_names import read_style_names
@@ -206,7 +204,7 @@ def _write(
     if layout:
         _check_grid(layout, width, height)
     whole = _parameters(args, title, pictures, width, height)
-    with tqdm(total=len(pictures), unit=" pictures", bar_format=BAR) as bar:
+    with PartsBar(len(pictures), " pictures") as bar:
         settings = {
             "inputs": lambda count: inputs(count, (width, height)),
             "steps": args.steps,
@@ -216,7 +214,7 @@ def _write(
             "height": height,
             "sampler": args.sampler,
             "batch_size": batch_size,
-            "progress": lambda share: bar.update(min(share, len(pictures) - bar.n)),  # tqdm minds what rounds up
+            "progress": bar.update,
         }
         if asks_for_regions(args):
             images = _paint_regions(args, pipeline, pictures, **settings)

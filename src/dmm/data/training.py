@@ -10,20 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dmm.data.encoding import check_size, encode_latents, encode_texts
 from dmm.data.images import CaptionedImages
 from dmm.data.rows import ALONE, Place, Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
 from dmm.errors import UserError
+from dmm.files.bars import PartsBar
 from dmm.files.cache import cache_folder
 from dmm.models.conditioning import num_cut
 
 STUDENT = "student"
 """Name of the student's text encoder, which is the base's."""
 
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 
 logger = logging.getLogger(__name__)
 
@@ -175,4 +174,4 @@ def _naming(teacher: str) -> Iterator[None]:
 
 
 def _bar(total: int, unit: str, title: str, shown: bool, *, leave: bool) -> Any:
-    return tqdm(total=total, unit=unit, desc=title, bar_format=_BAR, disable=not shown, leave=leave)
+    return PartsBar(total, unit, title, disable=not shown, leave=leave)

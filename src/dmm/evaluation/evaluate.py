@@ -20,7 +20,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
 import dmm
 from dmm.data.rows import Place, Rows
@@ -46,6 +45,7 @@ from dmm.evaluation.painting import Painting, paint, share_of
 from dmm.evaluation.preference import Scorer
 from dmm.evaluation.score_error import ScoreError
 from dmm.families import denoiser_of
+from dmm.files.bars import PartsBar
 from dmm.files.outputs import check_disk, held_bytes
 from dmm.models.styles import style_weights, styled_port
 from dmm.models.teachers import naming
@@ -55,7 +55,6 @@ from dmm.training.processes import on_main
 
 GRID_PROMPTS = 4
 
-_BAR = "{desc:<9} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} [{elapsed}<{remaining}, {rate_fmt}]"
 Pictures = dict[tuple[str, str], Rows]
 """By who painted which batch, and style."""
 
@@ -201,7 +200,7 @@ def evaluate(
 
 @contextmanager
 def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[float], object]]:
-    with tqdm(total=total, desc=title, unit="", bar_format=_BAR, disable=not shown) as progress:
+    with PartsBar(total, "", title, disable=not shown) as progress:
         yield progress.update
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import platformdirs
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from dmm.data.encoding import decode_latents
 from dmm.data.synthesis import Share, Synthesis, synthesize
+from dmm.files.bars import PartsBar
 from dmm.files.pictures import grid, save_png
 from dmm.files.runs import SAMPLES
 from dmm.pipeline.sampling import sample
@@ -42,7 +42,7 @@ def paint_teachers(
     base.vae.to(device)
     columns = []
     painters = painters_of(recipe, plan, terms, device)
-    with tqdm(total=len(painters) * len(prompts), desc="teachers' samples", unit=" images", leave=False) as bar:
+    with PartsBar(len(painters) * len(prompts), " images", "teachers' samples", leave=False) as bar:
         for name in plan.styles:
             pipeline = painters[name]()
             rows = synthesize(pipeline, base.vae, share, asked, plan.size, cache, bar.update, clip_skip=skips.get(name))
