@@ -271,6 +271,25 @@ def test_a_style_is_removed_and_the_others_stay_to_the_bit(models, tmp_path, cap
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("command", ["merge", "add"])
+def test_a_model_without_a_style_is_not_taken_for_the_finished_merge(models, tmp_path, capsys, command):
+    if command == "merge":
+        argv = ["merge", str(models / "merge.yaml")]
+        whole = models / "merged"
+    else:
+        assert add(models, tmp_path / "more") == 0
+        AcceleratorState._reset_state(reset_partial_state=True)
+        argv = ["add", str(models / "merged"), str(models / "more.yaml")]
+        whole = tmp_path / "more"
+    output = tmp_path / "without"
+    assert main(["remove", str(whole), "photo", "--output", str(output)]) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([*argv, "--output", str(output), "--resume"]) == 2
+    assert "without photo it is not what the recipe makes" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_a_second_stage_goes_on_from_the_first_on_each_teachers_own_pictures(models, sd1_folder, tmp_path, capsys):
     recipe = recipe_of({"base": str(sd1_folder), "teachers": teachers(ink=1, photo=2)})
     paint = {**recipe["data"]["synthesize"], "seed": 1}

@@ -53,7 +53,7 @@ from dmm.files.runs import (
 from dmm.formats.schedules import noise_schedule
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
-from dmm.models.style_names import STYLES_FOLDER
+from dmm.models.style_names import STYLES_FOLDER, read_style_names
 from dmm.models.teachers import open_pipeline
 from dmm.pipeline.styled import save_pipeline
 from dmm.recipes.parts import MAX_SEED, exists
@@ -343,8 +343,10 @@ def _check(
     if resume and is_run:
         before = load_recipe(folder / RECIPE, may_be_gone=True)
         _check_same(before, recipe, folder)
-        if before == recipe and (folder / INDEX).is_file():
-            return None
+        if (folder / INDEX).is_file():
+            _check_styles(recipe, folder)
+            if before == recipe:
+                return None
         _check_resumable(recipe, folder)
     else:
         check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
@@ -355,6 +357,19 @@ def _check(
     if tell is not None:
         tell(describe(recipe, plan, source, folder, device=state.device, num_processes=state.num_processes))
     return plan
+
+
+def _check_styles(recipe: Recipe, folder: Path) -> None:
+    """Refuse to take a model from which a style was removed, and which keeps its merge's recipe, for that merge."""
+    earlier = read_style_names(recipe.earlier.model) if recipe.earlier else None
+    names = read_style_names(str(folder)) or []
+    gone = [name for name in (*(earlier or ()), *(teacher.name for teacher in recipe.teachers)) if name not in names]
+    if gone:
+        raise UserError(
+            f"'{folder}' holds a model of the styles {', '.join(names)}: without {', '.join(gone)} it is not what the "
+            "recipe makes, and a run cannot go on to that. Name another output, or add --overwrite in place of "
+            "--resume to begin anew."
+        )
 
 
 def _check_resumable(recipe: Recipe, folder: Path) -> None:
