@@ -127,13 +127,17 @@ def die_at(trainer, rank, step):
     trainer._step = die
 
 
+def main(folder, recipe, kill=None):
+    trainer = toy_trainer(Path(folder), toy_recipe(**json.loads(recipe)))
+    if kill:
+        die_at(trainer, *map(int, kill.split(":")))
+    trainer.train()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     join_processes()  # as a merge does; it also parts them in the end
-    trainer = toy_trainer(Path(sys.argv[1]), toy_recipe(**json.loads(sys.argv[2])))
-    if sys.argv[3:]:
-        die_at(trainer, *map(int, sys.argv[3].split(":")))
     try:
-        trainer.train()
+        main(*sys.argv[1:])
     except UserError as error:
         sys.exit(str(error))

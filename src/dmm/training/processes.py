@@ -1,11 +1,13 @@
 """Several processes of one run: what one does for all, and that none is left waiting for one that is gone."""
 
 import atexit
+import gc
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -27,6 +29,7 @@ Made = TypeVar("Made")
 # its wait where one dies is the launcher, or the connection that it closes.
 _TIMEOUT = timedelta(days=7)
 _HANG_SECONDS = 20.0  # launchers kill 30 s after they have asked
+_PARTING_SECONDS = 0.5
 
 
 def join_processes(device: str | None = None) -> PartialState:
@@ -61,9 +64,16 @@ def join_processes(device: str | None = None) -> PartialState:
 
 
 def _part() -> None:
-    """Leave the other processes: one that ends with its connections open aborts, now and then, in their threads."""
+    """Leave the other processes: one that ends with its connections open aborts, now and then, in their threads.
+
+    Such a thread lets go of its last tensors only after it has told that they have come, for which it needs an
+    interpreter that still runs: where it finds none, it ends the process ("terminate called without an active
+    exception"). The group joins its threads once nothing holds it; what still does so gets a moment.
+    """
     if torch.distributed.is_initialized():
+        gc.collect()  # models that were trained in parallel hold the group, in circles
         torch.distributed.destroy_process_group()
+        time.sleep(_PARTING_SECONDS)
 
 
 def on_main(work: Callable[[], Made]) -> Made:
