@@ -30,12 +30,12 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer({token: i for i, token in enumerate(tokens)}, [], model_max_length=MAX_TOKENS)
 
 
-def tiny_text_encoder(tokenizer: CLIPTokenizer, hidden_size: int = 16) -> CLIPTextModel:
+def tiny_text_encoder(tokenizer: CLIPTokenizer, hidden_size: int = 16, num_hidden_layers: int = 2) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=2,
         max_position_embeddings=MAX_TOKENS,
         projection_dim=hidden_size,

@@ -313,24 +313,26 @@ def test_keys_that_match_nothing(sd1_folder, tmp_path):
     save_file({"foo.bar": torch.zeros(2)}, tmp_path / "x.safetensors")
     refused(
         ModelSource(tmp_path / "x.safetensors", config=sd1_folder),
-        r"none of its 1 tensors has a name that we know \(such as 'foo\.bar'\)\. SD 1\.x was expected",
+        r"none of its 1 tensors has a name that we know \(such as 'foo\.bar'\)\. SD 1\.x, SD 2\.x or SDXL was expected",
     )
 
 
-def test_an_sdxl_file(sd1_folder, sd1_file, tmp_path):
+def test_a_refiner_s_file(sd1_folder, sd1_file, tmp_path):
     def change(tensors):
         for name in [name for name in tensors if name.startswith("cond_stage_model.")]:
-            tensors[name.replace("cond_stage_model", "conditioner.embedders.0")] = tensors.pop(name)
+            tensors[name.replace("cond_stage_model.transformer", "conditioner.embedders.0.model")] = tensors.pop(name)
 
     file = rewrite(sd1_file, tmp_path / "x.safetensors", change)
-    refused(ModelSource(file, config=sd1_folder), r"is SDXL \(it holds 'conditioner\.embedders\..*SD 1\.x was expected")
+    refused(
+        ModelSource(file, config=sd1_folder),
+        r"is the SDXL refiner \(it holds '.*embedders\..*SD 1\.x, SD 2\.x or SDXL was expected",
+    )
 
 
 @pytest.mark.parametrize(
     ("class_name", "linear", "title"),
     [
-        ("StableDiffusionXLPipeline", True, "SDXL"),
-        ("StableDiffusionPipeline", True, "SD 2.x"),
+        ("StableDiffusion3Pipeline", True, "SD 3"),
         ("StableDiffusionDMMPipeline", False, "a DMM merge in the authors' layout"),
         ("KandinskyPipeline", False, "KandinskyPipeline"),
     ],
@@ -342,7 +344,9 @@ def test_folders_of_other_families(sd1_folder, tmp_path, class_name, linear, tit
         (folder / "unet/config.json", "use_linear_projection", linear),
     ):
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    refused(ModelSource(folder), rf"is {title} \(model_index\.json: {class_name}\); SD 1\.x was expected")
+    refused(
+        ModelSource(folder), rf"is {title} \(model_index\.json: {class_name}\); SD 1\.x, SD 2\.x or SDXL was expected"
+    )
 
 
 def test_a_config_that_is_not_there(sd1_file, tmp_path):

@@ -10,6 +10,8 @@ from typing import Any
 from dmm.errors import UserError
 from dmm.families.family import Component, Family
 from dmm.families.sd1 import SD1
+from dmm.families.sd2 import SD2
+from dmm.families.sdxl import SDXL
 from dmm.families.strangers import LORA_MARKERS, STRANGERS, Stranger
 
 __all__ = [
@@ -27,7 +29,7 @@ __all__ = [
     "set_denoiser",
 ]
 
-FAMILIES = {family.name: family for family in (SD1,)}
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
 
 
 def family_of_names(names: Iterable[str]) -> tuple[Family | Stranger, str] | None:
@@ -38,8 +40,8 @@ def family_of_names(names: Iterable[str]) -> tuple[Family | Stranger, str] | Non
     Returns: the family and the name that gave it away; None where no name is known.
     """
     names = list(names)
-    # strangers first: their files may hold a family's parts too
-    known: list[Family | Stranger] = [*STRANGERS, *FAMILIES.values()]
+    # strangers first, then the youngest: their files hold the older families' parts too
+    known: list[Family | Stranger] = [*STRANGERS, *reversed(FAMILIES.values())]
     for family in known:
         for marker in family.markers:
             for name in names:
@@ -53,17 +55,16 @@ def family_of_class(pipeline: str, configs: Mapping[str, Mapping[str, Any]]) -> 
 
     Args:
         pipeline: the name of its class, as ``model_index.json`` has it.
-        configs: of its components, by their names.
+        configs: of the components that it names, by their names; empty where that is missing.
     Returns: the family, whatever its pipeline begins with or is guided by; a stranger of the class's name where it is
         not one that we know.
     """
-    for family in FAMILIES.values():
-        name = family.denoiser.name
-        if pipeline in family.class_names and family.owns(configs.get(name, {})):
-            return family
-    for stranger in STRANGERS:
-        if stranger.pipeline and pipeline.startswith(stranger.pipeline) and stranger.owns(configs.get("unet", {})):
+    for stranger in STRANGERS:  # first: they have the classes of families
+        if stranger.pipeline and pipeline.startswith(stranger.pipeline) and stranger.owns(configs):
             return stranger
+    for family in FAMILIES.values():
+        if pipeline in family.class_names and family.owns(configs.get(family.denoiser.name, {})):
+            return family
     return Stranger(pipeline)
 
 
@@ -75,7 +76,7 @@ def family_of(pipeline: Any) -> Family:
     found = [
         family
         for family in FAMILIES.values()
-        if all(hasattr(pipeline, component.name) for component in family.components)
+        if all(getattr(pipeline, component.name, None) is not None for component in family.components)
         and family.owns(getattr(pipeline, family.denoiser.name).config)
     ]
     for family in found:
@@ -98,4 +99,5 @@ def set_denoiser(pipeline: Any, denoiser: Any) -> None:
 
 def known_titles() -> str:
     """The families that open, for people."""
-    return " or ".join(family.title for family in FAMILIES.values())
+    *others, last = (family.title for family in FAMILIES.values())
+    return f"{', '.join(others)} or {last}"

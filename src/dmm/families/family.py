@@ -16,6 +16,8 @@ class Component:
     """What its tensors' names begin with in a single file of the original layout."""
     weights_name: str
     """Stem of its weight files in a stock folder."""
+    tokenizer: str | None = None
+    """Of a text encoder: the attribute of the pipeline, and the subfolder, that makes the tokens which it reads."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Family:
     """What ``modelspec.architecture`` calls it."""
     kohya_name: str
     """What kohya's scripts call it, in ``ss_base_model_version``."""
-    authors: AuthorsLayout
+    authors: AuthorsLayout | None
+    """None of a family that they released nothing of."""
     hub_id: str
     """Of the model whose configs and tokenizer a single file follows that says nothing itself: diffusers' choice."""
 
@@ -63,6 +66,16 @@ class Family:
     def denoiser(self) -> Component:
         """What is trained."""
         return self.components[0]
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        """What reads prompts, in the order in which the denoiser takes what they make of them."""
+        return tuple(one for one in self.components if one.tokenizer)
+
+    @property
+    def tokenizers(self) -> dict[str, str]:
+        """The names of its tokenizers, and of the text encoders that read their tokens."""
+        return {one.tokenizer: one.name for one in self.components if one.tokenizer}
 
     @property
     def class_names(self) -> set[str]:

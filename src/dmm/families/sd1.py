@@ -14,6 +14,8 @@ from transformers import CLIPTextModel
 
 from dmm.families.family import AuthorsLayout, Component, Family
 
+_AUTHORS = AuthorsLayout("StableDiffusionDMMPipeline", "model_merge")
+
 SD1 = Family(
     name="sd1",
     title="SD 1.x",
@@ -29,13 +31,15 @@ SD1 = Family(
     components=(
         Component("unet", UNet2DConditionModel, "model.diffusion_model.", "diffusion_pytorch_model"),
         Component("vae", AutoencoderKL, "first_stage_model.", "diffusion_pytorch_model"),
-        Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model"),
+        Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model", "tokenizer"),
     ),
     port="time_embedding.linear_2",
-    owns=lambda config: not config.get("use_linear_projection") and config.get("addition_embed_type") != "text_time",
+    owns=lambda config: (
+        not config.get("use_linear_projection") and config.get("addition_embed_type") in (None, _AUTHORS.embed_type)
+    ),
     markers=("model.diffusion_model.input_blocks.", "cond_stage_model.transformer."),
     architecture="stable-diffusion-v1",
     kohya_name="sd_v1",
-    authors=AuthorsLayout("StableDiffusionDMMPipeline", "model_merge"),
+    authors=_AUTHORS,
     hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
 )

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dmm.families.family import AuthorsLayout
-
 
 @dataclass(frozen=True)
 class Stranger:
@@ -17,11 +15,10 @@ class Stranger:
     """Parts of tensors' names that tell a single file."""
     pipeline: str | None = None
     """What the pipeline classes of its folders begin with."""
-    authors: AuthorsLayout | None = None
     architecture: str = "unknown"
     """What ``modelspec.architecture`` calls it."""
-    owns: Callable[[Mapping[str, Any]], bool] = lambda _: True
-    """Whether a denoiser of this config is one of the family's."""
+    owns: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda _: True
+    """Whether a folder of such a class is of this kind, by the configs of its parts."""
 
 
 LORA_MARKERS = (("SDXL", "lora_te2_"), ("SDXL", "text_encoder_2."), ("SDXL", "input_blocks"))
@@ -33,18 +30,11 @@ STRANGERS = (
     Stranger("FLUX", ("double_blocks.",), "Flux", architecture="flux-1"),
     Stranger("a DMM merge in the authors' layout", ("model_embedding.weight",), "StableDiffusionDMM"),
     Stranger(
-        "SDXL",
-        ("conditioner.embedders.", "diffusion_model.label_emb.", "diffusion_model.add_embedding2."),
+        "the SDXL refiner",
+        # its only text encoder is the second of SDXL, and stands where SDXL has its first
+        ("conditioner.embedders.0.model.",),
         "StableDiffusionXL",
-        AuthorsLayout("StableDiffusionXLDMMPipeline", "model_merge_xl"),
-        "stable-diffusion-xl-v1-base",
-    ),
-    Stranger(
-        "SD 2.x",
-        ("cond_stage_model.model.",),
-        "StableDiffusionPipeline",
-        architecture="stable-diffusion-v2-512",
-        # the pipeline class of SD 1.x, but linear layers around its attention where SD 1.x convolves
-        owns=lambda config: bool(config.get("use_linear_projection")),
+        architecture="stable-diffusion-xl-v1-refiner",
+        owns=lambda configs: "text_encoder_2" in configs and "text_encoder" not in configs,
     ),
 )

@@ -219,7 +219,7 @@ def _fetch(path: Path, hub_id: str, family: Family) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
         # offline, what an earlier command fetched for other ends is given, too
-        for name in ("model_index.json", "tokenizer", *(component.name for component in family.components)):
+        for name in ("model_index.json", *family.tokenizers, *(component.name for component in family.components)):
             if not (folder / name).exists():
                 raise ValueError(f"there is no {name} in the part of it that was fetched")
         return folder

@@ -1,5 +1,6 @@
 """Stock diffusers pipeline folders."""
 
+import inspect
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
     check_classes(index, folder / INDEX, family)
     read_scheduler_config(folder)
     skeletons = build_skeletons(folder, family)
-    check_tokenizer(folder / "tokenizer", skeletons["text_encoder"].config)
+    for tokenizer, reader in family.tokenizers.items():
+        check_tokenizer(folder / tokenizer, skeletons[reader].config)
     return skeletons
 
 
@@ -67,7 +69,9 @@ def tell_folder(folder: Path) -> Family | Stranger:
     Raises: UserError: no pipeline folder, or a config that is broken.
     """
     index = _read_index(folder)
-    configs = {path.parent.name: read_json(path) for path in folder.glob("*/config.json") if path.parent.name in index}
+    parts = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
+    files = {name: folder / name / "config.json" for name in parts}
+    configs = {name: read_json(file) if file.is_file() else {} for name, file in files.items()}
     return family_of_class(str(index.get("_class_name")), configs)
 
 
@@ -136,9 +140,15 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
             variant=VARIANT if VARIANT in variants else None,
             use_safetensors=None if allow_pickle else True,
             local_files_only=True,
-            requires_safety_checker=False,
-            **dict.fromkeys(UNUSED_COMPONENTS),
+            **without_unused(family),
         )
+
+
+def without_unused(family: Family) -> dict[str, Any]:
+    """The arguments by which a pipeline of a family is built without the parts that nothing of ours calls."""
+    known = inspect.signature(family.pipeline_class.__init__).parameters
+    arguments = {"requires_safety_checker": False, **dict.fromkeys(UNUSED_COMPONENTS)}
+    return {name: value for name, value in arguments.items() if name in known}
 
 
 def copy_model(source: Path, target: Path, family: Family) -> None:
@@ -151,7 +161,7 @@ def copy_model(source: Path, target: Path, family: Family) -> None:
     """
     shutil.copyfile(source / INDEX, target / INDEX)
     components = {component.name: component for component in family.components}
-    for part in ("scheduler", "tokenizer", *components):
+    for part in ("scheduler", *family.tokenizers, *components):
         files = config_files(source / part)
         if part in components:
             weights, _ = weight_files(source / part, components[part], allow_pickle=False)
@@ -196,6 +206,8 @@ def _current_names(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if hasattr(model, "_fix_state_dict_keys_on_load"):
         model._fix_state_dict_keys_on_load(tensors)
         return tensors
-    # transformers 5.6 dropped a level of CLIPTextModel
-    tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in tensors.items() if name not in _HARMLESS}
+    # transformers 5.6 dropped a level of CLIPTextModel, but not of its twin with a projection
+    if not any(name.startswith("text_model.") for name in model.state_dict()):
+        tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    used = model.state_dict()
+    return {name: tensor for name, tensor in tensors.items() if name in used or name not in _HARMLESS}

@@ -22,7 +22,7 @@ from dmm.families import Family, family_of
 from dmm.formats.building import building
 from dmm.formats.configs import describe_pipeline
 from dmm.formats.ema import choose_weights
-from dmm.formats.folder import UNUSED_COMPONENTS, check_configs
+from dmm.formats.folder import check_configs, without_unused
 from dmm.formats.schedules import (
     V_PREDICTION_MARK,
     ZERO_SNR_MARK,
@@ -103,8 +103,7 @@ def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: t
             config=str(config),
             dtype=torch_dtype,
             local_files_only=True,
-            requires_safety_checker=False,
-            **dict.fromkeys(UNUSED_COMPONENTS),
+            **without_unused(family),
         )
 
 

@@ -26,7 +26,7 @@ def build_skeletons(folder: Path, family: Family) -> dict[str, Any]:
     skeletons = {
         component.name: build_skeleton(folder / component.name, component, family) for component in family.components
     }
-    _check_widths(skeletons, folder)
+    _check_widths(skeletons, folder, family)
     return skeletons
 
 
@@ -94,16 +94,18 @@ def _from_config(model_class: Any, folder: Path) -> Any:
     return model_class.from_config(model_class.load_config(folder))
 
 
-def _check_widths(skeletons: Mapping[str, Any], folder: Path) -> None:
+def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family) -> None:
     size = skeletons["unet"].config.sample_size
     if not (isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2)):
         raise UserError(
             f"{folder / 'unet' / 'config.json'}: its sample_size is {size}; a number, or two, was expected."
         )
-    unet, vae, text_encoder = (skeletons[name].config for name in ("unet", "vae", "text_encoder"))
+    unet, vae = (skeletons[name].config for name in ("unet", "vae"))
+    # of several text encoders the embeddings are read side by side
+    text_width = sum(skeletons[one.name].config.hidden_size for one in family.text_encoders)
     check_paints_from_noise(str(folder), unet.in_channels, vae.latent_channels)
     for what, found, expected in (
-        ("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text_encoder.hidden_size),
+        ("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text_width),
         ("reads latent channels (in_channels)", unet.in_channels, vae.latent_channels),
     ):
         if found != expected:

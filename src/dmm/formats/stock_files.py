@@ -45,7 +45,7 @@ def check_classes(index: dict[str, Any], path: Path, family: Family) -> None:
     Raises: UserError: a part is not named, or is of another class.
     """
     kinds = {component.name: component.model_class.__name__ for component in family.components}
-    for name in (*kinds, "scheduler", "tokenizer"):
+    for name in (*kinds, "scheduler", *family.tokenizers):
         found = index.get(name)
         if not isinstance(found, list):
             raise UserError(f"{path} names no {name}. The folder is incomplete; save it again.")

@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from dmm.errors import UserError
-from dmm.families import FAMILIES, STRANGERS, Family, Stranger, family_of, family_of_names, known_titles
+from dmm.families import FAMILIES, Family, Stranger, family_of, family_of_names, known_titles
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_config, check_tokenizer
 from dmm.formats.configs import find_configs
-from dmm.formats.folder import UNUSED_COMPONENTS, check_component, weight_files
+from dmm.formats.folder import check_component, weight_files, without_unused
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.skeleton import build_skeleton, check_tensors
@@ -30,7 +30,6 @@ from dmm.formats.tensors import Header, check_finite, read_header, read_tensors,
 from dmm.models.style_names import CODEBOOK
 from dmm.models.styles import Provenance, StylePrompts
 
-_KNOWN: list[Family | Stranger] = [*FAMILIES.values(), *STRANGERS]
 UNET_CLASS = "DMMUNet2DConditionModel"
 UNET_MODULE = "modeling.dmm_unet"
 """Where the authors' code finds the class, as their model_index.json says."""
@@ -52,7 +51,7 @@ def is_authors(path: Path, *, allow_pickle: bool = False) -> bool:
     if path.is_dir():
         index = path / "model_index.json"
         return index.is_file() and read_json(index).get("_class_name") in [
-            one.authors.pipeline for one in _KNOWN if one.authors
+            one.authors.pipeline for one in FAMILIES.values() if one.authors
         ]
     return any(name.endswith(CODEBOOK) for name in read_header(path, allow_pickle=allow_pickle).tensors)
 
@@ -103,7 +102,12 @@ def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, a
 
 
 def rewrite_folder(folder: Path, prompts: StylePrompts, family: Family) -> None:
-    """Turn a stock pipeline folder, in place, into one of the authors' layout with these styles."""
+    """Turn a stock pipeline folder, in place, into one of the authors' layout with these styles.
+
+    Raises: UserError: of a family that they released nothing of.
+    """
+    if family.authors is None:
+        raise UserError(f"DMM's authors released no {family.title} model, so that there is no layout of theirs for it.")
     _edit_json(folder / "model_index.json", {"_class_name": family.authors.pipeline, "unet": [UNET_MODULE, UNET_CLASS]})
     _edit_json(
         folder / "unet" / "config.json",
@@ -162,7 +166,7 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
     check_tokenizer(folder / "tokenizer", parts["text_encoder"].config)
     with building(f"{folder} has no tokenizer that can be opened"):
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return family.pipeline_class(**parts, **dict.fromkeys(UNUSED_COMPONENTS), requires_safety_checker=False)
+    return family.pipeline_class(**parts, **without_unused(family))
 
 
 def _unet_files(path: Path, allow_pickle: bool) -> list[Path]:
@@ -179,7 +183,7 @@ def _family_of(path: Path, allow_pickle: bool) -> Family:
     told: Family | Stranger | None
     if path.is_dir():
         embed_type = read_json(path / "unet" / "config.json").get("addition_embed_type")
-        told = next((one for one in _KNOWN if one.authors and one.authors.embed_type == embed_type), None)
+        told = next((one for one in FAMILIES.values() if one.authors and one.authors.embed_type == embed_type), None)
         kind = f"of addition_embed_type {embed_type}"
     else:
         names = [name for name in read_header(path, allow_pickle=allow_pickle).tensors if CODEBOOK not in name]

@@ -236,7 +236,8 @@ def share(pipe: DiffusionPipeline) -> DiffusionPipeline:
     _adapt(second, adaptation.chosen)
     _warn_when_saved(twin)
     second.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    second.tokenizer = copy.deepcopy(pipe.tokenizer)  # its padding is state that two threads may not set at once
+    for tokenizer in family_of(pipe).tokenizers:  # their padding is state that two threads may not set at once
+        setattr(second, tokenizer, copy.deepcopy(getattr(pipe, tokenizer)))
     return second
 
 

@@ -1,0 +1,64 @@
+"""A tiny random pipeline of every family."""
+
+import torch
+from conftest import MAX_TOKENS, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+
+def tiny_sd2(seed: int = 0, prediction_type: str = "v_prediction") -> StableDiffusionPipeline:
+    pipe = tiny_pipeline(seed, prediction_type)
+    torch.manual_seed(seed)
+    pipe.register_modules(unet=tiny_unet(use_linear_projection=True))
+    return pipe
+
+
+def tiny_sdxl(seed: int = 0, prediction_type: str = "epsilon", **schedule) -> StableDiffusionXLPipeline:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type=prediction_type,
+        **schedule,
+    )
+    return StableDiffusionXLPipeline(
+        vae=tiny_vae(force_upcast=True),
+        text_encoder=tiny_text_encoder(tokenizer, num_hidden_layers=3),
+        text_encoder_2=_with_projection(tokenizer, hidden_size=24, projection_dim=12),
+        tokenizer=tokenizer,
+        tokenizer_2=tiny_tokenizer(),
+        unet=tiny_unet(
+            cross_attention_dim=16 + 24,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=12 + 6 * 8,
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 2),
+        ),
+        scheduler=scheduler,
+    )
+
+
+def _with_projection(tokenizer, hidden_size, projection_dim):
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=projection_dim,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+TINY = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+"""By the families' names, called with a seed."""
