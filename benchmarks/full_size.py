@@ -146,6 +146,7 @@ def main() -> None:
             "teachers": [{"name": name, "model": "random/teacher"} for name in names],
             "data": {"dataset": "random/data"},
             "size": args.size,
+            "styles": {"rank": 0},
             "training": {
                 **{"steps": args.steps, "batch_size": args.batch_size, "micro_batch_size": args.batch_size},
                 **{"gradient_checkpointing": args.gradient_checkpointing, "compile": args.compile},

@@ -193,6 +193,7 @@ def write_recipe(folder: Path) -> Path:
         "teachers": [_teacher(name, sources[name]) for name in TEACHERS],
         "data": {"synthesize": {"prompts": "prompts.txt", "count": 8, "steps": 4, "guidance": 2.0}},
         "size": 32,
+        "styles": {"rank": 0},
         "training": {
             **{"steps": STEPS, "batch_size": 6, "learning_rate": 1e-3, "precision": "fp32"},
             **{"lr_schedule": "cosine", "warmup_steps": 3, "ema_decay": 0.9},

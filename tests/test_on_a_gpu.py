@@ -48,6 +48,7 @@ def write_recipe(path, precision="fp32", **changes):
     recipe = {
         "data": {"synthesize": {"prompts": "prompts.txt", "count": 3, "steps": 1, "guidance": 2, "own": 0.5}},
         "size": 16,
+        "styles": {"rank": 0},
         "training": {
             **{"steps": 4, "batch_size": 6, "micro_batch_size": 3, "learning_rate": 1e-3, "precision": precision},
             **{"ema_decay": 0.5, "gradient_checkpointing": True},

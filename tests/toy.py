@@ -62,6 +62,7 @@ def toy_recipe(**settings):
         "checkpoint": {"every": 2, "keep": 2},
         "logging": {"every": 1},
         "losses": {"feature": 0.1, "adversarial": 0.01},
+        "styles": {"rank": 0},
         **settings,
     }
     data = {"dataset": "o/d"}

@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from dmm.errors import UserError
-from dmm.recipes.recipe import Data, Logging, Losses, Recipe, Synthesize, Teacher, Training, load_recipe, save_recipe
+from dmm.recipes.recipe import (
+    Data,
+    Logging,
+    Losses,
+    Recipe,
+    Styles,
+    Synthesize,
+    Teacher,
+    Training,
+    load_recipe,
+    save_recipe,
+)
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -49,8 +60,24 @@ def mistake(folder: Path, text: str, *overrides: str) -> str:
     return said.replace(f"{folder.resolve()}{os.sep}", "")
 
 
-def test_a_recipe_that_names_nothing_else_has_the_papers_values(folder):
+def test_a_recipe_that_names_nothing_else_merges_with_adapters_in_a_night(folder):
     recipe = load(folder, PLAIN.replace("training:\n  steps: 10\n", ""))
+    assert (recipe.styles.rank, recipe.styles.trained) == (16, "adapters")
+    training = recipe.training
+    assert (training.steps, training.batch_size, training.micro_batch_size) == (1000, 8, 4)
+    assert (training.learning_rate, training.lr_schedule) == (1e-4, "cosine")
+    assert recipe.losses == Losses(feature=0.001, adversarial=0)
+    # what is said stays, and the rest is filled in around it
+    recipe = load(folder, PLAIN + "losses: {adversarial: 0.02}\nstyles: {train: none}\n")
+    assert (recipe.training.steps, recipe.training.batch_size, recipe.losses.adversarial) == (10, 8, 0.02)
+    assert (recipe.styles.rank, recipe.styles.trained) == (16, "none")
+    assert load(folder, PLAIN, "styles.error=0.1").styles.rank is None
+    finetune = load(folder, PLAIN + "finetune: {synthesize: {prompts: prompts.txt}}\n").finetune
+    assert (finetune.training.steps, finetune.training.batch_size, finetune.synthesize.count) == (300, 8, 1500)
+
+
+def test_with_a_rank_of_0_a_recipe_that_names_nothing_else_has_the_papers_values(folder):
+    recipe = load(folder, PLAIN.replace("training:\n  steps: 10\n", "styles: {rank: 0}\n"))
     assert (recipe.kind, recipe.start, recipe.size, recipe.seed) == ("unet", "base", None, 0)
     training = recipe.training
     assert (training.steps, training.batch_size, training.micro_batch_size) == (100_000, 320, 20)
@@ -154,7 +181,7 @@ def test_overrides_are_set_over_the_file_in_order(folder):
         (["data.dataset=mnist"], "merge.yaml, line 6: data: found images and dataset, expected one of images,"),
         (["teachers.1.name=noto"], "merge.yaml, line 2: teachers: teachers 0 and 1 are both named 'noto'; rename one."),
         (["teachers.0.weight=0"], "--set teachers.0.weight: found 0, expected a number above 0."),
-        (["training.batch_size=1"], "merge.yaml: training.batch_size is 1, expected at least 2: every teacher needs"),
+        (["styles.rank=0", "training.batch_size=1"], "merge.yaml: training.batch_size is 1, expected at least 2: every teacher needs"),
     ],
 )
 def test_mistakes_in_overrides(folder, overrides, message):
@@ -271,7 +298,7 @@ def test_mistakes_in_overrides(folder, overrides, message):
         ("{images: pictures}", "{}", "line 6: data: found nothing, expected one of images, dataset, synthesize."),
         (
             "steps: 10",
-            "warmup_steps: 5",
+            "warmup_steps: 5\n  lr_schedule: constant",
             "line 7: training: warmup_steps is 5, but the lr_schedule 'constant' has no warm-up",
         ),
         (
@@ -348,7 +375,7 @@ def test_every_shipped_recipe_parses(path):
 
 def test_the_papers_recipe_is_what_the_defaults_are():
     recipe = load_recipe(RECIPES / "paper.yaml")
-    assert recipe == Recipe(base=recipe.base, teachers=recipe.teachers, data=recipe.data, size=512)
+    assert recipe == Recipe(base=recipe.base, teachers=recipe.teachers, data=recipe.data, size=512, styles=Styles(rank=0))
 
 
 def test_nothing_heavy_is_imported():

@@ -30,7 +30,7 @@ from dmm.pipeline.samplers import DEFAULT_SAMPLER
 from dmm.pipeline.sampling import sample_latents
 from dmm.pipeline.styled import set_style
 from dmm.recipes.further import taken_from
-from dmm.recipes.recipe import load_recipe
+from dmm.recipes.recipe import Styles, load_recipe
 from dmm.training.batches import Batches, Role
 from dmm.training.distill import EarlierStudent, Part, distill
 
@@ -69,6 +69,7 @@ def recipe_of(changes):
     return {
         "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 1, "guidance": 1}},
         "size": 16,
+        "styles": {"rank": 0},
         "training": {"steps": 2, "batch_size": 6, "learning_rate": 1e-3, "precision": "fp32"},
         "logging": {"every": 1, "sample_every": None},
         **changes,
@@ -125,7 +126,7 @@ def test_two_processes_add_as_one(models, tmp_path):
 def test_what_a_recipe_does_not_say_is_the_earlier_merges(models, tmp_path, capsys):
     recipe = models / "short.yaml"
     short = {"teachers": teachers(line=3), "data": {"synthesize": {"prompts": "prompts.txt", "count": 2}}}
-    recipe.write_text(write_yaml({**short, "training": {"steps": 1}, "logging": {"sample_every": None}}))
+    recipe.write_text(write_yaml({**short, "styles": {"rank": 0}, "training": {"steps": 1}, "logging": {"sample_every": None}}))
     command = ["add", str(models / "merged"), str(recipe), "--output", str(tmp_path / "more")]
     assert main([*command, "--set", "losses.feature=0.5"]) == 0
     told, head, training, *_ = capsys.readouterr().out.splitlines()
@@ -140,14 +141,26 @@ def test_what_a_recipe_does_not_say_is_the_earlier_merges(models, tmp_path, caps
     assert run.training.learning_rate == merged.training.learning_rate / 2
     assert run.losses == merged.losses.model_copy(update={"feature": 0.5})
     # an addition's rates were halved once
-    assert taken_from(run, {}, [])["training.learning_rate"] == run.training.learning_rate
+    assert taken_from(run, {}, [], has_adapters=False)["training.learning_rate"] == run.training.learning_rate
 
 
 def test_what_is_said_stays_and_pictures_of_ones_own_are_not_painted(models):
     merged = load_recipe(models / "merged" / "recipe.yaml")
     given = {"size": 8, "training": {"precision": "bf16"}, "data": {"images": "pictures"}, "losses": None}
-    taken = taken_from(merged, given, ["training.batch_size", "losses"])
+    taken = taken_from(merged, given, ["training.batch_size", "losses"], has_adapters=False)
     assert set(taken) == {"training.micro_batch_size", "training.gradient_checkpointing", "training.learning_rate"}
+
+
+def test_a_merge_of_another_kind_gives_neither_losses_nor_batches_nor_rates(models):
+    prompts = load_recipe(models / "merged" / "recipe.yaml")
+    taken = taken_from(prompts, {}, [], has_adapters=True)
+    assert set(taken) == {"size", "training.precision", "training.gradient_checkpointing"}
+    adapters = prompts.model_copy(update={"styles": Styles(error=0.1)})
+    taken = taken_from(adapters, {}, [], has_adapters=True)
+    assert (taken["styles.error"], taken["training.learning_rate"]) == (0.1, prompts.training.learning_rate)
+    assert "styles.rank" not in taken
+    # another size than the earlier one is said in other words
+    assert not any("styles" in key for key in taken_from(adapters, {"styles": {"rank": 4}}, [], has_adapters=True))
 
 
 @pytest.mark.parametrize(

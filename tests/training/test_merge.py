@@ -77,6 +77,7 @@ def recipe_of(models, **changes):
         ],
         "data": {"images": "images"},
         "size": 16,
+        "styles": {"rank": 0},
         "training": {
             "steps": 4,
             "batch_size": 6,

@@ -8,25 +8,26 @@ was made for:
     - {name: pastel, model: models/pastel}
     - {name: line, lora: line.safetensors}
   data:
-    synthesize: {prompts: prompts.txt, count: 1500}   # MERGED paints, too, in each of its styles
-  earlier: {regularization: 0.5}        # the share of every batch that keeps the earlier styles
-  training: {steps: 2500}
+    synthesize: {prompts: prompts.txt, count: 1500}
+  training: {steps: 1000}
 
-What it does not say of size, losses, precision, batches, the steps and guidance of what is painted is taken from
-MERGED's own recipe, where that is there; so are the learning rates, at half of what they were.
+What it does not say of size, precision, the steps and guidance of what is painted is taken from MERGED's own recipe,
+where that is there; so are losses, batches and rates, where both recipes' styles are adapters, or prompts.
 
-The earlier styles' teachers are not needed: MERGED itself, frozen, is the teacher of its own styles, one drawn at
-random for each sample. With a regularization of 0 they are forgotten. MERGED is not changed; DIR gets a model with all
-styles, to which more can be added again.
+New styles are adapters, unless the recipe says styles: {rank: 0}; they are trained alone, and every earlier style
+keeps every bit. With a rank of 0, to a model of style prompts, all weights are trained further: MERGED itself, frozen, is
+then the teacher of its own styles, one drawn at random for each sample, in the share that earlier.regularization says;
+at 0 they are forgotten. MERGED is not changed; DIR gets a model with all styles, to which more can be added again.
 
 Examples:
   dmm add merged more.yaml --output merged-more
   dmm add merged more.yaml --output merged-more --resume
-  dmm add merged more.yaml --output merged-more --set earlier.regularization=0.7
+  dmm add merged more.yaml --output merged-more --set styles.rank=0 --set earlier.regularization=0.7
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from dmm.cli.merge import add_run_arguments, train
@@ -51,12 +52,12 @@ def run(args: argparse.Namespace) -> None:
     """
     # paths in a recipe are relative to it, those on a command line to where it is typed
     merged = Path(args.merged).resolve() if Path(args.merged).exists() else args.merged
-    taken = _taken(args)
+    overrides = [f"earlier.model={json.dumps(str(merged))}", *args.overrides]
     # first, so that what is set by the user is set over it
-    train(args, [*taken, f"earlier.model={json.dumps(str(merged))}", *args.overrides])
+    train(args, [*_taken(args, overrides), *overrides])
 
 
-def _taken(args: argparse.Namespace) -> list[str]:
+def _taken(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
     """What the new recipe does not say and the earlier merge's does, as overrides; told on the main process.
 
     Raises: UserError: one of the two recipes cannot be read.
@@ -67,12 +68,13 @@ def _taken(args: argparse.Namespace) -> list[str]:
     with told_once():
         if not found:
             return []
+        has_adapters = load_recipe(args.recipe, overrides).styles.has_adapters
         given, _ = read_yaml(args.recipe)
         earlier = load_recipe(found[0], may_be_gone=True)
         overridden = [override.partition("=")[0] for override in args.overrides]
-        taken = taken_from(earlier, given, overridden)
+        taken = taken_from(earlier, given, overridden, has_adapters=has_adapters)
     told = [f"{key}={json.dumps(value)}" for key, value in taken.items()]
     if told and is_main_process():
-        rates = "" if earlier.earlier else " (rates: half of the merge's)"
+        rates = "" if earlier.earlier or has_adapters else " (rates: half of the merge's)"
         print(f"Taken from {found[0]}, since {args.recipe} does not say{rates}: {', '.join(told)}.", flush=True)
     return told

@@ -8,11 +8,11 @@ A recipe says what is merged, on what data and how. The smallest one, whose teac
     - {name: photo, lora: photo.safetensors, lora_scale: 0.8}
   data:
     synthesize: {prompts: prompts.txt, count: 1500}   # or {images: folder}, captioned; or {dataset: id}
-  training: {steps: 10000, batch_size: 32, micro_batch_size: 8}
-  finetune: {synthesize: {prompts: prompts.txt}}      # then, if you like, each style on its teacher's own pictures
+  styles: {rank: 16}                                  # adapters on the base's own weights: the default
 
-Everything else has the paper's value; docs/merge.md tells of every key. All of it is checked before anything
-large is loaded.
+Each style becomes an adapter, a low-rank change of frozen weights. With styles: {rank: 0} it is a vector and all
+weights are trained, by the paper's values: recipes/paper.yaml. docs/merge.md has the two side by side, and tells of every
+key. All of it is checked before anything large is loaded.
 
 DIR gets the run (recipe.yaml, log.jsonl, samples/, checkpoints/) and at the end the result: a stock pipeline
 folder with the styles beside it, which dmm generate DIR --style ink paints with. Stopped in any way, a run goes

@@ -1,11 +1,12 @@
 """The recipe of a merge: what is merged, from what data, how it is trained.
 
-A field's name is its key in the file, and its default is the paper's value (DMM §A.3) where the
-paper has one. What can be known without the models is checked here, before they are loaded.
+A field's name is its key in the file, and its default is the paper's value (DMM §A.3) where the paper has one and
+styles are what they are in the paper; where they are adapters, as they are by default, :data:`ADAPTER_DEFAULTS` comes
+first. What can be known without the models is checked here, before they are loaded.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -114,11 +115,16 @@ def _num_bytes(text: Any) -> int:
     return round(float(match[1]) * 1000 ** " KMG".index(match[2].upper() or " "))
 
 
+DEFAULT_RANK = 16
+"""In SD 1.5 34 MB a style in half precision, 2 % of the UNet."""
+
+
 class Styles(Part):
     """What a style brings: a prompt alone, as in the paper, or an adapter, a low-rank change of the weights."""
 
     rank: Annotated[Whole, in_range(least=0, most=4096)] | None = None
-    """Of uniform adapters of as many bytes; 0, the default: styles are prompts alone, the paper's method."""
+    """Of uniform adapters of as many bytes; :data:`DEFAULT_RANK` where nothing says how large a style is. 0: styles are
+    prompts alone, the paper's method."""
     size: Annotated[str, AfterValidator(lambda text: _num_bytes(text) and text)] | None = None
     """In place of ``rank``: of a style on disk, on average, such as 40MB."""
     error: Annotated[Number, in_range(above=0, below=1)] | None = None
@@ -128,6 +134,13 @@ class Styles(Part):
     By default adapters, and of a rank of 0, all."""
     samples: Annotated[Whole, in_range(least=1)] = 128
     """Noised ones, of each style, by which its adapter is calibrated."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_rank(cls, given: Any) -> Any:
+        if isinstance(given, dict) and all(given.get(name) is None for name in ("rank", "size", "error")):
+            return {**given, "rank": DEFAULT_RANK}
+        return given
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -157,20 +170,29 @@ class Styles(Part):
         return None if self.size is None else _num_bytes(self.size)
 
 
-ADAPTER_TRAINING = {
-    "steps": 1000,
-    "batch_size": 8,
-    "micro_batch_size": 4,
-    "learning_rate": 1e-4,
-    "lr_schedule": "cosine",
+ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "training": {
+        "steps": 1000,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 1e-4,
+        "lr_schedule": "cosine",
+    },
+    "losses": {"adversarial": 0.0},
+    "finetune.training": {
+        "steps": 300,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "learning_rate": 5e-5,
+        "lr_schedule": "cosine",
+    },
 }
-"""The defaults where styles are adapters: steps are of each style. Chosen so that eight models of 860 M parameters take
-a night on a card of 24 GB, which has not been tried."""
-ADAPTER_LOSSES = {"adversarial": 0.0}
+"""What a recipe does not say where styles are adapters; steps are of each style. Eight models of 860 M parameters take a
+night with it on a card of 24 GB: docs/merge.md has the sum, which no such card has confirmed."""
 
 
 class Training(Part):
-    """How the student is trained, with AdamW; the paper's defaults, but :data:`ADAPTER_TRAINING` for adapters."""
+    """How the student is trained, with AdamW; the paper's defaults, but :data:`ADAPTER_DEFAULTS` for adapters."""
 
     steps: Count = 100_000
     batch_size: Count = 320
@@ -373,20 +395,17 @@ class Recipe(Part):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_for_adapters(cls, given: Any) -> Any:
-        """The defaults of training where styles are adapters."""
-        styles = given.get("styles") if isinstance(given, dict) else None
-        if isinstance(styles, dict):
-            has_adapters = any(styles.get(key) for key in ("rank", "size", "error"))
-        else:
-            has_adapters = isinstance(styles, Styles) and styles.has_adapters
-        if not has_adapters:
+        """The defaults where styles are adapters."""
+        if not isinstance(given, dict):
             return given
-        filled = dict(given)
-        for name, defaults in (("training", ADAPTER_TRAINING), ("losses", ADAPTER_LOSSES)):
-            part = given.get(name, {})
-            if isinstance(part, dict):
-                filled[name] = {**defaults, **part}
-        return filled
+        styles = given.get("styles", {})
+        if isinstance(styles, Styles) and not styles.has_adapters:
+            return given
+        if isinstance(styles, dict) and styles.get("rank") == 0:
+            return given
+        for place, defaults in ADAPTER_DEFAULTS.items():
+            given = _filled(given, place.split("."), defaults)
+        return given
 
     @model_validator(mode="after")
     def _check_config(self) -> Self:
@@ -434,6 +453,15 @@ class Recipe(Part):
                     "step"
                 )
         return self
+
+
+def _filled(given: dict[str, Any], place: Sequence[str], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys and values, with defaults in the part at a place, which may be left out; what is around it must be there."""
+    name, *within = place
+    part = given.get(name, None if within else {})
+    if not isinstance(part, dict):
+        return given
+    return {**given, name: _filled(part, within, defaults) if within else {**defaults, **part}}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = (), *, may_be_gone: bool = False) -> Recipe:
