@@ -32,7 +32,7 @@ from dmm.errors import UserError
 from dmm.evaluation.extractor_names import check_count
 from dmm.files.yaml import write_yaml
 
-STEPS = story.TRAINING["steps"]
+STEPS = story.PAPER["training"]["steps"]
 HEAVY = {"feature": 0.1}
 """More than in the demo: features weighed this much when the first tables were made."""
 
@@ -221,7 +221,8 @@ def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> d
         ],
         "data": {"synthesize": {"prompts": story.PROMPTS_FILE, **story.DATA, **arm.data}},
         "size": 32,
-        "training": {**story.TRAINING, "steps": steps, "warmup_steps": steps // 20},
+        "styles": {"rank": 0},
+        "training": {**story.PAPER["training"], "steps": steps, "warmup_steps": steps // 20},
         "losses": {**story.LOSSES, **arm.losses},
         "checkpoint": {"every": 200, "keep": 1},
         "logging": {"every": 25, "sample_every": None, "score_error_every": 250},
@@ -348,7 +349,7 @@ def main() -> None:
         for arm in arms:
             print(f"{arm.name}, seed {seed}", file=sys.stderr, flush=True)
             run_arm(arm, options.work, seed, options)
-    samples = options.steps * story.TRAINING["batch_size"]
+    samples = options.steps * story.PAPER["training"]["batch_size"]
     print(f"{samples:,} samples a merge, {options.num_images} pictures of a style, {len(seeds)} seeds.\n")
     if options.num_images:
         print_table(arms, options.work, seeds)

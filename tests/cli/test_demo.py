@@ -14,10 +14,14 @@ def short_story(monkeypatch):
     """Two prompts and two steps; all else is as users see it."""
     monkeypatch.setattr(story, "PROMPTS", ("fox", "red apple"))
     monkeypatch.setattr(story, "DATA", {"count": 1, "steps": 1, "guidance": 2.0})
-    monkeypatch.setattr(story, "TRAINING", {**story.TRAINING, "steps": 2, "batch_size": 8, "warmup_steps": 1})
+    for name in ("ADAPTERS", "PAPER"):
+        method = getattr(story, name)
+        short = {**method["training"], "steps": 2, "batch_size": 8, "warmup_steps": 1}
+        monkeypatch.setattr(story, name, {**method, "training": short})
+    monkeypatch.setattr(story, "ADAPTERS", {**story.ADAPTERS, "styles": {"rank": 16, "samples": 8}})
 
 
-def test_it_merges_the_experts_and_leaves_a_finished_demo_alone(short_story, tmp_path, capsys):
+def test_it_merges_the_experts_with_adapters_and_leaves_a_finished_demo_alone(short_story, tmp_path, capsys):
     folder = tmp_path / "demo"
     assert main(["demo", "--output", str(folder)]) == 0
     assert f"Wrote {folder / 'demo.png'}" in capsys.readouterr().out
@@ -28,6 +32,7 @@ def test_it_merges_the_experts_and_leaves_a_finished_demo_alone(short_story, tmp
     names = dmm.style_names(dmm.load_pipeline(folder / "merged"))
     assert names == story.styles() == [teacher.name for teacher in load_recipe(folder / "recipe.yaml").teachers]
     assert len(names) == 8
+    assert load_recipe(folder / "recipe.yaml").styles.rank == 16
     before = (folder / "demo.png").stat().st_mtime_ns
     assert main(["demo", "--output", str(folder)]) == 0
     assert "there already" in capsys.readouterr().out
@@ -59,7 +64,20 @@ def test_another_folder_is_not_written_into(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_the_demos_merge_is_short_enough_for_two_cores():
-    recipe = story.TRAINING
-    assert recipe["steps"] * recipe["batch_size"] <= 40_000
+def test_the_papers_merge_is_there_for_the_asking(short_story, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(story, "merge_experts", lambda folder: None)
+    monkeypatch.setattr(
+        story, "show", lambda folder, progress: story.Show(folder, 1, story.Verdict(1, 1), story.Verdict(1, 1))
+    )
+    assert main(["demo", "--paper"]) == 0
+    recipe = load_recipe(tmp_path / "dmm-demo-paper" / "recipe.yaml")
+    assert (recipe.styles.rank, recipe.styles.trained, recipe.start) == (0, "all", "average")
+
+
+def test_the_demos_merges_are_short_enough_for_two_cores():
+    trainings = story.ADAPTERS["training"], story.PAPER["training"]
+    samples = [training["steps"] * training["batch_size"] for training in trainings]
+    assert samples[0] * 4 <= 9_000  # of the four experts that are no LoRAs
+    assert samples[1] <= 40_000
     assert story.DATA["count"] * 8 * story.DATA["steps"] <= 10_000

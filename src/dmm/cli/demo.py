@@ -2,7 +2,10 @@
 
 The package carries a base model and eight small real Stable Diffusion experts, fine-tuned from it on drawings of
 eight hands. They paint some pictures for each other, and from these one model learns to paint in all eight hands:
-what dmm merge does with yours. No GPU, no download and no account are needed; two cores take about five minutes.
+what dmm merge does with yours. No GPU, no download and no account are needed; two cores take about three minutes.
+
+Each style becomes an adapter on the base. With --paper it is one vector, and all weights are trained, as in the paper
+that the merge comes from (DMM); that takes five to eight minutes, and is further from the experts.
 
 DIR gets recipe.yaml, by which the experts are merged; merged/, the model; and demo.png: for every prompt a row
 by the experts, and under it one by the merged model, from the same noise. Interrupted, it goes on where it was.
@@ -10,6 +13,7 @@ by the experts, and under it one by the merged model, from the same noise. Inter
 Examples:
   dmm demo
   dmm demo --output /tmp/look
+  dmm demo --paper
   dmm generate dmm-demo/merged fox --style noto=0.5,fluent=0.5 --guidance 2 --output fox.png
 """
 
@@ -20,9 +24,8 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "--output", metavar="DIR", type=Path, default=Path("dmm-demo"), help="where to (default: dmm-demo/)"
-    )
+    parser.add_argument("--output", metavar="DIR", type=Path, help="where to (default: dmm-demo/, or dmm-demo-paper/)")
+    parser.add_argument("--paper", action="store_true", help="merge as the paper does, one vector a style")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from dmm.files.outputs import check_folder
     from dmm.models.libraries import quiet_libraries
 
-    folder = args.output
+    folder = args.output or Path("dmm-demo-paper" if args.paper else "dmm-demo")
     if (folder / "demo.png").exists():
         print(f"{folder / 'demo.png'} is there already: open it, or name another folder with --output.")
         return
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.monotonic()
     try:
         if not is_begun:
-            story.write_recipe(folder)
+            story.write_recipe(folder, story.PAPER if args.paper else story.ADAPTERS)
         print("Merging eight experts: they paint what is learned from, then one model learns.")
         story.merge_experts(folder)
         with PartsBar(story.num_pictures(), " pictures") as bar:
