@@ -181,7 +181,10 @@ def test_overrides_are_set_over_the_file_in_order(folder):
         (["data.dataset=mnist"], "merge.yaml, line 6: data: found images and dataset, expected one of images,"),
         (["teachers.1.name=noto"], "merge.yaml, line 2: teachers: teachers 0 and 1 are both named 'noto'; rename one."),
         (["teachers.0.weight=0"], "--set teachers.0.weight: found 0, expected a number above 0."),
-        (["styles.rank=0", "training.batch_size=1"], "merge.yaml: training.batch_size is 1, expected at least 2: every teacher needs"),
+        (
+            ["styles.rank=0", "training.batch_size=1"],
+            "merge.yaml: training.batch_size is 1, expected at least 2: every teacher needs",
+        ),
     ],
 )
 def test_mistakes_in_overrides(folder, overrides, message):
@@ -375,7 +378,9 @@ def test_every_shipped_recipe_parses(path):
 
 def test_the_papers_recipe_is_what_the_defaults_are():
     recipe = load_recipe(RECIPES / "paper.yaml")
-    assert recipe == Recipe(base=recipe.base, teachers=recipe.teachers, data=recipe.data, size=512, styles=Styles(rank=0))
+    assert recipe == Recipe(
+        base=recipe.base, teachers=recipe.teachers, data=recipe.data, size=512, styles=Styles(rank=0)
+    )
 
 
 def test_nothing_heavy_is_imported():

@@ -126,7 +126,9 @@ def test_two_processes_add_as_one(models, tmp_path):
 def test_what_a_recipe_does_not_say_is_the_earlier_merges(models, tmp_path, capsys):
     recipe = models / "short.yaml"
     short = {"teachers": teachers(line=3), "data": {"synthesize": {"prompts": "prompts.txt", "count": 2}}}
-    recipe.write_text(write_yaml({**short, "styles": {"rank": 0}, "training": {"steps": 1}, "logging": {"sample_every": None}}))
+    recipe.write_text(
+        write_yaml({**short, "styles": {"rank": 0}, "training": {"steps": 1}, "logging": {"sample_every": None}})
+    )
     command = ["add", str(models / "merged"), str(recipe), "--output", str(tmp_path / "more")]
     assert main([*command, "--set", "losses.feature=0.5"]) == 0
     told, head, training, *_ = capsys.readouterr().out.splitlines()

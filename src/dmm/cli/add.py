@@ -15,9 +15,10 @@ What it does not say of size, precision, the steps and guidance of what is paint
 where that is there; so are losses, batches and rates, where both recipes' styles are adapters, or prompts.
 
 New styles are adapters, unless the recipe says styles: {rank: 0}; they are trained alone, and every earlier style
-keeps every bit. With a rank of 0, to a model of style prompts, all weights are trained further: MERGED itself, frozen, is
-then the teacher of its own styles, one drawn at random for each sample, in the share that earlier.regularization says;
-at 0 they are forgotten. MERGED is not changed; DIR gets a model with all styles, to which more can be added again.
+keeps every bit. With a rank of 0, to a model of style prompts, all weights are trained further: MERGED itself,
+frozen, is then the teacher of its own styles, one drawn at random for each sample, in the share that
+earlier.regularization says; at 0 they are forgotten. MERGED is not changed; DIR gets a model with all styles, to
+which more can be added again.
 
 Examples:
   dmm add merged more.yaml --output merged-more

@@ -11,8 +11,8 @@ A recipe says what is merged, on what data and how. The smallest one, whose teac
   styles: {rank: 16}                                  # adapters on the base's own weights: the default
 
 Each style becomes an adapter, a low-rank change of frozen weights. With styles: {rank: 0} it is a vector and all
-weights are trained, by the paper's values: recipes/paper.yaml. docs/merge.md has the two side by side, and tells of every
-key. All of it is checked before anything large is loaded.
+weights are trained, by the paper's values: recipes/paper.yaml. docs/merge.md has the two side by side, and tells of
+every key. All of it is checked before anything large is loaded.
 
 DIR gets the run (recipe.yaml, log.jsonl, samples/, checkpoints/) and at the end the result: a stock pipeline
 folder with the styles beside it, which dmm generate DIR --style ink paints with. Stopped in any way, a run goes

@@ -24,7 +24,7 @@ def taken_from(
 ) -> dict[str, Any]:
     """Keys of a recipe, as ``training.precision``, and the values that the earlier merge had there.
 
-    Losses, batches and rates, where both merges' styles are of one kind; how large a style is, where both have adapters.
+    Losses, batches and rates where both merges' styles are of one kind; their size where these are adapters.
     Rates of style prompts are half of a merge's; an addition's, which were that once, are taken as they are.
 
     Args:

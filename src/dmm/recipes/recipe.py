@@ -187,8 +187,8 @@ ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {
         "lr_schedule": "cosine",
     },
 }
-"""What a recipe does not say where styles are adapters; steps are of each style. Eight models of 860 M parameters take a
-night with it on a card of 24 GB: docs/merge.md has the sum, which no such card has confirmed."""
+"""What a recipe does not say where styles are adapters; steps are of each style. Eight models of 860 M parameters take
+a night with it on a card of 24 GB: docs/merge.md has the sum, which no such card has confirmed."""
 
 
 class Training(Part):
