@@ -33,7 +33,7 @@ def taken_from(
         has_adapters: whether the new styles are adapters.
     """
     before = earlier.model_dump(mode="json")
-    keys = _ALWAYS
+    keys: tuple[str, ...] = _ALWAYS
     if earlier.styles.has_adapters == has_adapters:
         says_size = any(not _is_open(given, key) or _is_set(overridden, key) for key in _SIZES)
         keys += _OF_ITS_KIND if says_size or not has_adapters else (*_OF_ITS_KIND, *_SIZES)
