@@ -116,7 +116,7 @@ def _num_bytes(text: Any) -> int:
 
 
 DEFAULT_RANK = 16
-"""In SD 1.5 34 MB a style in half precision, 2 % of the UNet."""
+"""Of a UNet of 860 M parameters that is 34 MB a style in half precision, 2 %."""
 
 
 class Styles(Part):
