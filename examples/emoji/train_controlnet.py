@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--control", choices=CONTROLS, action="append", help="only this one; may be given again")
     parser.add_argument("--pictures", type=int, default=3, help="of each of the 64 things by each of the 8 hands")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
