@@ -50,6 +50,9 @@ class ToyData:
     def latents(self, rows):
         return self._latents[rows]
 
+    def shown(self, rows, styles):
+        return {}
+
     def conditioning(self, encoder, rows, dropped):
         assert encoder in ("student", *STYLES)
         return {"encoder_hidden_states": self._text[rows] * ~dropped[:, None, None]}

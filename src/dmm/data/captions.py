@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dmm.errors import UserError, note_once
 from dmm.files.json import parse_json
@@ -62,6 +63,26 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
     return listed + [(path, caption) for path, caption, repeats in beside for _ in range(repeats // common)]
 
 
+def read_column(folder: Path, key: str) -> dict[Path, Path]:
+    """The files that the lines of every ``metadata.jsonl`` below a folder name under a key, by the line's image.
+
+    Raises: UserError: a line's value is no text, or there is no such file.
+    """
+    found = {}
+    for place, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if METADATA not in names:
+            continue
+        for where, entry in _entries(Path(place) / METADATA):
+            if key not in entry:
+                continue
+            path = Path(place) / str(entry[key])
+            if not isinstance(entry[key], str) or not path.is_file():
+                raise UserError(f"{where}: its '{key}' is {entry[key]!r:.80}; an image file beside it was expected.")
+            found[Path(place) / entry["file_name"]] = path
+    return found
+
+
 def _read_beside(folder: Path, names: list[str], *, must: bool) -> Iterator[tuple[Path, str, int]]:
     """A folder's images that have a caption, how often they count; ``must``: each has to have one."""
     repeated = _REPEATED.fullmatch(folder.name)
@@ -95,6 +116,15 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
+    for where, entry in _entries(file):
+        path = file.parent / entry["file_name"]
+        if not path.is_file():
+            raise UserError(f"{where}: there is no file '{path}'. Put the image there, or take the line out.")
+        yield path, entry["text"]
+
+
+def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines, and what errors call each."""
     for number, line in enumerate(_read_lines(file), 1):
         if not line.strip():
             continue
@@ -103,7 +133,4 @@ def _read_metadata(file: Path) -> Iterator[tuple[Path, str]]:
         for field in ("file_name", "text"):
             if not isinstance(entry, dict) or not isinstance(entry.get(field), str):
                 raise UserError(f"{where} has no string '{field}'; a line such as {_EXAMPLE} was expected.")
-        path = file.parent / entry["file_name"]
-        if not path.is_file():
-            raise UserError(f"{where}: there is no file '{path}'. Put the image there, or take the line out.")
-        yield path, entry["text"]
+        yield where, entry

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from PIL import Image, ImageOps
 
-from dmm.data.captions import read_captions
+from dmm.data.captions import METADATA, read_captions, read_column
 from dmm.data.keys import key_of
 from dmm.errors import UserError
 from dmm.files.outputs import new_file
@@ -56,6 +56,20 @@ class ImageFolder:
     def name(self, index: int) -> str:
         """What an error calls the image."""
         return str(self._paths[index])
+
+    def column(self, key: str) -> list[Path]:
+        """The file that ``metadata.jsonl`` names under a key, of every image.
+
+        Raises: UserError: an image has none, or there is no such file.
+        """
+        found = read_column(self._folder, key)
+        missing = [path for path in self._paths if path not in found]
+        if missing:
+            raise UserError(
+                f"{missing[0]}: no {METADATA} names its '{key}'; {len(missing)} of the {len(self._paths)} images have "
+                "none. Add it to their lines, or have it made of the images: {make: edges}."
+            )
+        return [found[path] for path in self._paths]
 
     def read(self, index: int) -> bytes:
         """The image as it is stored."""

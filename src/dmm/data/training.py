@@ -2,15 +2,17 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmm.data.control_images import SHOWN, Condition
 from dmm.data.encoding import check_size, encode_latents, encode_texts
 from dmm.data.images import CaptionedImages
 from dmm.data.rows import ALONE, Place, Rows
@@ -40,19 +42,26 @@ class TrainingData:
         texts: by text encoder, U rows of what a UNet reads of a caption; the first is the empty caption.
         caption_of: (M,) int64, which of the U is a row's caption.
         painted: by teacher or other painter, the rows that it painted.
+        shown: by ControlNet, M rows of the image that it is shown; of models, nothing.
 
     Attributes:
         num_rows: M.
     """
 
     def __init__(
-        self, latents: Rows, texts: Mapping[str, Rows], caption_of: Tensor, painted: Mapping[str, range]
+        self,
+        latents: Rows,
+        texts: Mapping[str, Rows],
+        caption_of: Tensor,
+        painted: Mapping[str, range],
+        shown: Mapping[str, Rows] = MappingProxyType({}),
     ) -> None:
         assert len(latents) == len(caption_of)
         self._latents = latents
         self._texts = dict(texts)
         self._caption_of = caption_of
         self._painted = dict(painted)
+        self._shown = dict(shown)
         self.num_rows = len(latents)
 
     @cached_property
@@ -86,6 +95,22 @@ class TrainingData:
         """
         return self._texts[encoder].read(self._caption_of[rows.cpu()].masked_fill(dropped.cpu(), 0))
 
+    def shown(self, rows: Tensor, styles: Sequence[str]) -> dict[str, Tensor]:
+        """What the teacher of each sample's style reads beside the caption: a ControlNet its image, a model nothing.
+
+        Args:
+            rows: (B,) int64.
+            styles: B names.
+        Returns: keyword arguments of a ControlNet, ``controlnet_cond``, (B, 3, H, W) float32 in [0, 1]; or none.
+        """
+        if not self._shown:
+            return {}
+        images: dict[int, Tensor] = {}
+        for name in dict.fromkeys(styles):
+            places = [place for place, style in enumerate(styles) if style == name]
+            images |= zip(places, self._shown[name].read(rows.cpu()[places])[SHOWN], strict=True)
+        return {SHOWN: torch.stack([images[place] for place in range(len(styles))]) / 255}
+
 
 def prepare_data(
     source: CaptionedImages | Synthesis,
@@ -95,6 +120,7 @@ def prepare_data(
     size: int,
     cache: Path | None = None,
     clip_skips: Mapping[str, int] | None = None,
+    conditions: Mapping[str, Condition] | None = None,
     place: Place = ALONE,
     show_progress: bool = True,
 ) -> TrainingData:
@@ -110,6 +136,7 @@ def prepare_data(
         size: pixels a side.
         cache: folder of the cache, by default the user's.
         clip_skips: of the teachers, and of the ``student``, that leave out layers of their text encoder.
+        conditions: of ControlNets, by name, what each is shown of an image.
         place: this process's, among those that share the work.
         show_progress: bars on stderr.
     Raises: UserError: the size does not suit a model, an image is damaged, a model overflows, the cache cannot be
@@ -161,8 +188,14 @@ def prepare_data(
             latents = Rows([shard for rows in painted for shard in rows.shards])
         else:
             latents = encode_latents(base.vae, source, size, cache, bar.update, place)
+    shown = {}
+    for name, condition in (conditions or {}).items():
+        title = f"what {name} is shown"
+        with _bar(place.rows(len(captions)), " images", title, show_progress, leave=False) as bar, _naming(name):
+            shown[name] = condition.rows(source, latents, base.vae, size, cache, bar.update, place)
     index_of = {caption: index for index, caption in enumerate(distinct)}
-    return TrainingData(latents, texts, torch.tensor([index_of[caption] for caption in captions]), of_teacher)
+    caption_of = torch.tensor([index_of[caption] for caption in captions])
+    return TrainingData(latents, texts, caption_of, of_teacher, shown)
 
 
 @contextmanager

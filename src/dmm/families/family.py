@@ -43,6 +43,8 @@ class Family:
     """What paints by a ``control``, from an ``image``, in a ``mask``: the pipeline classes by what guides them."""
     components: tuple[Component, ...]
     """The denoiser comes first."""
+    controlnet: Component
+    """What guides the denoiser by an image: a copy of its first half, which embeds time at the same port."""
     port: str
     """Path, in the denoiser, of the last linear layer of what embeds time: to its output the style term is added."""
     owns: Callable[[Mapping[str, Any]], bool]

@@ -2,6 +2,7 @@
 
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
@@ -33,6 +34,7 @@ SD1 = Family(
         Component("vae", AutoencoderKL, "first_stage_model.", "diffusion_pytorch_model"),
         Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model", "tokenizer"),
     ),
+    controlnet=Component("controlnet", ControlNetModel, "control_model.", "diffusion_pytorch_model"),
     port="time_embedding.linear_2",
     owns=lambda config: (
         not config.get("use_linear_projection") and config.get("addition_embed_type") in (None, _AUTHORS.embed_type)

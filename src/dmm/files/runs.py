@@ -20,6 +20,8 @@ STYLE_RUNS = "training"
 UNTRAINED = "untrained"
 INDEX = "model_index.json"
 """Of the result: it comes last, and without it nothing takes the folder for a pipeline."""
+NET_INDEX = "config.json"
+"""The same of a merged ControlNet, which is no pipeline."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,13 @@ def find_run(folder: Path) -> Run | None:
         step=(step_of(found[-1]) or 0) if found else 0,
         num_steps=num_steps if isinstance(num_steps, int) else 0,
         is_first_stage=place != folder,
-        is_finished=(folder / INDEX).is_file(),
+        is_finished=has_result(folder),
     )
+
+
+def has_result(folder: Path) -> bool:
+    """Whether the result of a merge is there."""
+    return (folder / INDEX).is_file() or (folder / NET_INDEX).is_file()
 
 
 def check_finished(folder: Path) -> None:
@@ -74,7 +81,7 @@ def check_finished(folder: Path) -> None:
 
     Raises: UserError: with how far it is, and how to go on.
     """
-    run = None if (folder / INDEX).is_file() else find_run(folder)
+    run = None if has_result(folder) else find_run(folder)
     if run is None:
         return
     go_on = f"`dmm merge {folder / RECIPE} --output {folder} --resume`"

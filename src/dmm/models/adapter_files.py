@@ -26,7 +26,8 @@ from dmm.models.adapters import Adapter, Factors
 INDEX = "adapters.json"
 
 _NAMES = "dmm.parameters"
-_COMPONENT = "unet"
+COMPONENT = "unet"
+"""What kohya's names call a denoiser, whatever it is."""
 # of a parameter's name, what stands for it in the layouts that carry whole differences
 _ENDINGS = {"weight": "diff", "bias": "diff_b"}
 
@@ -72,7 +73,12 @@ def read_adapters(folder: Path) -> Mapping[str, Adapter]:
 
 
 def write_adapters(
-    adapters: Mapping[str, Adapter], folder: Path, *, base_sha256: str, metadata: Mapping[str, Mapping[str, str]]
+    adapters: Mapping[str, Adapter],
+    folder: Path,
+    *,
+    base_sha256: str,
+    metadata: Mapping[str, Mapping[str, str]],
+    component: str = COMPONENT,
 ) -> None:
     """Write the adapters of styles, and their index, into a ``styles/`` folder.
 
@@ -80,13 +86,14 @@ def write_adapters(
         adapters: by style; each tensor is written in its dtype.
         base_sha256: of the weights that they change.
         metadata: by style, further strings for the headers.
+        component: of a pipeline, that they change: no other's layers are taken for its.
     Raises: UserError: a value is not finite.
     """
     folder.mkdir(exist_ok=True)
     index: dict[str, Any] = {}
     for (style, adapter), stem in zip(adapters.items(), file_stems(list(adapters)), strict=True):
         told = {**metadata.get(style, {}), "dmm.base_sha256": base_sha256}
-        files = write_adapter(adapter, folder, stem, told)
+        files = write_adapter(adapter, folder, stem, told, component)
         index[style] = {
             "files": {path.name: sha256(path) for path in files},
             "parameters": adapter.num_parameters,
@@ -111,7 +118,9 @@ def file_stems(names: Sequence[str]) -> list[str]:
     return stems
 
 
-def write_adapter(adapter: Adapter, folder: Path, stem: str, metadata: Mapping[str, str]) -> list[Path]:
+def write_adapter(
+    adapter: Adapter, folder: Path, stem: str, metadata: Mapping[str, str], component: str = COMPONENT
+) -> list[Path]:
     """Write one adapter: its low-rank part, and its whole differences, each where there are any.
 
     Returns: the files.
@@ -119,8 +128,8 @@ def write_adapter(adapter: Adapter, folder: Path, stem: str, metadata: Mapping[s
     """
     written = []
     for path, (tensors, names) in (
-        (folder / f"{stem}.safetensors", lora_tensors(adapter)),
-        (folder / f"{stem}.diff.safetensors", difference_tensors(adapter)),
+        (folder / f"{stem}.safetensors", lora_tensors(adapter, component)),
+        (folder / f"{stem}.diff.safetensors", difference_tensors(adapter, component)),
     ):
         if tensors:
             check_finite(tensors, str(path))
@@ -135,11 +144,11 @@ def write_adapter(adapter: Adapter, folder: Path, stem: str, metadata: Mapping[s
     return written
 
 
-def lora_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+def lora_tensors(adapter: Adapter, component: str = COMPONENT) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's low-rank part in kohya's layout, and the parameter that each layer's name stands for."""
     tensors, names = {}, {}
     for name, one in adapter.factors.items():
-        layer = kohya_name(_COMPONENT, name.removesuffix(".weight"))
+        layer = kohya_name(component, name.removesuffix(".weight"))
         tensors[f"{layer}.lora_down.weight"] = one.down.contiguous()
         tensors[f"{layer}.lora_up.weight"] = one.up.reshape(*one.up.shape, *(1,) * (one.down.ndim - 2)).contiguous()
         tensors[f"{layer}.alpha"] = torch.tensor(float(one.rank))
@@ -147,12 +156,12 @@ def lora_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, names
 
 
-def difference_tensors(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+def difference_tensors(adapter: Adapter, component: str = COMPONENT) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's whole differences as ComfyUI reads them, and the parameter that each key stands for."""
     tensors, names = {}, {}
     for name, offset in adapter.offsets.items():
         module, _, parameter = name.rpartition(".")
-        key = f"{kohya_name(_COMPONENT, module)}.{_ENDINGS.get(parameter, parameter)}"
+        key = f"{kohya_name(component, module)}.{_ENDINGS.get(parameter, parameter)}"
         tensors[key], names[key] = offset.contiguous(), name
     return tensors, names
 

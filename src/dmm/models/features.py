@@ -39,8 +39,8 @@ class BlockTap:
 
 
 def unet_blocks(unet: Any) -> dict[str, nn.Module]:
-    """Every down block, the mid block and every up block, by name."""
+    """Every down block, the mid block and every up block, by name; a ControlNet has no up blocks."""
     blocks: dict[str, nn.Module] = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
     blocks["mid_block"] = unet.mid_block
-    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(unet.up_blocks)}
+    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(getattr(unet, "up_blocks", ()))}
     return blocks

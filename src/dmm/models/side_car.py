@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dmm.errors import UserError
+from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_config
@@ -71,9 +72,12 @@ def _read_weights(styles: Path, names: list[str], dim: int) -> StylePrompts:
     return prompts
 
 
-def write_side_car(prompts: StylePrompts, folder: Path) -> None:
+def write_side_car(prompts: StylePrompts, folder: Path, *, family: Family | None = None) -> None:
     """Write style prompts, adapters and their provenance where it is known, into the folder of a whole pipeline
     that is otherwise written already.
+
+    Args:
+        family: of a ControlNet, whose folder holds its weights itself.
     """
     styles = folder / STYLES_FOLDER
     if prompts.config.dim:
@@ -81,12 +85,14 @@ def write_side_car(prompts: StylePrompts, folder: Path) -> None:
     else:
         prompts.save_config(styles)
     if prompts.adapters:
-        family = family_of_folder(folder)
-        digest = sha256(*sorted((folder / family.denoiser.name).glob("*.safetensors")))
+        component = "controlnet" if family else "unet"
+        weights = folder if family else folder / family_of_folder(folder).denoiser.name
+        family = family or family_of_folder(folder)
+        digest = sha256(*sorted(weights.glob("*.safetensors")))
         told = {one.name: family.lora_metadata | _metadata(one) for one in prompts.provenance}
         told = dict.fromkeys(prompts.names, family.lora_metadata) | told
         in_order = {name: prompts.adapters[name] for name in prompts.names if name in prompts.adapters}
-        write_adapters(in_order, styles, base_sha256=digest, metadata=told)
+        write_adapters(in_order, styles, base_sha256=digest, metadata=told, component=component)
     if prompts.provenance:
         written = {"styles": [asdict(one) for one in prompts.provenance]}
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, StrictBool, ValidationInfo, field_validator, model_validator
 
 from dmm.errors import nearest
+from dmm.recipes.controls import CONTROL_LOSSES, Made, check_controls
 from dmm.recipes.named_model import NamedModel
 from dmm.recipes.parts import (
     AUTO,
@@ -96,11 +97,14 @@ class Data(Part):
     dataset: Annotated[str, AfterValidator(path_or_id)] | None = None
     """A ``datasets`` dataset: a hub id, or a path."""
     synthesize: Synthesize | None = None
-    """None but what the teachers paint."""
+    """None but what the teachers paint; of ControlNets, what the base does."""
+    conditions: dict[str, str | Made] | None = None
+    """Of ControlNets: by control, what it is shown of a picture. A text names the key of ``metadata.jsonl`` whose value
+    is the file of the condition image; ``{make: edges}`` has it made of the picture."""
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
-        fields = list(type(self).model_fields)
+        fields = ["images", "dataset", "synthesize"]
         found = [name for name in fields if getattr(self, name) is not None]
         if len(found) != 1:
             raise ValueError(f"found {' and '.join(found) or 'nothing'}, expected one of {', '.join(fields)}")
@@ -244,6 +248,9 @@ class Losses(Part):
     """Feature imitation, over the sum of the blocks' means."""
     adversarial: Annotated[Number, in_range(least=0)] = 0.01
     """The multi-class adversarial loss; at 0 there is no discriminator."""
+    prediction: Annotated[Number, in_range(least=0)] = 0.0
+    """Of ControlNets: what the base's UNet predicts with a control's residuals, beside the residuals themselves, which
+    weigh 1; both relative to their size."""
 
 
 class Checkpoint(Part):
@@ -310,10 +317,11 @@ class Earlier(Part):
 class Recipe(Part):
     """A merge."""
 
-    kind: Literal["unet"] = "unet"
-    """What is merged."""
+    kind: Literal["unet", "controlnet"] = "unet"
+    """What is merged: models, or ControlNets of one."""
     base: Model
-    """Gives the student its VAE and text encoder and, by default, its start: a folder, a single file or a hub id."""
+    """Gives the student its VAE and text encoder and, by default, its start: a folder, a single file or a hub id. Of
+    ControlNets it is the model that they guide, and the start is a copy of its encoder."""
     config: Folder | None = None
     """The stock pipeline folder whose configs and tokenizer a base that is a single file follows; by default what the
     file says, or else those of its family's first model, from the hub."""
@@ -337,13 +345,6 @@ class Recipe(Part):
     logging: Logging = Logging()
     seed: Seed = 0
     """Of everything random in training."""
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _refuse_controlnet(cls, kind: Any) -> Any:
-        if kind == "controlnet":
-            raise ValueError("found 'controlnet', which comes later; only 'unet' can be merged so far")
-        return kind
 
     @field_validator("start")
     @classmethod
@@ -406,6 +407,29 @@ class Recipe(Part):
         for place, defaults in ADAPTER_DEFAULTS.items():
             given = _filled(given, place.split("."), defaults)
         return given
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_for_controls(cls, given: Any) -> Any:
+        """The defaults where ControlNets are merged: of losses, and no samples."""
+        if not isinstance(given, dict) or given.get("kind") != "controlnet":
+            return given
+        filled = dict(given)
+        for name, defaults in (("losses", CONTROL_LOSSES), ("logging", {"sample_every": None})):
+            part = given.get(name, {})
+            if isinstance(part, dict):
+                filled[name] = {**defaults, **part}
+        return filled
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.kind == "controlnet":
+            check_controls(self)
+        elif self.data.conditions is not None:
+            raise ValueError("data.conditions is for ControlNets; leave it out, or set kind to controlnet")
+        elif self.losses.prediction:
+            raise ValueError("losses.prediction is for ControlNets; leave it out, or set kind to controlnet")
+        return self
 
     @model_validator(mode="after")
     def _check_config(self) -> Self:

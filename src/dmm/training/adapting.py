@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmm.errors import UserError
-from dmm.families import denoiser_of, set_denoiser
+from dmm.families import set_denoiser
 from dmm.files.runs import CALIBRATION, CHECKPOINTS, STYLE_RUNS, UNTRAINED, step_of
 from dmm.formats.lora import LowRank, read_lora
 from dmm.maths.sharing import Group, share_batch
@@ -35,12 +35,20 @@ from dmm.models.adapters import NOTHING, Adapter, Factors, KeptWeights
 from dmm.models.adapting import twin_of
 from dmm.models.student import AdaptedStudent, TrainedAdapter, grow
 from dmm.models.styles import StylePrompts, style_weights
-from dmm.models.teachers import freeze, open_pipeline
+from dmm.models.teachers import freeze
 from dmm.models.unfused import set_changes
 from dmm.pipeline.styled import add_styles
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches, Role
-from dmm.training.building import DTYPES, build_adversary, open_teacher, open_teachers, roles_of, shared_weights
+from dmm.training.building import (
+    DTYPES,
+    build_adversary,
+    encoder_of,
+    open_teacher,
+    open_teachers,
+    roles_of,
+    shared_weights,
+)
 from dmm.training.calibrating import (
     Calibrated,
     Sample,
@@ -109,8 +117,8 @@ def adapt(run: Run) -> None:
     prompts.adapters = {**prompts.adapters, **{name: _stored(one, name in exact) for name, one in starting.items()}}
     # what is trained may be in half precision: the result has the base's own bits
     trained = copy.deepcopy(unet) if run.recipe.styles.trained == "adapters" else None
-    set_denoiser(run.base, unet)
-    add_styles(run.base, prompts)
+    run.plan.subject.put(run.base, unet)
+    run.plan.subject.add_styles(run.base, prompts)
     if run.recipe.styles.trained != "none":
         on_main(lambda: run.save(UNTRAINED))
     if run.recipe.styles.trained == "all":
@@ -198,7 +206,7 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
         name = recipe.teachers[index].name
         if paths[name].is_file():
             continue
-        roles = [Role([0], name, 1.0)]
+        roles = [Role([0], encoder_of(recipe, name), 1.0)]
         groups = [Group(0, range(recipe.styles.samples), 1 / recipe.styles.samples)]
         batches = run.new_batches([name], roles)(
             groups=groups,
@@ -210,8 +218,8 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
             for batch in batches.of_step(0):
                 yield Sample(batch.x_t, batch.timesteps, batch.parts[0].conditioning, batch.conditioning)
 
-        pipeline = open_pipeline(run.plan.teachers[index], name=f"teacher '{name}'")
-        teacher = freeze(denoiser_of(pipeline)).to(accelerator.device, memory_format=torch.channels_last)
+        opened = run.plan.subject.open(run.plan.teachers[index], name=f"teacher '{name}'")[0]
+        teacher = freeze(opened).to(accelerator.device, memory_format=torch.channels_last)
         with _prompted(run, unet, prompts, name), accelerator.autocast():
             found = calibrate(
                 teacher,
@@ -222,7 +230,7 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
                 own=_own_factors(run, index),
             )
         write_calibrated(found, paths[name])
-        del pipeline, teacher  # before the next one is opened
+        del opened, teacher  # before the next one is opened
         free_memory(accelerator.device)
     unet.to("cpu")
 
@@ -310,7 +318,7 @@ def _train(
     if done is not None:
         return done
     with _prompted(run, unet, prompts, name):
-        roles = [Role([0], name, 1.0)]
+        roles = [Role([0], encoder_of(recipe, name), 1.0)]
         new_batches = run.new_batches([name], roles)
         set_changes(unet, {})
         with accelerator.autocast():

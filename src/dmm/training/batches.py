@@ -33,6 +33,9 @@ class CaptionedLatents(Protocol):
 class Data(CaptionedLatents, Protocol):
     """What batches are made from; :class:`dmm.data.TrainingData` is."""
 
+    def shown(self, rows: Tensor, styles: Sequence[str]) -> dict[str, Tensor]:
+        """Further keyword arguments for B rows, as the teachers of their styles read them."""
+
     def rows_of(self, painter: str) -> Tensor:
         """(R,) int64, the rows that a style's teacher painted, or the student in it: :func:`student_in`."""
 
@@ -86,7 +89,7 @@ class Batches:
         noise_weighting: float = 0.0,
         adversarial: bool = False,
     ) -> None:
-        self._data, self._roles, self._num_styles = data, roles, len(styles)
+        self._data, self._roles, self._styles = data, roles, list(styles)
         self._alphas_cumprod = alphas_cumprod
         self._caption_dropout, self._seed, self._device = caption_dropout, seed, device
         self._adversarial = adversarial
@@ -131,20 +134,22 @@ class Batches:
         rows = self._shared_rows[draws.rows]
         rows[draws.own_rows >= 0] = torch.tensor(own_rows, dtype=torch.int64)
         x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
+        shown = self._to_device(self._data.shown(rows, [self._styles[style] for style in styles]))
         parts = []
         for teacher in dict.fromkeys(teachers):
             samples = slice(teachers.index(teacher), teachers.index(teacher) + teachers.count(teacher))
             # both sides see the same dropped captions: a mismatch teaches nothing
             encoder = self._roles[teacher].encoder
             conditioning = self._data.conditioning(encoder, rows[samples], draws.dropped[samples])
-            parts.append(Part(teacher, samples, self._to_device(conditioning)))
-        one_hot = torch.nn.functional.one_hot(torch.tensor(styles), self._num_styles)
+            own = {name: value[samples] for name, value in shown.items()}
+            parts.append(Part(teacher, samples, self._to_device(conditioning) | own))
+        one_hot = torch.nn.functional.one_hot(torch.tensor(styles), len(self._styles))
         return Batch(
             x_t=x_t.to(self._device),
             timesteps=draws.timesteps.to(self._device),
             alpha_bar_t=alpha_bar_t.to(self._device),
             style_weights=one_hot.float().to(self._device),
-            conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)),
+            conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)) | shown,
             loss_weights=torch.tensor(weights, device=self._device),
             score_weights=self._score_weights[draws.timesteps].to(self._device),
             parts=parts,

@@ -45,13 +45,13 @@ def shared_weights(recipe: Recipe, plan: Plan, base: Any, *, average: bool = Tru
     Args:
         average: see :func:`build_student`.
     """
-    unet = denoiser_of(base).to("cpu")  # the watch has asked it where the run computes
+    unet = plan.subject.of(base).to("cpu")  # the watch has asked it where the run computes
     if plan.start is not None:
-        unet = denoiser_of(open_pipeline(plan.start, name="start"))
+        unet = plan.subject.open(plan.start, name="start")[0]
     elif recipe.start == "average" and average:
         mean = {name: torch.zeros_like(tensor) for name, tensor in unet.state_dict().items()}
         for source in plan.teachers:
-            for name, tensor in denoiser_of(open_pipeline(source)).state_dict().items():
+            for name, tensor in plan.subject.open(source)[0].state_dict().items():
                 mean[name] += tensor
         unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
     return unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
@@ -62,11 +62,16 @@ def roles_of(recipe: Recipe, styles: list[str]) -> list[Role]:
     num_earlier = len(styles) - len(recipe.teachers)
     shares = shares_of(recipe)
     roles = [
-        Role([num_earlier + i], teacher.name, share)
+        Role([num_earlier + i], encoder_of(recipe, teacher.name), share)
         for i, (teacher, share) in enumerate(zip(recipe.teachers, shares, strict=False))
     ]
     kept = [Role(range(num_earlier), STUDENT, share) for share in shares[len(roles) :]]
     return roles + kept
+
+
+def encoder_of(recipe: Recipe, teacher: str) -> str:
+    """Whose text encoder a teacher reads; ControlNets have none of their own."""
+    return STUDENT if recipe.kind == "controlnet" else teacher
 
 
 def build_adversary(
@@ -98,11 +103,11 @@ def open_teachers(recipe: Recipe, plan: Plan, groups: list[Group], device: torch
 def open_teacher(recipe: Recipe, plan: Plan, index: int) -> Teacher:
     """One of the recipe's teachers: frozen, in its precision, on the CPU."""
     name = f"teacher '{recipe.teachers[index].name}'"
-    pipeline = open_pipeline(plan.teachers[index], torch_dtype=DTYPES[recipe.training.precision], name=name)
-    unet = freeze(denoiser_of(pipeline)).to(memory_format=torch.channels_last)
+    opened, predicts = plan.subject.open(plan.teachers[index], torch_dtype=DTYPES[recipe.training.precision], name=name)
+    unet = freeze(opened).to(memory_format=torch.channels_last)
     if recipe.training.compile:
         unet.compile()
-    return Teacher(unet, pipeline.scheduler.config.prediction_type, plan.prediction_type)
+    return Teacher(unet, predicts or plan.prediction_type, plan.prediction_type)
 
 
 def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:

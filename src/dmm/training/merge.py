@@ -33,7 +33,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 
 from dmm.data import TrainingData
 from dmm.errors import UserError
-from dmm.families import FAMILIES, denoiser_of, set_denoiser
+from dmm.families import FAMILIES
 from dmm.files.outputs import check_folder
 from dmm.files.prompts import read_prompts
 from dmm.files.runs import (
@@ -42,12 +42,14 @@ from dmm.files.runs import (
     FIRST_STAGE,
     INDEX,
     LOG,
+    NET_INDEX,
     RECIPE,
     SAMPLES,
     STYLE_RUNS,
     UNTRAINED,
     check_new,
     checkpoints,
+    has_result,
     step_of,
 )
 from dmm.formats.schedules import noise_schedule
@@ -55,7 +57,6 @@ from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER, read_style_names
 from dmm.models.teachers import open_pipeline
-from dmm.pipeline.styled import save_pipeline
 from dmm.recipes.parts import MAX_SEED, exists
 from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
 from dmm.training.adapting import Run as AdapterRun
@@ -63,12 +64,14 @@ from dmm.training.adapting import adapt
 from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
 from dmm.training.checkpoint import newest_checkpoint
+from dmm.training.controls import check_controls, measure_residuals
 from dmm.training.costs import disk_bytes
 from dmm.training.outlook import describe
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
 from dmm.training.preparing import Terms, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
 from dmm.training.samples import Rows, paint_teachers, show
+from dmm.training.subject import Controls
 from dmm.training.trainer import Trainer
 from dmm.training.watch import Watch, watched_groups
 
@@ -77,7 +80,8 @@ _RESULT = "result"
 _WRITTEN = (
     *(INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER, CALIBRATION, UNTRAINED, STYLE_RUNS),
     *dict.fromkeys(component.name for family in FAMILIES.values() for component in family.components),
-    *("scheduler", "tokenizer"),
+    *("scheduler", "tokenizer", NET_INDEX),
+    *(f"{family.controlnet.weights_name}.safetensors" for family in FAMILIES.values()),
 )
 # of a recipe, what a run may not change once it has begun
 _BINDING = ("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "styles", "seed")
@@ -190,6 +194,8 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     by_teachers = on_all(lambda: _paint_teachers(recipe, plan, terms, base, prompts, accelerator))
     show_step = partial(_show, recipe, plan, prompts, by_teachers, folder, accelerator.device)
     batches_of = partial(_batches_of, recipe, data, base, accelerator)
+    if isinstance(plan.subject, Controls):
+        measure_residuals(recipe, plan, plan.subject, base, batches_of(styles, roles), accelerator)
     if recipe.styles.has_adapters:
         _begin_all(recipe, folder, accelerator, resume=resume)
         watch_of = partial(_build_watch, recipe, plan, accelerator)
@@ -201,7 +207,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     new_batches = batches_of(styles, roles)
     # asks the base, which then becomes the student
     num_styles = [len(role.styles) for role in roles]
-    watch = _build_watch(recipe, plan, accelerator, denoiser_of(base), new_batches, num_styles, styles)
+    watch = _build_watch(recipe, plan, accelerator, plan.subject.of(base), new_batches, num_styles, styles)
     set_seed(recipe.seed)
     adversary = build_adversary(recipe, plan, base, accelerator.device, num_styles=len(styles))
     student = build_student(recipe, plan, base, average=accelerator.is_main_process)
@@ -216,7 +222,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         adversarial=adversary is not None,
     )
 
-    set_denoiser(base, student.unet)  # the merged pipeline
+    plan.subject.put(base, student.unet)
     trainer = Trainer(
         accelerator,
         student,
@@ -343,14 +349,15 @@ def _check(
     if resume and is_run:
         before = load_recipe(folder / RECIPE, may_be_gone=True)
         _check_same(before, recipe, folder)
-        if (folder / INDEX).is_file():
+        if has_result(folder):
             _check_styles(recipe, folder)
             if before == recipe:
                 return None
         _check_resumable(recipe, folder)
     else:
         check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
-    plan = check_merge(recipe, state.num_processes, state.device)
+    check = check_controls if recipe.kind == "controlnet" else check_merge
+    plan = check(recipe, state.num_processes, state.device)
     source = open_source(recipe, plan)
     averaged = recipe.training.ema_decay is not None
     check_space(folder, disk_bytes(plan.sizes, keep=recipe.checkpoint.keep, averaged=averaged))
@@ -381,7 +388,7 @@ def _check_resumable(recipe: Recipe, folder: Path) -> None:
             f"The run in '{folder}' has trained {trained} steps already, more than the recipe's training.steps of "
             f"{recipe.training.steps}. Raise that, or name another output."
         )
-    if (folder / INDEX).is_file() and newest_checkpoint(folder / CHECKPOINTS) is None:
+    if has_result(folder) and newest_checkpoint(folder / CHECKPOINTS) is None:
         raise UserError(
             f"'{folder}' holds the result of a run whose checkpoints are gone, so that it cannot go on under a changed "
             f"recipe. To train on from the result, begin a new run with --set 'start={folder}' and another --output; "
@@ -416,20 +423,20 @@ def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     if not resume:
         _remove(folder, _WRITTEN)
     # while a run goes on, its folder is no pipeline; and what a killed one has left is swept
-    _remove(folder, (INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
+    _remove(folder, (INDEX, NET_INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / RECIPE)
 
 
 def _save(pipeline: Any, plan: Plan, folder: Path, stage: str | None) -> None:
     """Write the result, or into a folder of the run's what there is at a stage before, where that has not been done."""
-    denoiser_of(pipeline).to(memory_format=torch.contiguous_format)  # safetensors takes no other
+    plan.subject.of(pipeline).to(memory_format=torch.contiguous_format)  # safetensors takes no other
     if stage is not None:
         if not (folder / stage).is_dir():
-            save_pipeline(pipeline, folder / stage, provenance=plan.provenance)
+            plan.subject.save(pipeline, folder / stage, plan.provenance)
         return
-    save_pipeline(pipeline, folder / _RESULT, provenance=plan.provenance)
-    made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == INDEX)
+    plan.subject.save(pipeline, folder / _RESULT, plan.provenance)
+    made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == plan.subject.index)
     _remove(folder, (path.name for path in made))
     for path in made:
         path.rename(folder / path.name)

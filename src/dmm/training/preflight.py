@@ -1,7 +1,7 @@
 """Everything that is checked of a merge before anything large is loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, 
 from dmm.pipeline.samplers import check_multiple
 from dmm.recipes.recipe import Recipe, Teacher
 from dmm.training.costs import Sizes
+from dmm.training.subject import Denoisers, Subject
 
 # of a UNet's config, what says nothing of what it computes
 _HARMLESS = ("sample_size", "upcast_attention")
@@ -47,6 +48,7 @@ class Plan:
         styles: the student's.
         provenance: of each style.
         sizes: how many weights take part.
+        subject: what of these models is merged.
     """
 
     family: Family
@@ -60,6 +62,17 @@ class Plan:
     styles: tuple[str, ...]
     provenance: tuple[Provenance, ...]
     sizes: Sizes
+    subject: Subject = field(default_factory=Denoisers)
+
+
+def check_machine(recipe: Recipe, num_processes: int, device: torch.device) -> None:
+    """Check that this machine can do what a recipe asks.
+
+    Raises: UserError: it does not compute in that precision, a tracker is not installed, or batches cannot be shared.
+    """
+    _check_precision(recipe.training.precision, device)
+    _check_trackers(recipe.logging.trackers)
+    _check_batch(recipe, num_processes)
 
 
 def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Plan:
@@ -67,10 +80,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
 
     Raises: UserError: the first thing that is wrong.
     """
-    _check_precision(recipe.training.precision, device)
-    _check_trackers(recipe.logging.trackers)
-    _check_batch(recipe, num_processes)
-
+    check_machine(recipe, num_processes, device)
     base_source = base_of(recipe)
     base = check_model(base_source, name="base")
     # what LoRAs are put on, and whose configs single files follow
@@ -190,6 +200,8 @@ def check_space(folder: Path, num_bytes: int) -> None:
 
 def num_painters(recipe: Recipe, styles: Sequence[str]) -> int:
     """How many models paint data, each style of a merged one being one."""
+    if recipe.kind == "controlnet":  # the base paints what they guide
+        return 1
     painters = len(styles if paints_earlier(recipe) else recipe.teachers)
     return painters + (len(styles) if paints_itself(recipe) else 0)
 

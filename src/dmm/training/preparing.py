@@ -19,6 +19,10 @@ from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.recipes.recipe import Recipe
 from dmm.training.building import DTYPES
 from dmm.training.preflight import Plan, open_source, paints_earlier, paints_itself
+from dmm.training.subject import Controls
+
+THE_BASE = "/base"
+"""Names the base as a painter; no style is named so."""
 
 Terms = tuple[list[Tensor], list[Tensor]]
 """Of the styles of the earlier merge, and of the start, where they are merged models: (D,) each."""
@@ -52,6 +56,7 @@ def prepare_data_of(
         _openers(recipe, plan, terms, device, paints=isinstance(source, Synthesis)),
         size=plan.size,
         clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
+        conditions=plan.subject.conditions if isinstance(plan.subject, Controls) else None,
         place=Place(accelerator.process_index, accelerator.num_processes),
         show_progress=accelerator.is_main_process,
     )
@@ -92,6 +97,9 @@ def _openers(
     Args:
         paints: whether pictures are made; if not, teachers read captions only.
     """
+    if recipe.kind == "controlnet":  # whose captions the base reads, and whose pictures it paints
+        open_base = partial(_open_reader, "base", plan.base, device)
+        return {THE_BASE: lambda: open_base().to(device)} if paints else {}
     if not paints:
         return {
             teacher.name: partial(_open_reader, teacher.name, model, device)
