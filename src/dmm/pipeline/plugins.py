@@ -120,25 +120,6 @@ def add_plugins(
     return guided, inputs
 
 
-def check_controlnet(config: Mapping[str, Any], unet: Any, name: str) -> None:
-    """Hold a ControlNet's config against the UNet that it is for.
-
-    Raises: UserError: they differ where they must agree.
-    """
-    for key, what in (
-        ("cross_attention_dim", "text of width"),
-        ("in_channels", "latent channels:"),
-        ("block_out_channels", "widths"),
-        ("addition_embed_type", "additional embeddings"),
-    ):
-        found, expected = (_plain(one.get(key, unet.config.get(key))) for one in (config, unet.config))
-        if found != expected:
-            raise UserError(
-                f"{name}: the ControlNet has {what} {found}, the model {expected}. It was made for a model of another "
-                "family; choose one for this."
-            )
-
-
 def _check_takes_masks(unet: Any) -> None:
     # of other models diffusers raises an error in the midst of painting, or, with a ControlNet, drops the mask
     if unet.config.in_channels != MASKED_CHANNELS:
@@ -153,20 +134,6 @@ def _pictures(controls: Sequence[Control], start: Start | None, ip_adapter: IPAd
     if start is not None:
         files += [start.image, *([start.mask] if start.mask else [])]
     return files + ([ip_adapter.image] if ip_adapter else [])
-
-
-def _open_controlnet(folder: Path, pipe: Any) -> ControlNetModel:
-    config = read_json(folder / "config.json")
-    if config.get("_class_name") != ControlNetModel.__name__:
-        raise UserError(
-            f"{folder} holds a {config.get('_class_name')}, not a {ControlNetModel.__name__}. Name a ControlNet's "
-            "diffusers folder."
-        )
-    check_config(config, folder / "config.json", ControlNetModel)
-    check_controlnet(config, denoiser_of(pipe), str(folder))
-    with building(f"{folder}: the ControlNet could not be opened"):
-        net = ControlNetModel.from_pretrained(folder, torch_dtype=denoiser_of(pipe).dtype, local_files_only=True)
-    return net.to(denoiser_of(pipe).device)
 
 
 def _check_ip_adapter(file: Path, unet: Any) -> None:
@@ -206,7 +173,3 @@ def _open_image_encoder(adapter: IPAdapter, pipe: Any) -> nn.Module:
             folder, dtype=denoiser_of(pipe).dtype, local_files_only=True
         )
     return encoder.to(denoiser_of(pipe).device)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value

@@ -126,7 +126,8 @@ def adapt(run: Run) -> None:
     elif trained is not None:
         trained.to(run.accelerator.device, DTYPES[run.recipe.training.precision])
         before = 0
-        for name in [one for one in starting if one not in exact]:
+        # a teacher that is the start itself has nothing to learn
+        for name in [one for one, adapter in starting.items() if one not in exact and adapter.num_parameters]:
             recipe = _of_style(run.recipe, name)
             adapter = _train(run, recipe, trained, prompts, name, starting[name], before)
             prompts.adapters = {**prompts.adapters, name: _stored(adapter)}

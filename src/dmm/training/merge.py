@@ -99,12 +99,14 @@ class Merged:
         styles: that it paints in.
         was_finished: the run had ended before, and nothing was done.
         seconds: that it took.
+        is_control: whether it is a ControlNet, whose styles are controls.
     """
 
     folder: Path
     styles: list[str]
     was_finished: bool
     seconds: float
+    is_control: bool
 
 
 def merge(
@@ -152,7 +154,13 @@ def merge(
                     AcceleratorState._reset_state()
         style_prompts = on_main(lambda: read_side_car(folder))
         assert style_prompts is not None
-    return Merged(folder, style_prompts.names, was_finished=all(was_finished), seconds=time.monotonic() - start)
+    return Merged(
+        folder,
+        style_prompts.names,
+        was_finished=all(was_finished),
+        seconds=time.monotonic() - start,
+        is_control=recipe.kind == "controlnet",
+    )
 
 
 def _stages(recipe: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
