@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dmm.pipeline.controls import control_names, load_controls, save_controls, set_control
     from dmm.pipeline.regions import Region, paint_regions
     from dmm.pipeline.style_schedule import StyleSchedule
     from dmm.pipeline.styled import load_pipeline, save_pipeline, set_style, share, style_names, style_over_time
@@ -12,9 +13,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Region",
     "StyleSchedule",
+    "control_names",
+    "load_controls",
     "load_pipeline",
     "paint_regions",
+    "save_controls",
     "save_pipeline",
+    "set_control",
     "set_style",
     "share",
     "style_names",
@@ -26,6 +31,7 @@ _HOMES = dict.fromkeys(__all__, "dmm.pipeline.styled") | {
     "StyleSchedule": "dmm.pipeline.style_schedule",
     "Region": "dmm.pipeline.regions",
     "paint_regions": "dmm.pipeline.regions",
+    **dict.fromkeys(("control_names", "load_controls", "save_controls", "set_control"), "dmm.pipeline.controls"),
 }
 
 

@@ -240,10 +240,10 @@ def test_mistakes_in_overrides(folder, overrides, message):
         ("steps: 10", "precision: bf61", "line 8: training.precision: found 'bf61', expected 'fp32', 'fp16' or 'bf16'"),
         (
             "base: base",
-            "kind: controlnet",
-            "line 1: kind: found 'controlnet', which comes later; only 'unet' can be",
+            "base: base\nkind: controlnet",
+            "merge.yaml: teacher 'ink' is a ControlNet, which has a model and no more; found lora.",
         ),
-        ("base: base", "base: base\nkind: unit", "line 2: kind: found 'unit', expected 'unet'; did you mean 'unet'."),
+        ("base: base", "base: base\nkind: unit", "line 2: kind: found 'unit', expected 'unet' or 'controlnet'; did"),
         (
             "base: base",
             "base: base\nlogging: {trackers: [tensorbord]}",

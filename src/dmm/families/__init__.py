@@ -24,6 +24,7 @@ __all__ = [
     "denoiser_of",
     "family_of",
     "family_of_class",
+    "family_of_controlnet",
     "family_of_names",
     "known_titles",
     "set_denoiser",
@@ -85,6 +86,14 @@ def family_of(pipeline: Any) -> Family:
     if not found:
         raise UserError(f"A {type(pipeline).__name__} cannot be used: {known_titles()} was expected.")
     return found[0]
+
+
+def family_of_controlnet(config: Mapping[str, Any]) -> Family | None:
+    """The family of the models that a ControlNet guides, by its config; None of what is no ControlNet that we know."""
+    for family in FAMILIES.values():
+        if config.get("_class_name") == family.controlnet.model_class.__name__ and family.owns(config):
+            return family
+    return None
 
 
 def denoiser_of(pipeline: Any) -> Any:

@@ -30,7 +30,7 @@ def check_controlnet(folder: Path, family: Family, denoiser: Any, *, name: str |
 
     Args:
         folder: a diffusers ControlNet's, merged or not.
-        denoiser: that it is to guide, with or without weights.
+        denoiser: that it is to guide, with or without weights; None where that is not known.
         name: what errors call it; by default the folder.
     Returns: its skeleton.
     Raises: UserError: it is no ControlNet, of another family, or not whole.
@@ -47,7 +47,8 @@ def check_controlnet(folder: Path, family: Family, denoiser: Any, *, name: str |
         raise UserError(
             f"{name}: {folder} holds a {found.get('_class_name')}, not a {kind}. Name a ControlNet's folder."
         )
-    check_guides(found, denoiser, name)
+    if denoiser is not None:
+        check_guides(found, denoiser, name)
     skeleton = build_skeleton(folder, family.controlnet, family)
     check_component(folder, family.controlnet, skeleton, allow_pickle=False)
     return skeleton

@@ -4,12 +4,11 @@ All of it is diffusers' own; here it is opened, held against the model, and put 
 merged model's UNet is the same object before and after.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import ControlNetModel
 from PIL import Image
 from torch import nn
 from transformers import CLIPVisionModelWithProjection
@@ -20,6 +19,9 @@ from dmm.files.json import read_json
 from dmm.files.picture_reader import open_picture
 from dmm.formats.building import building, check_config
 from dmm.formats.tensors import read_header
+from dmm.maths.mixes import Mix
+from dmm.models.styles import styled_port
+from dmm.pipeline.controls import control_names, open_net, set_control
 
 IMAGE_ENCODER_FOLDER = "image_encoder"
 """Where an IP-Adapter's image encoder is, beside its file, unless told otherwise."""
@@ -39,6 +41,8 @@ class Control:
     """An edge map, a pose, a depth map: whatever it was trained on."""
     scale: float = 1.0
     """How strongly."""
+    control: Mix | None = None
+    """Of a merged ControlNet, which of its controls the image is for."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def add_plugins(
     if start is not None and start.mask is not None:
         _check_takes_masks(denoiser_of(pipe))
     pictures = {file: open_picture(file) for file in _pictures(controls, start, ip_adapter)}
-    nets = [_open_controlnet(control.model, pipe) for control in controls]
+    nets = [_open_control(control, pipe) for control in controls]
     parts = dict(pipe.components)
     if ip_adapter is not None:
         _check_ip_adapter(ip_adapter.file, denoiser_of(pipe))
@@ -118,6 +122,19 @@ def add_plugins(
         return arguments
 
     return guided, inputs
+
+
+def _open_control(control: Control, pipe: Any) -> Any:
+    denoiser = denoiser_of(pipe)
+    net = open_net(control.model, denoiser, torch_dtype=denoiser.dtype)
+    is_merged = styled_port(net) is not None
+    if is_merged and control.control is None:
+        raise UserError(f"{control.model} has several controls: choose from {', '.join(control_names(net))}.")
+    if control.control is not None:
+        if not is_merged:
+            raise UserError(f"{control.model} is a stock ControlNet, which has one control only: leave its name out.")
+        set_control(net, control.control)
+    return net.to(denoiser.device)
 
 
 def _check_takes_masks(unet: Any) -> None:

@@ -7,7 +7,7 @@ current style is state of that denoiser, as adapters are.
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -17,7 +17,6 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.func import functional_call
 
 from dmm.errors import UserError
 from dmm.families import denoiser_of, family_of, set_denoiser
@@ -26,7 +25,7 @@ from dmm.formats.completing import complete_folder
 from dmm.formats.folder import PARTS
 from dmm.formats.lora import fuse_lora, read_lora
 from dmm.maths.mixes import Mix
-from dmm.models.adapting import Adaptation, Chosen, mixed_adapter, twin_of
+from dmm.models.adapting import Adaptation, mixed_adapter, twin_of
 from dmm.models.authors import is_authors, open_authors, read_authors_styles
 from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.style_names import STYLES_FOLDER
@@ -37,10 +36,10 @@ from dmm.models.styles import (
     attach_styles,
     bake,
     detach_styles,
-    style_weights,
     styled_port,
 )
 from dmm.models.teachers import ModelSource, locate, open_pipeline
+from dmm.pipeline.choosing import adapt, choose, style_term_of, temporarily, uncompiled
 from dmm.pipeline.style_schedule import StyleSchedule, check_style
 
 
@@ -124,7 +123,6 @@ def style_names(pipe: Any) -> list[str]:
     return style_prompts_of(pipe).names
 
 
-@torch.no_grad()
 def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     """Choose what a merged pipeline paints in, until the next call.
 
@@ -135,36 +133,16 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     Raises: UserError: the pipeline has no styles, there is none of that name, weights do not sum to 1, the list is
         empty, or it is something else. A list that does not fit the batch is a ``ValueError`` once it is painted.
     """
-    port = _port(pipe)
-    prompts = port.style_prompts
-    if style is None:
-        _adapt(pipe, None)
-        port.term = None
-        return
-    if isinstance(style, StyleSchedule):
-        raise UserError("A style over time changes while a run goes on: paint within dmm.style_over_time(pipe, style).")
-    if isinstance(style, str | Mapping) or not isinstance(style, Sequence):
-        term = _term(prompts, style)
-    elif style:
-        term = torch.stack([_term(prompts, one) for one in style])
-    else:
-        raise UserError("A list of styles needs one style for each image; this one is empty.")
-    _adapt(pipe, style)
-    # on the device of the style prompts, not of the denoiser: weights that are offloaded may be on none
-    port.term = term.to(port.weight.dtype) if prompts.config.dim else None
+    _port(pipe)  # a stock pipeline is told
+    choose(denoiser_of(pipe), style)
 
 
 @contextmanager
 def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iterator[None]:
     """:func:`set_style` for the length of a block; the style that was set before is set again after it."""
-    port = _port(pipe)
-    before, adapted = port.term, port.adaptation.chosen
-    set_style(pipe, style)
-    try:
+    _port(pipe)
+    with temporarily(denoiser_of(pipe), style):
         yield
-    finally:
-        port.term = before
-        _adapt(pipe, adapted)
 
 
 @contextmanager
@@ -223,17 +201,17 @@ def share(pipe: DiffusionPipeline) -> DiffusionPipeline:
     Raises: UserError: the pipeline has no styles, or is offloaded, which binds a denoiser to its pipeline.
     """
     denoiser = denoiser_of(pipe)
-    if any("forward" in vars(module) for module in (_uncompiled(denoiser), _port(pipe))):
+    if any("forward" in vars(module) for module in (uncompiled(denoiser), _port(pipe))):
         # what offloads puts it there, bound to this very module
         raise UserError("A pipeline cannot be shared once it is offloaded: share it first.")
     prompts, adaptation = style_prompts_of(pipe), _port(pipe).adaptation
     if prompts.adapters:
-        adaptation.share(_uncompiled(denoiser), prompts.names, prompts.adapters)
+        adaptation.share(uncompiled(denoiser), prompts.names, prompts.adapters)
     second = copy.copy(pipe)  # from_pipe would cast the shared weights to float32
     twin = _twin(denoiser)
     set_denoiser(second, twin)
     _port(second).adaptation = Adaptation(shared=True)
-    _adapt(second, adaptation.chosen)
+    adapt(denoiser_of(second), adaptation.chosen)
     _warn_when_saved(twin)
     second.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     for tokenizer in family_of(pipe).tokenizers:  # their padding is state that two threads may not set at once
@@ -322,7 +300,7 @@ def style_term(pipe: Any, style: Mix) -> Tensor:
 
     Raises: UserError: the pipeline has no styles, there is none of that name, or weights do not sum to 1.
     """
-    return _term(style_prompts_of(pipe), style)
+    return style_term_of(style_prompts_of(pipe), style)
 
 
 def _port(pipe: Any) -> StyledLinear:
@@ -332,28 +310,12 @@ def _port(pipe: Any) -> StyledLinear:
     return port
 
 
-def _adapt(pipe: Any, chosen: Chosen) -> None:
-    port = _port(pipe)
-    prompts = port.style_prompts
-    port.adaptation.choose(_uncompiled(denoiser_of(pipe)), prompts.names, prompts.adapters, chosen)
-
-
-def _term(prompts: StylePrompts, style: Mix | None) -> Tensor:
-    """The style term in float32, whatever the dtype of the prompts; (D,)."""
-    if style is None:  # an image without a style among others with one: adding 0 is skipping
-        return prompts.embeddings.new_zeros(prompts.config.dim, dtype=torch.float32)
-    parameters = {name: parameter.float() for name, parameter in prompts.named_parameters()}
-    weights = style_weights(prompts.names, style).to(prompts.embeddings.device)
-    term: Tensor = functional_call(prompts, parameters, weights)
-    return term
-
-
 def _twin(denoiser: Any) -> ModelMixin:
     """A denoiser on the same weights; all its modules but those that lead to the styles' port are the same ones, too.
 
     Where styles have adapters every module is its own: that is where these run.
     """
-    original = _uncompiled(denoiser)
+    original = uncompiled(denoiser)
     path, port = next((name, one) for name, one in original.named_modules() if isinstance(one, StyledLinear))
     if port.style_prompts.adapters:
         twin = twin_of(original)
@@ -370,10 +332,6 @@ def _own(module: Any) -> Any:
     copied = copy.copy(module)
     copied._modules = dict(module._modules)  # copy.copy leaves both with one dict
     return copied
-
-
-def _uncompiled(denoiser: Any) -> Any:
-    return getattr(denoiser, "_orig_mod", denoiser)
 
 
 def _warn_when_saved(denoiser: Any) -> None:
