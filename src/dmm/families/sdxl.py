@@ -1,6 +1,7 @@
 """SDXL and all that was made of it: Pony, Illustrious, NoobAI, Animagine."""
 
 from diffusers import (
+    ControlNetModel,
     AutoencoderKL,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
@@ -36,6 +37,7 @@ SDXL = Family(
             "text_encoder_2", CLIPTextModelWithProjection, "conditioner.embedders.1.model.", "model", "tokenizer_2"
         ),
     ),
+    controlnet=Component("controlnet", ControlNetModel, "control_model.", "diffusion_pytorch_model"),
     port="time_embedding.linear_2",
     owns=lambda config: config.get("addition_embed_type") in ("text_time", _AUTHORS.embed_type),
     markers=("conditioner.embedders.", "diffusion_model.label_emb.", "diffusion_model.add_embedding2."),
