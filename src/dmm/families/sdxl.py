@@ -1,8 +1,8 @@
 """SDXL and all that was made of it: Pony, Illustrious, NoobAI, Animagine."""
 
 from diffusers import (
-    ControlNetModel,
     AutoencoderKL,
+    ControlNetModel,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
