@@ -202,7 +202,7 @@ def write_models(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from dmm.families import SD1
-    from dmm.formats.single_file import is_vae_attention, original_names
+    from dmm.formats.original_layout import original_places, to_original
     from dmm.soup.writing import Declared, NewWeightFile
 
     vae = {
@@ -219,10 +219,9 @@ def write_models(folder: Path) -> None:
             "text_encoder": CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, **text)),
         }
     tensors = {}
-    for component, names in original_names(models, SD1).items():
-        for name, tensor in models[component].state_dict().items():
-            shape = tuple(tensor.shape) + ((1, 1) if is_vae_attention(names[name]) else ())
-            tensors[names[name]] = Declared(torch.float16, shape)
+    for component, places in original_places(models, SD1).items():
+        for name, tensor in to_original(models[component].state_dict(), places).items():
+            tensors[name] = Declared(torch.float16, tuple(tensor.shape))
     for i, name in enumerate(NAMES):
         file = NewWeightFile(folder / f"{name}.safetensors", tensors, {"modelspec.prediction_type": "epsilon"})
         common, own = torch.Generator().manual_seed(7), torch.Generator().manual_seed(100 + i)

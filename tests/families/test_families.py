@@ -13,7 +13,7 @@ from dmm.families.sd1 import SD1
 from dmm.families.sd2 import SD2
 from dmm.families.sdxl import SDXL
 from dmm.formats.folder import family_of_folder
-from dmm.formats.single_file import original_names
+from dmm.formats.original_layout import original_names
 from dmm.models.teachers import ModelSource, open_pipeline
 
 SOURCE = Path(dmm.__file__).parent

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
 from dmm.formats.ema import choose_weights
-from dmm.formats.single_file import original_names
+from dmm.formats.original_layout import original_names
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup.make import make_soup
 from dmm.soup.reading import Digests

@@ -19,7 +19,7 @@ from dmm.cli import main
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
 from dmm.formats.lora import read_lora, save_kohya_lora
-from dmm.formats.single_file import original_names
+from dmm.formats.original_layout import original_names
 
 RANK, ALPHA = 4, 4.0
 TARGETS = ["to_q", "proj_in", "conv1"]

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
-from dmm.formats.single_file import original_names, save_single_file
+from dmm.formats.original_layout import original_names
+from dmm.formats.single_file import save_single_file
 
 
 def open_stock(path, folder):

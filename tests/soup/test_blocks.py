@@ -4,7 +4,7 @@ from diffusers import UNet2DConditionModel
 
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
-from dmm.formats.single_file import original_names
+from dmm.formats.original_layout import original_names
 from dmm.soup.blocks import Blocks
 
 SD1_UNET = {

@@ -25,10 +25,10 @@ from dmm.soup import slices, stream, thresholds
 from dmm.soup.ledger import read_ledger
 from dmm.soup.make import make_soup
 from dmm.soup.methods import kept_above, slerp, ties
-from dmm.soup.models import Source
 from dmm.soup.plan import Merged
 from dmm.soup.reading import WeightFile
 from dmm.soup.recipe import SoupRecipe
+from dmm.soup.sources import Kept
 from dmm.soup.writing import Declared
 
 CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
@@ -139,7 +139,7 @@ def test_thresholds_are_exact_however_values_are_spread(kind, density, tmp_path,
     for name, values in models.items():
         save_file({"w": values.half()}, tmp_path / f"{name}.safetensors")
     files = {name: WeightFile(tmp_path / f"{name}.safetensors") for name in models}
-    base, *sources = (Source(file, "w", (count,)) for file in files.values())
+    base, *sources = (Kept(file, "w", (count,)) for file in files.values())
     tensor = Merged("w", Declared(torch.float16, (count,)), tuple(sources), (0.5, 0.5), base)
     seen = []
     found = thresholds.thresholds(tensor, density, seen.append)
@@ -407,6 +407,7 @@ from dmm.soup.ledger import read_ledger
 from dmm.soup.make import make_soup
 from dmm.soup.reading import Digests
 from dmm.soup.recipe import SoupRecipe
+from dmm.soup.sources import Kept
 from dmm.soup.writing import NewWeightFile
 write, done = NewWeightFile.write, []
 def die(self, *args):

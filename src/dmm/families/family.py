@@ -1,8 +1,8 @@
 """What a family of models is: the one place that knows what differs between them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,16 @@ class Component:
     """Stem of its weight files in a stock folder."""
     tokenizer: str | None = None
     """Of a text encoder: the attribute of the pipeline, and the subfolder, that makes the tokens which it reads."""
+    _: KW_ONLY
+    layout: Literal["unet", "vae", "clip", "open_clip"] | None = None
+    """How the original layout keeps its tensors, see :mod:`dmm.formats.original_layout`; None of what is no part of a
+    full checkpoint."""
+    unread: tuple[str, ...] = ()
+    """Patterns of its own tensors' names that files carry along and nothing computes with."""
+    kohya: tuple[str, ...] = ()
+    """What names of its layers begin with in LoRAs of kohya's layout; the first is written."""
+    comfy: tuple[str, ...] = ()
+    """The same of a text encoder in LoRAs that ComfyUI saves."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class Family:
     """What kohya's scripts call it, in ``ss_base_model_version``."""
     authors: AuthorsLayout | None
     """None of a family that they released nothing of."""
+    predicts: str | None
+    """What a single file predicts that does not say it: ``epsilon``, or None where only its configs tell."""
     hub_id: str
     """Of the model whose configs and tokenizer a single file follows that says nothing itself: diffusers' choice."""
 

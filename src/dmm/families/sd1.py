@@ -30,9 +30,27 @@ SD1 = Family(
         frozenset({"control", "image", "mask"}): StableDiffusionControlNetInpaintPipeline,
     },
     components=(
-        Component("unet", UNet2DConditionModel, "model.diffusion_model.", "diffusion_pytorch_model"),
-        Component("vae", AutoencoderKL, "first_stage_model.", "diffusion_pytorch_model"),
-        Component("text_encoder", CLIPTextModel, "cond_stage_model.transformer.", "model", "tokenizer"),
+        Component(
+            "unet",
+            UNet2DConditionModel,
+            "model.diffusion_model.",
+            "diffusion_pytorch_model",
+            layout="unet",
+            kohya=("lora_unet_",),
+        ),
+        Component("vae", AutoencoderKL, "first_stage_model.", "diffusion_pytorch_model", layout="vae"),
+        Component(
+            "text_encoder",
+            CLIPTextModel,
+            "cond_stage_model.transformer.",
+            "model",
+            "tokenizer",
+            layout="clip",
+            unread=("*text_projection*", "*logit_scale"),
+            # diffusers' writer of kohya's layout numbers the only one too
+            kohya=("lora_te_", "lora_te1_"),
+            comfy=("text_encoders.clip_l.transformer.",),
+        ),
     ),
     controlnet=Component("controlnet", ControlNetModel, "control_model.", "diffusion_pytorch_model"),
     port="time_embedding.linear_2",
@@ -43,5 +61,6 @@ SD1 = Family(
     architecture="stable-diffusion-v1",
     kohya_name="sd_v1",
     authors=_AUTHORS,
+    predicts="epsilon",
     hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
 )

@@ -1,7 +1,6 @@
 """SDXL and all that was made of it: Pony, Illustrious, NoobAI, Animagine."""
 
 from diffusers import (
-    AutoencoderKL,
     ControlNetModel,
     StableDiffusionXLControlNetImg2ImgPipeline,
     StableDiffusionXLControlNetInpaintPipeline,
@@ -9,11 +8,11 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dmm.families.family import AuthorsLayout, Component, Family
+from dmm.families.sd1 import SD1
 
 _AUTHORS = AuthorsLayout("StableDiffusionXLDMMPipeline", "model_merge_xl")
 
@@ -30,11 +29,28 @@ SDXL = Family(
         frozenset({"control", "image", "mask"}): StableDiffusionXLControlNetInpaintPipeline,
     },
     components=(
-        Component("unet", UNet2DConditionModel, "model.diffusion_model.", "diffusion_pytorch_model"),
-        Component("vae", AutoencoderKL, "first_stage_model.", "diffusion_pytorch_model"),
-        Component("text_encoder", CLIPTextModel, "conditioner.embedders.0.transformer.", "model", "tokenizer"),
+        *SD1.components[:2],
         Component(
-            "text_encoder_2", CLIPTextModelWithProjection, "conditioner.embedders.1.model.", "model", "tokenizer_2"
+            "text_encoder",
+            CLIPTextModel,
+            "conditioner.embedders.0.transformer.",
+            "model",
+            "tokenizer",
+            layout="clip",
+            unread=("*text_projection*", "*logit_scale"),
+            kohya=("lora_te1_",),
+            comfy=("text_encoders.clip_l.transformer.",),
+        ),
+        Component(
+            "text_encoder_2",
+            CLIPTextModelWithProjection,
+            "conditioner.embedders.1.model.",
+            "model",
+            "tokenizer_2",
+            layout="open_clip",
+            unread=("logit_scale",),
+            kohya=("lora_te2_",),
+            comfy=("text_encoders.clip_g.transformer.",),
         ),
     ),
     controlnet=Component("controlnet", ControlNetModel, "control_model.", "diffusion_pytorch_model"),
@@ -44,5 +60,6 @@ SDXL = Family(
     architecture="stable-diffusion-xl-v1-base",
     kohya_name="sdxl_base_v1-0",
     authors=_AUTHORS,
+    predicts="epsilon",
     hub_id="stabilityai/stable-diffusion-xl-base-1.0",
 )

@@ -17,6 +17,8 @@ class Stranger:
     """What the pipeline classes of its folders begin with."""
     architecture: str = "unknown"
     """What ``modelspec.architecture`` calls it."""
+    predicts: str | None = "epsilon"
+    """See :attr:`dmm.families.Family.predicts`."""
     owns: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda _: True
     """Whether a folder of such a class is of this kind, by the configs of its parts."""
 

@@ -3,29 +3,24 @@
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.single_file_utils import (
-    DIFFUSERS_TO_LDM_MAPPING,
-    convert_ldm_unet_checkpoint,
-    convert_ldm_vae_checkpoint,
-)
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import Family, family_of
+from dmm.families import Component, Family, family_of
 from dmm.formats.building import building
 from dmm.formats.configs import describe_pipeline
 from dmm.formats.ema import choose_weights
 from dmm.formats.folder import check_configs, without_unused
+from dmm.formats.original_layout import Place, from_original, is_unread, original_places, to_original
 from dmm.formats.schedules import (
     V_PREDICTION_MARK,
-    ZERO_SNR_MARK,
     marks,
     read_scheduler_config,
     said_of_schedule,
@@ -33,23 +28,6 @@ from dmm.formats.schedules import (
 )
 from dmm.formats.skeleton import check_nothing_left, check_tensors
 from dmm.formats.tensors import Header, read_header, read_tensors, write_tensors
-
-HARMLESS = (
-    "model_ema.*",
-    "first_stage_model.loss.*",
-    "*.position_ids",
-    "*.logit_scale",
-    "*.text_projection*",
-    "*alphas_cumprod*",
-    "betas",
-    "posterior_*",
-    "logvar",
-    "lvlb_weights",
-    "scale_factor",
-    V_PREDICTION_MARK,
-    ZERO_SNR_MARK,
-)
-"""Left in files by training scripts and by older libraries; nothing that samples reads them."""
 
 _SPEC_TO_PREDICTION = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 _PREDICTION_TO_SPEC = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -67,12 +45,10 @@ def check_single_file(path: Path, header: Header, config: Path, family: Family) 
     """
     skeletons = check_configs(config, family)
     used: set[str] = set()
-    for name, names in original_names(skeletons, family).items():
-        _check_component(skeletons[name], names, header.tensors, path)
-        used.update(names.values())
-    left = [
-        name for name in header.tensors if name not in used and not any(fnmatchcase(name, known) for known in HARMLESS)
-    ]
+    for name, places in original_places(skeletons, family).items():
+        _check_component(skeletons[name], places, header.tensors, path)
+        used.update(place.name for place in places.values())
+    left = [name for name in header.tensors if name not in used and not is_unread(name, family)]
     check_nothing_left(left, f"an {family.title} model of {config}'s architecture", str(path))
     scheduler_config_of(path, header, config)
     return skeletons
@@ -88,7 +64,7 @@ def check_vae_file(path: Path, header: Header, skeletons: Mapping[str, Any], fam
     tensors = header.tensors
     if not any(name.startswith(prefix) for name in tensors):
         tensors = {prefix + name: tensor for name, tensor in tensors.items()}
-    _check_component(skeletons["vae"], original_names(skeletons, family)["vae"], tensors, path)
+    _check_component(skeletons["vae"], original_places(skeletons, family)["vae"], tensors, path)
 
 
 def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: torch.dtype, ema: bool = False) -> Any:
@@ -98,13 +74,35 @@ def open_single_file(path: Path, family: Family, *, config: Path, torch_dtype: t
         ema: see :func:`dmm.formats.ema.choose_weights`.
     """
     with _plain_file(path, ema) as plain, building(f"{path} cannot be opened"):
+        text_encoders = {
+            component.name: _open_text_encoder(plain, component, config, family, torch_dtype)
+            for component in family.text_encoders
+        }
         return family.pipeline_class.from_single_file(
             str(plain),
             config=str(config),
             dtype=torch_dtype,
             local_files_only=True,
+            **text_encoders,
             **without_unused(family),
         )
+
+
+def _open_text_encoder(file: Path, component: Component, config: Path, family: Family, dtype: torch.dtype) -> Any:
+    """A text encoder by its tensors' names: diffusers tells two of one pipeline apart by their widths alone."""
+    kind = component.model_class
+    with init_empty_weights():  # but with the buffers that no file has
+        model = kind(kind.config_class.from_pretrained(config / component.name))
+    places = original_places({component.name: model}, family)[component.name]
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in {place.name for place in places.values()}}
+    # parts of tensors are copied: one that is kept would keep the whole
+    found = {
+        name: tensor.to(dtype).clone(memory_format=torch.contiguous_format)
+        for name, tensor in from_original(tensors, places).items()
+    }
+    model.load_state_dict(found, assign=True)
+    return model.eval()
 
 
 @contextmanager
@@ -169,19 +167,17 @@ def save_single_file(
     """
     family, models = family_of(pipeline), pipeline.components
     tensors: dict[str, Tensor] = {}
-    for component, names in original_names(models, family).items():
+    for component, places in original_places(models, family).items():
         if any(isinstance(module, BaseTunerLayer) for module in models[component].modules()):
             raise UserError(f"{path}: the {component} has an adapter on it. Fuse and unload it before saving.")
-        for ours, tensor in models[component].state_dict().items():
-            if ours not in names:
+        found = models[component].state_dict()
+        for ours in found:
+            if ours not in places:
                 raise UserError(
                     f"{path}: the original layout has no name for the {component}'s tensor '{ours}'. Save a plain "
                     f"{family.title} model."
                 )
-            theirs = names[ours]
-            if is_vae_attention(theirs) and tensor.ndim == 2:
-                tensor = tensor[:, :, None, None]
-            tensors[theirs] = tensor.to(dtype) if dtype else tensor
+        tensors |= {name: tensor.to(dtype) if dtype else tensor for name, tensor in to_original(found, places).items()}
     scheduler = pipeline.scheduler.config
     tensors |= {name: mark.to(dtype) if dtype else mark for name, mark in marks(scheduler).items()}
     written = {
@@ -194,102 +190,6 @@ def save_single_file(
     write_tensors(path, tensors, {**written, **(metadata or {})})
 
 
-def original_names(models: Mapping[str, Any], family: Family) -> dict[str, dict[str, str]]:
-    """What the original layout calls each tensor.
-
-    No table by hand: diffusers' own converters are run on dummies under every plausible original name, and those that
-    land on a tensor of the model are that tensor's name.
-
-    Args:
-        models: by the components' names, all or some of them, with weights or on the meta device.
-    Returns: component -> the model's own name -> the name in the file.
-    """
-    converters = {
-        "unet": lambda model, dummies: convert_ldm_unet_checkpoint(dummies, model.config),
-        "vae": lambda model, dummies: convert_ldm_vae_checkpoint(dummies, model.config),
-        # the level that transformers 5.6 dropped from the class is kept in the files
-        "text_encoder": lambda _, dummies: {
-            name.removeprefix("cond_stage_model.transformer.text_model."): dummy for name, dummy in dummies.items()
-        },
-    }
-    candidates = {"unet": _unet_candidates, "vae": _vae_candidates, "text_encoder": _text_candidates}
-    result = {}
-    for component in family.components:
-        if component.name not in models:
-            continue
-        model = models[component.name]
-        names = [component.original_prefix + name for name in dict.fromkeys(candidates[component.name](model))]
-        dummies = {name: torch.tensor(i) for i, name in enumerate(names)}
-        converted = converters[component.name](model, dummies)
-        result[component.name] = {
-            ours: names[int(converted[ours])] for ours in model.state_dict() if converted.get(ours) is not None
-        }
-    return result
-
-
-def _check_component(model: Any, names: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path) -> None:
-    found = {
-        ours: _as_linear(tensors[theirs]) if is_vae_attention(theirs) else tensors[theirs]
-        for ours, theirs in names.items()
-        if theirs in tensors
-    }
-    check_tensors(model, found, str(path), names)
-
-
-def _unet_candidates(unet: Any) -> Iterator[str]:
-    names = list(unet.state_dict())
-    yield from DIFFUSERS_TO_LDM_MAPPING["unet"]["layers"].values()
-    layers = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")
-    resnet = [f"0.{layer}" for layer in layers]
-    attention = [f"1.{name.split('.', 1)[1]}" for name in _after(names, ".attentions.")]
-    per_block = unet.config.layers_per_block + 1
-    for i in range(len(unet.config.block_out_channels) * per_block + 1):
-        for tail in _parameters([*resnet, "0.op"]) + attention:
-            yield f"input_blocks.{i}.{tail}"
-        block = f"up_blocks.{i // per_block}."
-        # the upsampler comes after the attention, where there is one
-        place = 2 if any(name.startswith(f"{block}attentions.") for name in names) else 1
-        for tail in _parameters([*resnet, f"{place}.conv"]) + attention:
-            yield f"output_blocks.{i}.{tail}"
-    for i, tail in product((0, 2), _parameters(resnet)):
-        yield f"middle_block.{i}.{tail.removeprefix('0.')}"
-    for tail in attention:
-        yield f"middle_block.{tail}"
-
-
-def _vae_candidates(vae: Any) -> Iterator[str]:
-    yield from DIFFUSERS_TO_LDM_MAPPING["vae"].values()
-    resnet = _parameters(["norm1", "conv1", "norm2", "conv2", "nin_shortcut"])
-    for side, level, sampler in (("encoder", "down", "downsample"), ("decoder", "up", "upsample")):
-        for tail in resnet:
-            yield f"{side}.mid.block_1.{tail}"
-            yield f"{side}.mid.block_2.{tail}"
-        for tail in _parameters(["norm", "q", "k", "v", "proj_out"]):
-            yield f"{side}.mid.attn_1.{tail}"
-        for i in range(len(vae.config.block_out_channels)):
-            for j, tail in product(range(vae.config.layers_per_block + 1), resnet):
-                yield f"{side}.{level}.{i}.block.{j}.{tail}"
-            for tail in _parameters([f"{sampler}.conv"]):
-                yield f"{side}.{level}.{i}.{tail}"
-
-
-def _text_candidates(text_encoder: Any) -> Iterator[str]:
-    for name in text_encoder.state_dict():
-        yield f"text_model.{name}"
-
-
-def _after(names: list[str], part: str) -> list[str]:
-    return list(dict.fromkeys(name.split(part, 1)[1] for name in names if part in name))
-
-
-def _parameters(layers: list[str]) -> list[str]:
-    return [f"{layer}.{parameter}" for layer in layers for parameter in ("weight", "bias")]
-
-
-def is_vae_attention(name: str) -> bool:
-    """Whether the original layout has a 1x1 convolution where diffusers has a linear layer."""
-    return ".mid.attn_1." in name and name.endswith(".weight") and ".norm." not in name
-
-
-def _as_linear(tensor: Tensor) -> Tensor:
-    return tensor[:, :, 0, 0] if tensor.ndim == 4 else tensor
+def _check_component(model: Any, places: Mapping[str, Place], tensors: Mapping[str, Tensor], path: Path) -> None:
+    names = {ours: place.name for ours, place in places.items()}
+    check_tensors(model, from_original(tensors, places), str(path), names)

@@ -18,7 +18,8 @@ from dmm.errors import UserError
 from dmm.families import denoiser_of, family_of
 from dmm.files.outputs import new_file, new_folder
 from dmm.formats.folder import PARTS
-from dmm.formats.single_file import original_names, save_single_file
+from dmm.formats.original_layout import original_names
+from dmm.formats.single_file import save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.maths.mixes import Mix
 from dmm.models.adapter_files import file_stems

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dmm.families import denoiser_of, family_of
+from dmm.formats.original_layout import original_names
 from dmm.formats.schedules import noise_schedule
-from dmm.formats.single_file import original_names
 from dmm.formats.tensors import check_finite, write_tensors
 from dmm.models.adapter_files import difference_tensors, file_stems, lora_tensors
 from dmm.models.adapters import NOTHING, Adapter, Factors, mix_adapters

@@ -64,7 +64,11 @@ def describe(
     return {
         **(_describe_configs(plan, output) if plan.layout == "file" else {}),
         "modelspec.architecture": plan.family.architecture,
-        "modelspec.prediction_type": _PREDICTIONS.get(plan.prediction_type, plan.prediction_type),
+        **(
+            {"modelspec.prediction_type": _PREDICTIONS.get(plan.prediction_type, plan.prediction_type)}
+            if plan.prediction_type
+            else {}
+        ),
         **describe_recipe(
             recipe.model_copy(update={"density": plan.density} if "density" in plan.method.options else {}),
             {**shas, **{_lora_label(model): _lora_digest(model, digests) for model in with_loras}},

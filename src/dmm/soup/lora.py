@@ -19,10 +19,10 @@ from dmm.formats.lora import LowRank, kohya_name_of, lora_file, read_lora_file
 from dmm.formats.tensors import check_finite, write_tensors
 from dmm.soup.ledger import check_digests, describe_recipe, labelled_digests
 from dmm.soup.make import Bar, Made, digest_files, no_bar
-from dmm.soup.models import Source
 from dmm.soup.plan import plan_soup
 from dmm.soup.reading import Digests
 from dmm.soup.recipe import SoupRecipe
+from dmm.soup.sources import Source
 from dmm.soup.stream import in_threads, num_threads
 from dmm.soup.writing import sync_folder
 

@@ -3,28 +3,21 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_names
 from dmm.formats.ema import choose_weights, has_average_beside
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraChange, is_lora
+from dmm.formats.original_layout import Place, is_unread, original_places
 from dmm.formats.schedules import MARKS, read_scheduler_config, said_of_schedule
-from dmm.formats.single_file import (
-    HARMLESS,
-    is_vae_attention,
-    original_names,
-    prediction_type_of,
-)
+from dmm.formats.single_file import prediction_type_of
 from dmm.formats.stock_files import read_index
 from dmm.formats.tensors import Header
 from dmm.soup.reading import WeightFile
+from dmm.soup.sources import Changed, Joined, Kept, Source, Turned, split
 
 Layout = Literal["file", "folder"]
 """A single file of the original layout; or a diffusers folder, whose tensors are ``component/name``."""
@@ -32,49 +25,9 @@ Layout = Literal["file", "folder"]
 TEXT_ENCODERS = ("text_encoder", "cond_stage_model.", "conditioner.embedders.")
 """What text encoders' tensors' names begin with."""
 
+_LEVEL = "text_model."
+_BELOW_IT = ("embeddings.", "encoder.layers.", "final_layer_norm.")
 _VAE_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one tensor of a model is read from."""
-
-    file: WeightFile
-    name: str
-    """In the file."""
-    shape: tuple[int, ...]
-    """In the layout that it is read for; its elements' order is the same in all."""
-    added: tuple[tuple[LoraChange, float], ...] = ()
-    """LoRAs on this layer, and how strongly."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In the file."""
-        return self.file.tensors[self.name].dtype
-
-    @property
-    def num_elements(self) -> int:
-        """How many."""
-        return torch.Size(self.shape).numel()
-
-    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Some elements, flattened; a slice of a LoRA's product is computed from the rows that it takes."""
-        if any(change.magnitude is not None for change, _ in self.added):
-            return self._read_whole(dtype).flatten()[start:stop]
-        values = self.file.read(self.name, start, stop, dtype)
-        for change, scale in self.added:
-            columns = change.form.num_columns
-            first, last = start // columns, -(-stop // columns)
-            delta = change.rows(first, last, dtype).flatten()
-            values.add_(delta[start - first * columns : stop - first * columns], alpha=scale)
-        return values
-
-    def _read_whole(self, dtype: torch.dtype) -> Tensor:
-        """All of it: a magnitude is of whole rows and columns."""
-        weight = self.file.read(self.name, 0, self.num_elements, dtype).reshape(self.shape)
-        for change, scale in self.added:
-            weight = change.changed(weight, scale)
-        return weight
 
 
 @dataclass(frozen=True)
@@ -86,7 +39,8 @@ class OpenModel:
     path: Path
     layout: Layout
     family: Family | Stranger
-    prediction_type: str
+    prediction_type: str | None
+    """None of a single file that does not say, of a family whose files need not."""
     scheduler: Mapping[str, Any]
     """A folder's scheduler config; of a single file, what it says of its noise schedule."""
     tensors: dict[str, Source]
@@ -118,11 +72,13 @@ def open_model(path: Path, label: str, *, ema: bool = False) -> OpenModel:
 
 @dataclass(frozen=True)
 class Names:
-    """What the two layouts call the same tensors, as one model's configs have it."""
+    """Where the two layouts keep the same tensors, as one model's configs have it."""
 
     config: Path
+    family: Family
     skeletons: dict[str, Any]
-    file_of_folder: dict[str, str] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    """In a single file, by the names that a folder's tensors have."""
 
     @classmethod
     def of(cls, config: Path) -> "Names":
@@ -132,42 +88,88 @@ class Names:
         """
         family = family_of_folder(config)
         skeletons = check_configs(config, family)
-        names = {
-            f"{component}/{_with_level(component, ours)}": theirs
-            for component, by_name in original_names(skeletons, family).items()
-            for ours, theirs in by_name.items()
+        places = {
+            f"{component}/{_with_level(component, ours)}": place
+            for component, by_name in original_places(skeletons, family).items()
+            for ours, place in by_name.items()
         }
-        return cls(config, skeletons, names)
-
-    def parameter(self, layout: Layout, component: str, module: str, parameter: str) -> str:
-        """What a layout calls a layer's weight or bias."""
-        name = f"{component}/{_with_level(component, module)}.{parameter}"
-        return name if layout == "folder" else self.file_of_folder[name]
+        return cls(config, family, skeletons, places)
 
 
 def translate(model: OpenModel, layout: Layout, names: Names) -> OpenModel:
-    """A model's tensors by the names of another layout; what nothing reads is left behind.
+    """A model's tensors by the names, and in the form, of another layout; what nothing reads is left behind.
 
-    Raises: UserError: it has tensors that the other layout has no name for, or other shapes than the configs.
+    Raises: UserError: it has tensors that the other layout has no place for, or a part only of what is one there.
     """
     if model.layout == layout:
         return model
-    forward = names.file_of_folder
-    table = forward if layout == "file" else {theirs: ours for ours, theirs in forward.items()}
-    tensors = {}
-    for name, source in model.tensors.items():
-        if name not in table:
-            if any(fnmatchcase(name, f"*{known}") for known in (*HARMLESS, "/logit_scale", "/text_projection.weight")):
-                continue
+    known = names.places.keys() if layout == "file" else {place.name for place in names.places.values()}
+    for name in model.tensors:
+        if name not in known and not is_unread(name, names.family):
             raise UserError(
                 f"{model.label}: {model.path} has '{name}', for which the other layout has no name. Merge models of "
                 f"the architecture of {names.config}, or give another config."
             )
-        shape = source.shape
-        if is_vae_attention(forward.get(name, name)):
-            shape = (*shape[:2], 1, 1) if layout == "file" else shape[:2]
-        tensors[table[name]] = replace(source, shape=shape)
+    tensors = _to_file(model, names) if layout == "file" else _to_folder(model, names)
     return replace(model, layout=layout, tensors=tensors)
+
+
+def _to_folder(model: OpenModel, names: Names) -> dict[str, Source]:
+    tensors = {}
+    for name, place in names.places.items():
+        kept = model.tensors.get(place.name)
+        if kept is None:
+            continue
+        if place.num_parts > 1:
+            tensors[name] = _parts(model, place, kept)[place.part]
+        elif place.is_convolution and isinstance(kept, Kept):
+            tensors[name] = replace(kept, shape=kept.shape[:2])
+        else:
+            tensors[name] = Turned(kept) if place.is_turned else kept
+    return tensors
+
+
+def _to_file(model: OpenModel, names: Names) -> dict[str, Source]:
+    tensors: dict[str, Source] = {}
+    parts: dict[str, dict[int, Source]] = {}
+    for name, place in names.places.items():
+        kept = model.tensors.get(name)
+        if kept is None:
+            continue
+        if place.num_parts > 1:
+            parts.setdefault(place.name, {})[place.part] = kept
+        elif place.is_convolution and isinstance(kept, Kept):
+            tensors[place.name] = replace(kept, shape=(*kept.shape[:2], 1, 1))
+        else:
+            tensors[place.name] = Turned(kept) if place.is_turned else kept
+    for name, place in names.places.items():
+        if place.name not in parts:
+            continue
+        found = parts[place.name]
+        if len(found) < place.num_parts:
+            if place.part not in found:
+                raise UserError(
+                    f"{model.label}: {model.path} lacks '{name}', which lies in one tensor with others in a single "
+                    "file. The folder is incomplete; get another copy."
+                )
+            continue
+        if len({source.shape for source in found.values()}) > 1:
+            raise UserError(
+                f"{model.label}: {model.path}: '{name}' is of another shape than what lies in one tensor with it in a "
+                "single file. Get another copy."
+            )
+        tensors[place.name] = Joined(tuple(found[part] for part in sorted(found)))
+    return tensors
+
+
+def _parts(model: OpenModel, place: Place, kept: Source) -> Sequence[Source]:
+    try:
+        return split(kept, place.num_parts)
+    except ValueError as error:
+        raise UserError(
+            f"{model.label}: {model.path}: '{place.name}' has shape {kept.shape}, where {place.num_parts} of one shape "
+            "lie in a row. Get another copy."
+        ) from error
 
 
 def put_lora(model: OpenModel, changes: Sequence[LoraChange], path: Path, scale: float, names: Names) -> OpenModel:
@@ -175,15 +177,33 @@ def put_lora(model: OpenModel, changes: Sequence[LoraChange], path: Path, scale:
 
     Args:
         changes: as ``read_lora`` has checked them.
+    Raises: UserError: it has no such layer.
     """
     tensors = dict(model.tensors)
     for change in changes:
-        name = names.parameter(model.layout, change.component, change.module, change.parameter)
-        source = tensors.get(name)
-        if source is None:
+        ours = f"{change.component}/{_with_level(change.component, f'{change.module}.{change.parameter}')}"
+        place = names.places[ours]
+        name = ours if model.layout == "folder" else place.name
+        kept = tensors.get(name)
+        if kept is None:
             raise UserError(f"{model.label}: {model.path} has no '{name}', which the LoRA {path} changes.")
-        tensors[name] = replace(source, added=(*source.added, (change, scale)))
+        if model.layout == "folder":
+            tensors[name] = _changed(kept, change, scale)
+        elif place.num_parts > 1:
+            parts = [*_parts(model, place, kept)]
+            parts[place.part] = _changed(parts[place.part], change, scale)
+            tensors[name] = Joined(tuple(parts))
+        elif place.is_turned:
+            # the change is of the layer as the model's class has it
+            tensors[name] = Turned(_changed(Turned(kept), change, scale))
+        else:
+            tensors[name] = _changed(kept, change, scale)
     return replace(model, tensors=tensors, loras=(*model.loras, path))
+
+
+def _changed(kept: Source, change: LoraChange, scale: float) -> Changed:
+    before = kept if isinstance(kept, Changed) else Changed(kept, ())
+    return replace(before, changes=(*before.changes, (change, scale)))
 
 
 def _open_file(path: Path, label: str, ema: bool) -> OpenModel:
@@ -200,9 +220,9 @@ def _open_file(path: Path, label: str, ema: bool) -> OpenModel:
             "original layout, or a pipeline folder."
         )
     header = Header(file.tensors, file.metadata)
-    prediction_type = prediction_type_of(path, header) or "epsilon"
-    tensors = {
-        name: Source(file, kept, tuple(file.tensors[kept].shape)) for name, kept in chosen.items() if name not in MARKS
+    prediction_type = prediction_type_of(path, header) or found[0].predicts
+    tensors: dict[str, Source] = {
+        name: Kept(file, kept, tuple(file.tensors[kept].shape)) for name, kept in chosen.items() if name not in MARKS
     }
     return OpenModel(
         label,
@@ -239,7 +259,7 @@ def _open_folder(path: Path, label: str, ema: bool) -> OpenModel:
         for weights in weight_files(at, Component(name, None, "", stem), allow_pickle=False)[0]:
             file = files[os.path.relpath(weights, path).replace(os.sep, "/")] = WeightFile(weights)
             for key in file.in_order():
-                tensors[f"{name}/{_current(name, key)}"] = Source(file, key, tuple(file.tensors[key].shape))
+                tensors[f"{name}/{_current(name, key)}"] = Kept(file, key, tuple(file.tensors[key].shape))
     if not any(name.startswith("unet/") for name in tensors):
         raise UserError(f"{path} has no UNet. Pass a whole pipeline folder.")
     scheduler = read_scheduler_config(path)
@@ -256,16 +276,6 @@ def _current(component: str, name: str) -> str:
 
 
 def _with_level(component: str, name: str) -> str:
-    # the level that transformers 5.6 dropped from the class is kept in the files
-    if (
-        component != "text_encoder"
-        or name.startswith("text_model.")
-        or name in ("logit_scale", "text_projection.weight")
-    ):
-        return name
-    return f"text_model.{name}"
-
-
-def is_harmless(name: str) -> bool:
-    """Whether nothing that samples reads a tensor of this name."""
-    return any(fnmatchcase(name, f"*{known}") for known in HARMLESS)
+    # the level that transformers 5.6 dropped from one class of text encoders is kept in the files
+    below = component.startswith("text_encoder") and name.startswith(_BELOW_IT)
+    return f"{_LEVEL}{name}" if below else name

@@ -14,8 +14,8 @@ from dmm.errors import UserError
 from dmm.families import Family, Stranger
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
-from dmm.formats.folder import family_of_folder
 from dmm.formats.lora import lora_file, read_lora
+from dmm.formats.original_layout import is_unread
 from dmm.formats.schedules import (
     STOCK,
     check_same_schedule,
@@ -28,20 +28,11 @@ from dmm.formats.schedules import (
 )
 from dmm.formats.tensors import Header
 from dmm.soup.blocks import Blocks
-from dmm.soup.models import (
-    TEXT_ENCODERS,
-    Layout,
-    Names,
-    OpenModel,
-    Source,
-    is_harmless,
-    open_model,
-    put_lora,
-    translate,
-)
+from dmm.soup.models import TEXT_ENCODERS, Layout, Names, OpenModel, open_model, put_lora, translate
 from dmm.soup.reading import WeightFile
 from dmm.soup.recipe import DENSITIES, SoupRecipe
 from dmm.soup.registry import METHODS, Method
+from dmm.soup.sources import Kept, Source
 from dmm.soup.writing import Declared
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,7 +72,7 @@ class Plan:
     method: Method
     layout: Layout
     family: Family | Stranger
-    prediction_type: str
+    prediction_type: str | None
     tensors: tuple[Merged, ...]
     base: OpenModel | None
     origin: OpenModel | None
@@ -146,7 +137,11 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
     mixed = any(model.layout != layout for model in models) or any(teacher.all_loras for teacher in given)
     if configs is None and (mixed or layout == "folder"):
         configs = _find_configs(models[0])
-    scheduler = _scheduler_of(models, configs)
+    said = next((model.prediction_type for model in models if model.prediction_type), None)
+    prediction_type = said
+    if said is None and configs is not None:
+        prediction_type = read_scheduler_config(configs).get("prediction_type", "epsilon")
+    scheduler = _scheduler_of(models, configs, prediction_type)
     if mixed:
         assert configs is not None
         names = Names.of(configs)
@@ -154,7 +149,7 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
         teachers = [translate(teacher, layout, names) for teacher in teachers]
         for i, teacher in enumerate(given):
             for lora in teacher.all_loras:
-                layers = read_lora(lora.path, names.skeletons, family_of_folder(names.config))
+                layers = read_lora(lora.path, names.skeletons, names.family)
                 teachers[i] = put_lora(teachers[i], layers, lora_file(lora.path), lora.scale, names)
 
     plan = Plan(
@@ -162,7 +157,7 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
         method,
         layout,
         models[0].family,
-        models[0].prediction_type,
+        prediction_type,
         (),
         base,
         origin,
@@ -194,16 +189,20 @@ def _check_schedules(models: Sequence[OpenModel], configs: Path | None) -> None:
         check_same_schedule(f"{model.label}: {model.path}", schedule, f"that of {first[0].label}", first[1])
 
 
-def _scheduler_of(models: Sequence[OpenModel], configs: Path | None) -> dict[str, Any] | None:
+def _scheduler_of(
+    models: Sequence[OpenModel], configs: Path | None, prediction_type: str | None
+) -> dict[str, Any] | None:
     """The scheduler config of a soup: that of the configs where it fits, or else its first model's.
 
+    Args:
+        prediction_type: of the soup.
     Returns: None where single files say nothing of theirs and there are no configs.
     """
     if configs is None and not any(model.scheduler for model in models):
         return None
     own, followed = _own_scheduler(models[0], configs), _followed_scheduler(configs)
     chosen = followed if same_schedules(noise_schedule(followed), noise_schedule(own)) else own
-    return {**chosen, "prediction_type": models[0].prediction_type}
+    return {**chosen, "prediction_type": prediction_type}
 
 
 def _own_scheduler(model: OpenModel, configs: Path | None) -> Mapping[str, Any]:
@@ -223,7 +222,9 @@ def _find_configs(model: OpenModel) -> Path:
             f"{model.label}: {model.path} is a single file, and so are the others. Give as config: a stock pipeline "
             "folder of the same architecture."
         )
-    declared = {name: source.file.tensors[source.name] for name, source in model.tensors.items()}
+    declared = {
+        name: source.file.tensors[source.name] for name, source in model.tensors.items() if isinstance(source, Kept)
+    }
     return find_configs(model.path, Header(declared, dict(model.metadata)), model.family)
 
 
@@ -309,7 +310,7 @@ def _names(plan: Plan, notes: list[str]) -> list[str]:
         if name.endswith("position_ids") and models[0] in having:
             chosen.append(name)
             continue
-        if is_harmless(name):
+        if is_unread(name, plan.family):
             notes.append(f"'{name}', which nothing reads, is not in all models and was left out")
             continue
         lacking = next(model for model in models if name not in model.tensors)
@@ -331,11 +332,9 @@ def _position_ids(name: str, sources: Sequence[Source | None], notes: list[str])
     shape = found[0].shape
     constant = torch.arange(torch.Size(shape).numel())
     for source in found:
-        values = source.file.read(source.name, 0, source.num_elements)
+        values = source.read(0, source.num_elements, source.dtype)
         if values.is_floating_point() or not torch.equal(values.long(), constant):
-            notes.append(
-                f"'{name}' is damaged in {source.file.path}; the soup's is 0 to {len(constant) - 1} as it must be"
-            )
+            notes.append(f"'{name}' is damaged in {source.path}; the soup's is 0 to {len(constant) - 1} as it must be")
     return Merged(name, Declared(torch.int64, shape), tuple(found), (), constant=constant)
 
 
@@ -379,10 +378,13 @@ def _check_alike(models: Sequence[OpenModel]) -> None:
                 f"{model.label}: {model.path} is {model.family.title}, {first.label} {first.family.title}. "
                 "Choose models of one family."
             )
-        if model.prediction_type != first.prediction_type:
+    saying = [model for model in models if model.prediction_type]
+    for model in saying[1:]:
+        if model.prediction_type != saying[0].prediction_type:
             raise UserError(
-                f"{model.label}: {model.path} predicts {model.prediction_type}, {first.label} {first.prediction_type}. "
-                "Their average would predict neither; choose models of one prediction type."
+                f"{model.label}: {model.path} predicts {model.prediction_type}, {saying[0].label} "
+                f"{saying[0].prediction_type}. Their average would predict neither; choose models of one prediction "
+                "type."
             )
 
 

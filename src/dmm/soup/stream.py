@@ -116,10 +116,7 @@ def _merge(plan: Plan, tensor: Merged, start: int, stop: int, measured: Tensor |
     if tensor.constant is not None:
         return tensor.constant[start:stop]
     if tensor.copied:
-        source = tensor.models[0]
-        return (
-            source.read(start, stop, dtype) if dtype.is_floating_point else source.file.read(source.name, start, stop)
-        )
+        return tensor.models[0].read(start, stop, dtype)
     kind = sums(tensor)
     one = Slice(
         models=[source.read(start, stop, kind) for source in tensor.models],

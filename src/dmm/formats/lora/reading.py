@@ -132,7 +132,7 @@ def read_lora(
     models = {name: model for name, model in models.items() if name != "vae"}
     known = layers_by_name(models)
     if family is not None and any(name not in known for name in file.layers):
-        from dmm.formats.single_file import original_names  # which imports what tells LoRAs from checkpoints
+        from dmm.formats.original_layout import original_names  # which imports what tells LoRAs from checkpoints
 
         name = family.denoiser.name
         known = {**layers_by_original_name(models, original_names({name: models[name]}, family)[name]), **known}

@@ -1,0 +1,205 @@
+"""Tensors of models as they are read, in slices: from a file, or made of what files keep in another form."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dmm.formats.lora import LoraChange
+from dmm.soup.reading import WeightFile
+
+
+class Source(Protocol):
+    """Where one tensor of a model is read from."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the layout that it is read for."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In the file."""
+
+    @property
+    def num_elements(self) -> int:
+        """How many."""
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Some elements, flattened."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of a file, or a stretch of one.
+
+    Attributes:
+        name: in the file.
+        first: of the file's elements, the one that it begins with.
+    """
+
+    file: WeightFile
+    name: str
+    shape: tuple[int, ...]
+    first: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In the file."""
+        return self.file.tensors[self.name].dtype
+
+    @property
+    def num_elements(self) -> int:
+        """How many."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.file.path
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Some elements, flattened."""
+        return self.file.read(self.name, self.first + start, self.first + stop, dtype)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Tensors in a row, along their first axis."""
+
+    parts: tuple[Source, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all together."""
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That holds every part."""
+        return reduce(torch.promote_types, (part.dtype for part in self.parts))
+
+    @property
+    def num_elements(self) -> int:
+        """How many."""
+        return sum(part.num_elements for part in self.parts)
+
+    @property
+    def path(self) -> Path:
+        """Of the first part's file."""
+        return self.parts[0].path
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Some elements, flattened."""
+        found, first = [], 0
+        for part in self.parts:
+            last = first + part.num_elements
+            if start < last and first < stop:
+                found.append(part.read(max(start, first) - first, min(stop, last) - first, dtype))
+            first = last
+        return torch.cat(found) if len(found) != 1 else found[0]
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A matrix, transposed. It is read whole for every slice: those that layouts turn are small."""
+
+    kept: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """After it is turned."""
+        return self.kept.shape[::-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In the file."""
+        return self.kept.dtype
+
+    @property
+    def num_elements(self) -> int:
+        """How many."""
+        return self.kept.num_elements
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.kept.path
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Some elements, flattened."""
+        return _whole(self.kept, dtype).T.flatten()[start:stop]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A layer's weight or bias with LoRAs on it.
+
+    Attributes:
+        kept: as the model's own class has it.
+        changes: and how strongly.
+    """
+
+    kept: Source
+    changes: tuple[tuple[LoraChange, float], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of what is changed."""
+        return self.kept.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In the file."""
+        return self.kept.dtype
+
+    @property
+    def num_elements(self) -> int:
+        """How many."""
+        return self.kept.num_elements
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.kept.path
+
+    def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Some elements, flattened; a slice of a LoRA's product is computed from the rows that it takes."""
+        if any(change.magnitude is not None for change, _ in self.changes):
+            # a magnitude is of whole rows and columns
+            weight = _whole(self.kept, dtype)
+            for change, scale in self.changes:
+                weight = change.changed(weight, scale)
+            return weight.flatten()[start:stop]
+        values = self.kept.read(start, stop, dtype)
+        for change, scale in self.changes:
+            columns = change.form.num_columns
+            first, last = start // columns, -(-stop // columns)
+            delta = change.rows(first, last, dtype).flatten()
+            values.add_(delta[start - first * columns : stop - first * columns], alpha=scale)
+        return values
+
+
+def split(source: Source, count: int) -> Sequence[Source]:
+    """The parts of one length that lie in a row in a tensor.
+
+    Raises: ValueError: it cannot be cut so.
+    """
+    if isinstance(source, Joined) and len(source.parts) == count:
+        return source.parts
+    if not isinstance(source, Kept) or not source.shape or source.shape[0] % count:
+        raise ValueError
+    shape = (source.shape[0] // count, *source.shape[1:])
+    length = torch.Size(shape).numel()
+    return [Kept(source.file, source.name, shape, source.first + i * length) for i in range(count)]
+
+
+def _whole(source: Source, dtype: torch.dtype) -> Tensor:
+    return source.read(0, source.num_elements, dtype).reshape(source.shape)
