@@ -19,10 +19,9 @@ from safetensors import safe_open
 
 from dmm.errors import UserError
 from dmm.formats.configs import CONFIGS_KEY
+from dmm.formats.original_layout import V_PREDICTION_MARK, ZERO_SNR_MARK
 from dmm.formats.schedules import (
     STOCK,
-    V_PREDICTION_MARK,
-    ZERO_SNR_MARK,
     check_same_schedule,
     marks,
     noise_schedule,

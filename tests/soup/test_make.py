@@ -18,7 +18,7 @@ from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
-from dmm.formats.schedules import V_PREDICTION_MARK
+from dmm.formats.original_layout import V_PREDICTION_MARK
 from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup import slices, stream, thresholds

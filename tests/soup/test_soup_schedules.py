@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from soup_models import digests, own_cache  # noqa: F401 - fixtures
 
 from dmm.errors import UserError
-from dmm.formats.schedules import STOCK, V_PREDICTION_MARK, ZERO_SNR_MARK, noise_schedule
+from dmm.formats.original_layout import V_PREDICTION_MARK, ZERO_SNR_MARK
+from dmm.formats.schedules import STOCK, noise_schedule
 from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup.make import make_soup

@@ -16,7 +16,6 @@ from dmm.families.strangers import LORA_MARKERS, STRANGERS, Stranger
 
 __all__ = [
     "FAMILIES",
-    "LORA_MARKERS",
     "STRANGERS",
     "Component",
     "Family",
@@ -28,6 +27,7 @@ __all__ = [
     "family_of_names",
     "known_titles",
     "set_denoiser",
+    "title_of_lora",
 ]
 
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
@@ -94,6 +94,33 @@ def family_of_controlnet(config: Mapping[str, Any]) -> Family | None:
         if config.get("_class_name") == family.controlnet.model_class.__name__ and family.owns(config):
             return family
     return None
+
+
+def _stem(architecture: str) -> list[str]:
+    # the size, or the part of a pipeline, that comes behind says nothing of the family
+    return architecture.split("/")[0].split("-")[:3]
+
+
+def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """What a LoRA says that it is of, for people; None where nothing tells.
+
+    Args:
+        names: of its layers.
+        metadata: of its header, in the words of kohya's scripts and of modelspec.
+    """
+    architecture, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
+    for family in FAMILIES.values():
+        if version.startswith(family.kohya_name):
+            return family.title
+    known: list[Family | Stranger] = [*FAMILIES.values(), *STRANGERS]
+    for one in known:
+        # the size, or the part of a pipeline, that comes behind says nothing of the family
+        if (
+            one.architecture != "unknown"
+            and architecture.split("/")[0].split("-")[:3] == one.architecture.split("-")[:3]
+        ):
+            return one.title
+    return next((title for title, marker in LORA_MARKERS if any(marker in name for name in names)), None)
 
 
 def denoiser_of(pipeline: Any) -> Any:

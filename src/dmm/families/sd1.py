@@ -46,7 +46,7 @@ SD1 = Family(
             "model",
             "tokenizer",
             layout="clip",
-            unread=("*text_projection*", "*logit_scale"),
+            unread=("*text_projection*",),
             # diffusers' writer of kohya's layout numbers the only one too
             kohya=("lora_te_", "lora_te1_"),
             comfy=("text_encoders.clip_l.transformer.",),

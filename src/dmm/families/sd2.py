@@ -21,7 +21,7 @@ SD2 = replace(
             "tokenizer",
             layout="open_clip",
             # folders have no last layer: the one before it is what the UNet reads
-            unread=("text_projection*", "logit_scale", "transformer.resblocks.23.*"),
+            unread=("text_projection*", "transformer.resblocks.23.*"),
             kohya=SD1.text_encoders[0].kohya,
             comfy=("text_encoders.clip_h.transformer.",),
         ),

@@ -23,8 +23,18 @@ class Stranger:
     """Whether a folder of such a class is of this kind, by the configs of its parts."""
 
 
-LORA_MARKERS = (("SDXL", "lora_te2_"), ("SDXL", "text_encoder_2."), ("SDXL", "input_blocks"))
-"""Titles of families, and parts of the names of LoRAs' layers that only theirs have."""
+LORA_MARKERS = (
+    ("SDXL", "lora_te2_"),
+    ("SDXL", "text_encoder_2."),
+    ("SDXL", "clip_g."),
+    ("SDXL", "unet_input_blocks_"),
+    ("FLUX", "double_blocks"),
+    ("SD 3", "joint_blocks"),
+    ("SD 1.x or SD 2.x", "lora_te_"),
+    ("SD 1.x or SD 2.x", "down_blocks_0_attentions"),
+    ("SD 1.x or SD 2.x", "down_blocks.0.attentions"),
+)
+"""Titles of families, and parts of the names of LoRAs' layers that only theirs have; the surer ones first."""
 
 STRANGERS = (
     Stranger("a ControlNet", ("control_model.", "controlnet_")),

@@ -22,12 +22,18 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 
 from dmm.families import Component, Family
-from dmm.formats.schedules import MARKS
 
+V_PREDICTION_MARK = "v_pred"
+"""An empty tensor of this name says, by custom, that the UNet predicts v."""
+ZERO_SNR_MARK = "ztsnr"
+"""An empty tensor of this name says, by custom, that the schedule is rescaled to zero terminal SNR."""
+MARKS = (V_PREDICTION_MARK, ZERO_SNR_MARK)
 HARMLESS = (
     "model_ema.*",
     "first_stage_model.loss.*",
     "*.position_ids",
+    "*logit_scale",
+    "cond_stage_model.*text_projection*",
     "*alphas_cumprod*",
     "betas",
     "posterior_*",
@@ -135,7 +141,8 @@ def is_unread(name: str, family: Any) -> bool:
 
 
 def _places(component: Component, model: Any) -> dict[str, Place]:
-    candidates, convert = _LAYOUTS[component.layout or ""]
+    assert component.layout is not None
+    candidates, convert = _LAYOUTS[component.layout]
     dummies: dict[str, Tensor] = {}
     names: list[str] = []
     for name, form in candidates(model):

@@ -19,13 +19,8 @@ from dmm.errors import UserError
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_config
 from dmm.formats.configs import carried_config
+from dmm.formats.original_layout import V_PREDICTION_MARK, ZERO_SNR_MARK
 from dmm.formats.tensors import Header
-
-V_PREDICTION_MARK = "v_pred"
-"""An empty tensor of this name says, by custom, that the UNet predicts v."""
-ZERO_SNR_MARK = "ztsnr"
-"""An empty tensor of this name says, by custom, that the schedule is rescaled to zero terminal SNR."""
-MARKS = (V_PREDICTION_MARK, ZERO_SNR_MARK)
 
 _FILE = "scheduler_config.json"
 _PARTS = (

@@ -18,9 +18,15 @@ from dmm.formats.building import building
 from dmm.formats.configs import describe_pipeline
 from dmm.formats.ema import choose_weights
 from dmm.formats.folder import check_configs, without_unused
-from dmm.formats.original_layout import Place, from_original, is_unread, original_places, to_original
-from dmm.formats.schedules import (
+from dmm.formats.original_layout import (
     V_PREDICTION_MARK,
+    Place,
+    from_original,
+    is_unread,
+    original_places,
+    to_original,
+)
+from dmm.formats.schedules import (
     marks,
     read_scheduler_config,
     said_of_schedule,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import Family
+from dmm.families import FAMILIES, Family, title_of_lora
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_file, new_file
 from dmm.formats.lora import LowRank, kohya_name_of, lora_file, read_lora_file
@@ -175,11 +175,14 @@ def _combine(recipe: SoupRecipe, _: int, __: Digests, expected: Mapping[str, str
     parts: dict[str, list[tuple[float, Factors]]] = {}
     digests: dict[str, str] = {}
     sources: dict[str, object] = {}
-    dtypes, kinds = [], []
+    dtypes, kinds, titles = [], [], {}
     for teacher, weight in zip(teachers, weights, strict=True):
         assert teacher.lora is not None  # the recipe saw to it
         path = lora_file(teacher.lora)
-        layers, dtype, kind = _read_factors(path)
+        layers, dtype, kind, title = _read_factors(path)
+        if title is not None:
+            titles[teacher.name] = title
+            _check_one_family(titles, path)
         dtypes.append(dtype)
         kinds.append(kind)
         digest = digests[f"the LoRA of teacher '{teacher.name}'"] = sha256(path)
@@ -208,9 +211,10 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
         known = digest_files(plan, digests, threads, bar)
         found = labelled_digests(plan, known)
         check_digests(expected, found)
+        family = plan.family if isinstance(plan.family, Family) else None
         layers, left = {}, []
         for tensor in plan.tensors:
-            name = _layer_name(tensor.name)
+            name = _layer_name(tensor.name, family)
             if tensor.copied or tensor.constant is not None:
                 continue
             if name is None or len(tensor.declared.shape) not in (2, 4):
@@ -241,7 +245,7 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
         }
         dtype = _DTYPES.get(recipe.precision or "", torch.float16)
         kept = {name: one[0] for name, one in zip(layers, factors, strict=True) if one is not None}
-        kind = plan.family.lora_metadata if isinstance(plan.family, Family) else {}
+        kind = family.lora_metadata if family else {}
         return kept, dtype, kind, found, sources, notes
 
 
@@ -253,12 +257,30 @@ def _whole(source: Source) -> Tensor:
     return source.read(0, source.num_elements, torch.float64).reshape(source.shape)
 
 
-def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str, str]]:
+def _check_one_family(titles: Mapping[str, str], path: Path) -> None:
+    """Refuse LoRAs of several families.
+
+    Args:
+        titles: what each teacher's LoRA says that it is of.
+        path: of the last one's.
+    """
+    first, *_, last = (*titles, *titles)
+    one, other = titles[first], titles[last]
+    if one not in other and other not in one:  # some can only say that they are of one of two
+        raise UserError(
+            f"teacher '{last}': {path} is a LoRA of {other}, that of teacher '{first}' of {one}. Merge LoRAs of one "
+            "family."
+        )
+
+
+def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str, str], str | None]:
     """A LoRA's layers by kohya's names, whatever its layout; the dtype that it is kept in; what tells its family.
 
     Raises: UserError: see :func:`read_lora_file`; or it is no plain LoRA, whose sum with others is one.
     """
     file = read_lora_file(path)
+    title = title_of_lora(file.layers, file.metadata)
+    family = next((one for one in FAMILIES.values() if one.title == title), None)
     layers = {}
     for layer, found in file.layers.items():
         form = found.form
@@ -268,7 +290,7 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
                 f"{path}: the layer '{layer}' is a {what}, and only plain LoRAs add up to a LoRA. Bake it into a model "
                 "(a soup of full models takes it), and extract a LoRA from that."
             )
-        name = kohya_name_of(layer)
+        name = kohya_name_of(layer, family)
         if name is None:
             raise UserError(
                 f"{path}: '{layer}' is a name of the original layout, whose blocks cannot be told without the model. "
@@ -276,12 +298,13 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
             )
         layers[name] = Factors(form.down, form.up, found.scaling)
     kind = {key: file.metadata[key] for key in (ARCHITECTURE, KOHYA_NAME) if key in file.metadata}
-    return layers, file.dtype, kind
+    return layers, file.dtype, kind, title
 
 
-def _layer_name(tensor: str) -> str | None:
+def _layer_name(tensor: str, family: Family | None) -> str | None:
     """Kohya's name of the layer whose weight a tensor is; None for what is no such layer's weight."""
     component, _, name = tensor.partition("/")
-    if component not in ("unet", "text_encoder") or not name.endswith(".weight") or name.endswith(_EMBEDDINGS):
+    reads_or_paints = component == "unet" or component.startswith("text_encoder")
+    if not reads_or_paints or not name.endswith(".weight") or name.endswith(_EMBEDDINGS):
         return None
-    return kohya_name_of(f"{component}.{name.removesuffix('.weight')}")
+    return kohya_name_of(f"{component}.{name.removesuffix('.weight')}", family)

@@ -11,8 +11,8 @@ from dmm.families import Component, Family, Stranger, family_of_names
 from dmm.formats.ema import choose_weights, has_average_beside
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraChange, is_lora
-from dmm.formats.original_layout import Place, is_unread, original_places
-from dmm.formats.schedules import MARKS, read_scheduler_config, said_of_schedule
+from dmm.formats.original_layout import MARKS, Place, is_unread, original_places
+from dmm.formats.schedules import read_scheduler_config, said_of_schedule
 from dmm.formats.single_file import prediction_type_of
 from dmm.formats.stock_files import read_index
 from dmm.formats.tensors import Header

@@ -16,40 +16,48 @@ from typing import Any
 
 from torch import nn
 
+from dmm.families import Family
+
 _PEFT = "base_model.model."
 _LEVEL = "text_model."
-"""Of text encoders' names: transformers 5.6 dropped it from the class, files keep it."""
+"""Of text encoders' names: transformers 5.6 dropped it from one class and kept it in another; files have it."""
+_BELOW_IT = ("embeddings.", "encoder.layers.", "final_layer_norm")
+_DENOISERS = "lora_unet_"
+_TEXT_ENCODERS = "lora_te_"
 
 
-def kohya_name(component: str, module: str) -> str:
-    """A layer's name in kohya's layout."""
-    prefix = "lora_unet_" if component == "unet" else "lora_te_text_model_"
-    return prefix + module.replace(".", "_")
+def kohya_name(component: str, module: str, family: Family | None = None) -> str:
+    """A layer's name in kohya's layout.
+
+    Args:
+        family: of the model; None of one that is not known here, whose text encoder, if any, is its only one.
+    """
+    return (_kohya_prefixes(component, family)[0] + _in_files(component, module)).replace(".", "_")
 
 
-def layers_by_name(models: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def layers_by_name(models: Mapping[str, Any], family: Family | None = None) -> dict[str, tuple[str, str]]:
     """Each layer that can be changed, as (component, module), by every name that a layout gives it.
 
     Args:
         models: a pipeline's denoiser and text encoders, by component.
+        family: of the model, by which several text encoders are told apart.
     """
     names: dict[str, tuple[str, str]] = {}
     for component, model in models.items():
         for module, layer in model.named_modules():
             if module and any(True for _ in layer.parameters(recurse=False)):
-                for name in _names_of(component, module):
+                for name in _names_of(component, module, family):
                     names.setdefault(name, (component, module))
     return names
 
 
-def layers_by_original_name(models: Mapping[str, Any], original: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def layers_by_original_name(component: str, original: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     """The denoiser's layers by the names that the original layout of single files gives them.
 
     Args:
-        models: as for :func:`layers_by_name`, the denoiser first.
-        original: what the original layout calls each of the denoiser's tensors.
+        component: the denoiser's name.
+        original: what the original layout calls each of its tensors.
     """
-    component = next(iter(models))
     names = {}
     for ours, theirs in original.items():
         module = ours.rpartition(".")[0]
@@ -60,32 +68,52 @@ def layers_by_original_name(models: Mapping[str, Any], original: Mapping[str, st
     return names
 
 
-def kohya_name_of(layer: str) -> str | None:
+def kohya_name_of(layer: str, family: Family | None = None) -> str | None:
     """Kohya's name of a layer from any layout's, without a model; None where that cannot be told.
 
     It cannot of names of the original layout, whose blocks are counted otherwise.
+
+    Args:
+        family: of the model that the layer is of, as far as it is known.
     """
     if layer.startswith("lora_"):
         return layer
     if layer.startswith("lycoris_"):
         flat = layer.removeprefix("lycoris_")
-        return f"lora_te_{flat}" if flat.startswith("text_model_") else f"lora_unet_{flat}"
+        component = "text_encoder" if flat.startswith(_LEVEL.replace(".", "_")) else "unet"
+        return _kohya_prefixes(component, family)[0] + flat
     path = layer.removeprefix(_PEFT)
-    for component in ("unet", "text_encoder"):
+    for component in ("unet", "text_encoder", "text_encoder_2"):
         if path.startswith(f"{component}."):
-            return kohya_name(component, path.removeprefix(f"{component}.").removeprefix(_LEVEL))
+            return kohya_name(component, path.removeprefix(f"{component}."), family)
     if path.startswith((_LEVEL, "encoder.layers.")):
-        return kohya_name("text_encoder", path.removeprefix(_LEVEL))
-    if path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.")):
-        return kohya_name("unet", path)
+        return kohya_name("text_encoder", path, family)
+    if path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.", "add_embedding.")):
+        return kohya_name("unet", path, family)
     return None
 
 
-def _names_of(component: str, module: str) -> Iterator[str]:
-    flat = module.replace(".", "_")
-    yield kohya_name(component, module)
+def _kohya_prefixes(component: str, family: Family | None) -> tuple[str, ...]:
+    for one in family.components if family else ():
+        if one.name == component:
+            return one.kohya
+    if component == "text_encoder_2":
+        return ("lora_te2_",)
+    return (_TEXT_ENCODERS, "lora_te1_") if component.startswith("text_encoder") else (_DENOISERS,)
+
+
+def _in_files(component: str, module: str) -> str:
+    """A module's path as files have it, whatever its class calls it."""
+    below = component.startswith("text_encoder") and module.startswith(_BELOW_IT)
+    return f"{_LEVEL}{module}" if below else module
+
+
+def _names_of(component: str, module: str, family: Family | None) -> Iterator[str]:
+    prefixes = _kohya_prefixes(component, family)
     if not component.startswith("text_encoder"):
+        flat = module.replace(".", "_")
         yield from (
+            f"{prefixes[0]}{flat}",
             f"{component}.{module}",
             f"lycoris_{flat}",
             f"{_PEFT}{module}",
@@ -93,14 +121,16 @@ def _names_of(component: str, module: str) -> Iterator[str]:
             f"{_PEFT}{component}.{module}",
         )
         return
-    # with and without the level that transformers dropped; diffusers' writer of kohya's layout says te1 of any model
-    for level in ("", _LEVEL):
-        flat_level = level.replace(".", "_")
-        for one in ("", "1"):
-            yield f"lora_te{one}_{flat_level}{flat}"
-        yield f"lycoris_{flat_level}{flat}"
-        for prefix in (f"{component}.", _PEFT, f"{_PEFT}{component}.", "", "text_encoders.clip_l.transformer."):
-            yield f"{prefix}{level}{module}"
+    comfy = next((one.comfy for one in family.components if one.name == component), ()) if family else ()
+    whole = _in_files(component, module)
+    for path in dict.fromkeys((whole, whole.removeprefix(_LEVEL))):
+        flat = path.replace(".", "_")
+        for prefix in prefixes:
+            yield f"{prefix}{flat}"
+        for prefix in (f"{component}.", f"{_PEFT}{component}.", *comfy):
+            yield f"{prefix}{path}"
+        # names that do not say of which text encoder they are: the first comes first
+        yield from (f"lycoris_{flat}", f"{_PEFT}{path}", path)
 
 
 def is_layer(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import LORA_MARKERS, Family, family_of_names
+from dmm.families import Family, family_of_names, title_of_lora
 from dmm.files.json import parse_json
 from dmm.formats.lora.forms import Form, Hadamard, Kronecker, LoraChange, LowRank, Whole
 from dmm.formats.lora.names import is_layer, layers_by_name, layers_by_original_name
 from dmm.formats.lora.parts import BUNDLED, check_complete, is_lora, split_names
+from dmm.formats.original_layout import original_names
 from dmm.formats.tensors import check_finite, read_header, read_tensors
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -123,24 +124,32 @@ def read_lora(
 
     Args:
         path: its file, or a folder that diffusers or PEFT saved one to.
-        models: the denoiser, which comes first, and the text encoders by component, with weights or on the meta device.
+        models: the denoiser and the text encoders by component, with weights or on the meta device.
         family: of the model; names of the original layout are known by it.
-    Raises: UserError: see :func:`read_lora_file`; none or not all of its layers are the model's; shapes that do not
-        fit.
+    Raises: UserError: see :func:`read_lora_file`; it says that it is of another family; none or not all of its layers
+        are the model's; shapes that do not fit.
     """
     file = read_lora_file(path, family, allow_pickle=allow_pickle)
+    told = title_of_lora((), file.metadata)
+    if family is not None and told not in (None, family.title):
+        raise UserError(
+            f"{file.path} is a LoRA of {told}, as its metadata say; the model is {family.title}. Pass a LoRA made for "
+            "this one."
+        )
     models = {name: model for name, model in models.items() if name != "vae"}
-    known = layers_by_name(models)
+    known = layers_by_name(models, family)
     if family is not None and any(name not in known for name in file.layers):
-        from dmm.formats.original_layout import original_names  # which imports what tells LoRAs from checkpoints
-
         name = family.denoiser.name
-        known = {**layers_by_original_name(models, original_names({name: models[name]}, family)[name]), **known}
-    _check_known(file.path, list(file.layers), known)
+        known = {**layers_by_original_name(name, original_names({name: models[name]}, family)[name]), **known}
+    _check_known(file, known, family)
     changes = []
     for name, layer in file.layers.items():
         component, module = known[name]
-        changes += _changes(file.path, name, layer, component, module, models[component].get_submodule(module))
+        try:
+            changes += _changes(file.path, name, layer, component, module, models[component].get_submodule(module))
+        except UserError as error:
+            title = _other_title(file, family)
+            raise UserError(f"{error} It says that it is of {title}.") if title else error from error
     return changes
 
 
@@ -301,11 +310,18 @@ def _kronecker(tensors: Mapping[str, Tensor]) -> Kronecker:
     return Kronecker(one.flatten(1), other, ranks[-1] if ranks else None)
 
 
-def _check_known(path: Path, names: Sequence[str], layers: Mapping[str, object]) -> None:
+def _other_title(file: LoraFile, family: Family | None) -> str | None:
+    """What a LoRA says that it is of, where that is not the family."""
+    title = title_of_lora(file.layers, file.metadata)
+    return None if title is None or (family is not None and family.title in title) else title
+
+
+def _check_known(file: LoraFile, layers: Mapping[str, object], family: Family | None) -> None:
+    path, names = file.path, list(file.layers)
     unknown = [name for name in names if name not in layers]
     if not unknown:
         return
-    title = next((title for title, marker in LORA_MARKERS if any(marker in name for name in names)), None)
+    title = _other_title(file, family)
     if len(unknown) == len(names):
         kind = f"It is of {title}; pass a LoRA made for this one" if title else "Pass a LoRA made for this model"
         raise UserError(

@@ -49,7 +49,7 @@ def save_kohya_lora(
                 continue
             (adapter,) = layer.active_adapters
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            name = kohya_name(component, module)
+            name = kohya_name(component, module, family)
             tensors[f"{name}.lora_down.weight"] = down.to(dtype) if dtype else down
             tensors[f"{name}.lora_up.weight"] = up.to(dtype) if dtype else up
             # from the scaling rather than from the config's alpha: it holds under rank-stabilised scaling too
