@@ -153,6 +153,20 @@ def test_other_relatives_are_refused_by_name(pipe, tmp_path, kind):
     assert word in str(told.value)
 
 
+def test_an_ia3_of_lycoris_is_told_by_the_tensor_that_says_so(pipe, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({f"{KOHYA[LINEAR]}.{name}": torch.zeros(1) for name in ("weight", "on_input")}, path)
+    with pytest.raises(UserError, match=r"is an \(IA\)\^3 \('.*on_input'\), which is not read"):
+        read_lora(path, models_of(pipe))
+
+
+def test_a_bias_for_a_layer_without_one_is_told_truly(tmp_path):
+    adapted = get_peft_model(tiny_pipeline().unet, LoraConfig(r=2, lora_bias=True, target_modules=["attn1.to_q"]))
+    adapted.save_pretrained(tmp_path / "peft")
+    with pytest.raises(UserError, match=r"changes a bias, and the model's layer has none .* \(lora_bias: false\)"):
+        read_lora(tmp_path / "peft", models_of(tiny_pipeline()))
+
+
 def test_a_dora_at_half_strength_goes_half_the_way(pipe, tmp_path):
     layer = pipe.unet.get_submodule(LINEAR)
     network = LoConModule("x", layer, multiplier=1.0, lora_dim=2, alpha=1.0, weight_decompose=True)

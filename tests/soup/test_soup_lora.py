@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_pipeline
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from soup_models import *  # noqa: F403 - fixtures
 
@@ -128,3 +128,20 @@ def test_recipes_that_make_no_lora(loras, tmp_path):
             SoupRecipe(kind="lora", **keys)
     with pytest.raises(UserError, match="a LoRA is one file"):
         cook(SoupRecipe(kind="lora", method="soup", teachers=[lora]), tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (LoraConfig(r=2, lora_bias=True, target_modules=["conv1"]), "changes a bias, too"),
+        (LoraConfig(r=2, use_dora=True, target_modules=["conv1"]), "is a DoRA"),
+        (LoHaConfig(r=2, target_modules=["conv1"]), "is a LoHa, LoKr, Tucker core or whole difference"),
+    ],
+    ids=["biases", "DoRA", "LoHa"],
+)
+def test_what_a_sum_would_lose_is_refused(loras, tmp_path, config, what):
+    get_peft_model(tiny_pipeline().unet, config).save_pretrained(tmp_path / "peft")
+    teachers = [{"name": "a", "lora": str(loras / "a.safetensors")}, {"name": "b", "lora": str(tmp_path / "peft")}]
+    with pytest.raises(UserError, match=f"{what}, and only plain LoRAs add up to a LoRA"):
+        merged(loras, tmp_path / "soup.safetensors", method="soup", teachers=teachers)
+    assert not (tmp_path / "soup.safetensors").exists()

@@ -284,10 +284,16 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
     layers = {}
     for layer, found in file.layers.items():
         form = found.form
-        if not isinstance(form, LowRank) or form.core is not None or found.magnitude is not None:
-            what = "DoRA" if found.magnitude is not None else "LoHa, LoKr, Tucker core or whole difference"
+        what = None
+        if found.magnitude is not None:
+            what = "is a DoRA"
+        elif not isinstance(form, LowRank) or form.core is not None:
+            what = "is a LoHa, LoKr, Tucker core or whole difference"
+        elif found.bias is not None:
+            what = "changes a bias, too"
+        if what is not None or not isinstance(form, LowRank):
             raise UserError(
-                f"{path}: the layer '{layer}' is a {what}, and only plain LoRAs add up to a LoRA. Bake it into a model "
+                f"{path}: the layer '{layer}' {what}, and only plain LoRAs add up to a LoRA. Bake it into a model "
                 "(a soup of full models takes it), and extract a LoRA from that."
             )
         name = kohya_name_of(layer, family)

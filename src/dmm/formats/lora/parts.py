@@ -1,6 +1,6 @@
 """Which tensors of a LoRA's file belong together, whatever layout it is in, and what is refused by its name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from dmm.errors import UserError
@@ -79,7 +79,7 @@ def is_lora(names: Iterable[str]) -> bool:
     return any(name.endswith(tuple(telling)) or any(part in name for part in _STRANGERS) for name in names)
 
 
-def split_names(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
+def split_names(path: Path, keys: Collection[str]) -> dict[str, dict[str, str]]:
     """Layer name -> part -> key; bundled embeddings are left out.
 
     Raises: UserError: a tensor of a relative that is not read, or of no layout that is known.
@@ -90,7 +90,9 @@ def split_names(path: Path, keys: Iterable[str]) -> dict[str, dict[str, str]]:
             continue
         suffix = max((suffix for suffix in _PARTS if key.endswith(suffix)), key=len, default=None)
         if suffix is None:
-            kind = next((kind for part, kind in _STRANGERS.items() if part in key), None)
+            # some have tensors of plain names, and say what they are by another one
+            told = ((one, kind) for one in (key, *keys) for part, kind in _STRANGERS.items() if part in one)
+            key, kind = next(told, (key, None))
             if kind is None:
                 raise UserError(
                     f"{path}: '{key}' is no part of a LoRA, LoHa or LoKr that is known here. Fuse the file into a full "

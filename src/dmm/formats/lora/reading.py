@@ -356,11 +356,15 @@ def _changes(path: Path, name: str, layer: LoraLayer, component: str, module: st
         changes.append(LoraChange(component, module, "weight", form, layer.scaling, magnitude))
     if layer.bias is not None:
         bias = getattr(target, "bias", None)
-        if bias is None or bias.shape != layer.bias.shape:
-            has = "none" if bias is None else str(tuple(bias.shape))
+        if bias is None:  # PEFT trains one on any layer, and cannot merge it either
             raise UserError(
-                f"{path}: the layer '{name}' changes a bias of {tuple(layer.bias.shape)}, the model has {has} there. "
-                "It was trained on another architecture; pass that model as the base."
+                f"{path}: the layer '{name}' changes a bias, and the model's layer has none that the change could be "
+                "merged into. Train the LoRA without biases (lora_bias: false)."
+            )
+        if bias.shape != layer.bias.shape:
+            raise UserError(
+                f"{path}: the layer '{name}' changes a bias of {tuple(layer.bias.shape)}, the model's is "
+                f"{tuple(bias.shape)}. It was trained on another architecture; pass that model as the base."
             )
         changes.append(LoraChange(component, module, "bias", Whole(layer.bias)))
     return changes
