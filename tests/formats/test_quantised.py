@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dmm.cli import main
 from dmm.errors import UserError
 from dmm.formats.tensors import read_header, read_tensors
-from dmm.models.teachers import ModelSource, check_model, open_pipeline
+from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.soup.reading import WeightFile
 
 LAYER = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q"
@@ -152,19 +152,38 @@ def test_all_commands_refuse_what_is_packed_and_write_nothing(sd1_file, sd1_fold
     assert not [one for one in tmp_path.iterdir() if one.name.startswith("out")]
 
 
-def test_scaled_fp8_in_a_folder_is_refused(sd1_folder, tmp_path):
-    folder = tmp_path / "folder"
+@pytest.mark.parametrize(
+    ("file", "layer"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "attn1.to_q.weight"),
+        ("text_encoder/model.safetensors", "q_proj.weight"),
+        ("vae/diffusion_pytorch_model.safetensors", "to_q.weight"),
+    ],
+)
+def test_scaled_fp8_in_a_folder_is_unpacked_exactly(sd1_folder, tmp_path, file, layer):
+    folder, plain = tmp_path / "folder", tmp_path / "plain"
     shutil.copytree(sd1_folder, folder)
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(sd1_folder, plain)
 
     def change(tensors):
-        name = next(key for key in tensors if key.endswith("attn1.to_q.weight"))
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[name.replace(".weight", ".scale_weight")] = torch.ones(1)
+        for name in [key for key in tensors if key.endswith(layer)]:
+            scale = tensors[name].abs().max() / 100
+            tensors[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+            tensors[name.replace(".weight", ".scale_weight")] = scale.reshape(1)
 
-    rewrite(weights, weights, change)
-    with pytest.raises(UserError, match="a diffusers folder has no place for"):
-        check_model(ModelSource(folder))
+    def unpack(tensors):
+        change(tensors)
+        for name in [key for key in tensors if key.endswith(layer)]:
+            tensors[name] = tensors[name].float() * tensors.pop(name.replace(".weight", ".scale_weight"))
+
+    rewrite(folder / file, folder / file, change)
+    rewrite(plain / file, plain / file, unpack)
+    opened, expected = (open_pipeline(ModelSource(one)) for one in (folder, plain))
+    assert same_weights(opened, expected)
+    assert not same_weights(opened, open_pipeline(ModelSource(sd1_folder)))
+    if file.startswith("vae"):
+        lent = open_pipeline(ModelSource(sd1_folder, vae=folder))
+        assert all(torch.equal(tensor, lent.vae.state_dict()[name]) for name, tensor in opened.vae.state_dict().items())
 
 
 def test_a_dtype_without_a_name_here_is_named(sd1_file, tmp_path):

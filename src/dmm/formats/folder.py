@@ -15,9 +15,9 @@ from dmm.files.json import read_json
 from dmm.formats.building import building, check_tokenizer
 from dmm.formats.lora.reading import LORA_FILE
 from dmm.formats.schedules import read_scheduler_config
-from dmm.formats.skeleton import build_skeletons, check_tensors
+from dmm.formats.skeleton import build_skeletons, check_tensors, from_config
 from dmm.formats.stock_files import INDEX, check_classes, config_files, read_index, shards
-from dmm.formats.tensors import check_finite, read_header
+from dmm.formats.tensors import check_finite, read_header, read_tensors
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a stock pipeline that are neither fetched nor loaded: nothing of ours calls them."""
@@ -116,14 +116,27 @@ def check_component(at: Path, component: Component, model: Any, *, allow_pickle:
     tensors: dict[str, Tensor] = {}
     files, _ = weight_files(at, component, allow_pickle)
     for file in files:
-        header = read_header(file, allow_pickle=allow_pickle)
-        if header.scales:
-            raise UserError(
-                f"{file} keeps weights in scaled fp8, which a diffusers folder has no place for. Pass the single file "
-                "that it came from, or the model in fp16, bf16 or fp32."
-            )
-        tensors.update(header.tensors)
+        tensors.update(read_header(file, allow_pickle=allow_pickle).tensors)
     check_tensors(model, _current_names(model, tensors), str(at))
+
+
+def open_scaled(at: Path, component: Component, *, torch_dtype: torch.dtype, allow_pickle: bool) -> Any | None:
+    """Load a component that is in scaled fp8, which its library would read without the scales; None of any other.
+
+    Args:
+        at: its folder, which has passed ``check_component``.
+        torch_dtype: of the weights in memory.
+    """
+    files, _ = weight_files(at, component, allow_pickle)
+    if not any(read_header(file, allow_pickle=allow_pickle).scales for file in files):
+        return None
+    with building(f"{at} cannot be opened"):
+        model = from_config(component.model_class, at)
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_tensors(file)
+    model.load_state_dict(_current_names(model, tensors), assign=True)
+    return model.to(torch_dtype).eval()
 
 
 def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow_pickle: bool) -> Any:
@@ -132,6 +145,13 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
     Raises: UserError: a library has something against its files all the same.
     """
     variants = {weight_files(folder / component.name, component, allow_pickle)[1] for component in family.components}
+    opened = {
+        component.name: open_scaled(
+            folder / component.name, component, torch_dtype=torch_dtype, allow_pickle=allow_pickle
+        )
+        for component in family.components
+    }
+    scaled = {name: model for name, model in opened.items() if model is not None}
     with building(f"{folder} cannot be opened"):
         return family.pipeline_class.from_pretrained(
             folder,
@@ -141,6 +161,7 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
             use_safetensors=None if allow_pickle else True,
             local_files_only=True,
             **without_unused(family),
+            **scaled,
         )
 
 

@@ -45,7 +45,7 @@ def build_skeleton(at: Path, component: Component, family: Family) -> Any:
         )
     check_config(config, config_path, component.model_class)
     with building(f"{config_path} describes no {component.model_class.__name__}"), torch.device("meta"):
-        return _from_config(component.model_class, at)
+        return from_config(component.model_class, at)
 
 
 def check_tensors(model: Any, found: Mapping[str, Tensor], where: str, names: Mapping[str, str] | None = None) -> None:
@@ -88,7 +88,8 @@ def check_nothing_left(names: list[str], known: str, where: str) -> None:
         )
 
 
-def _from_config(model_class: Any, folder: Path) -> Any:
+def from_config(model_class: Any, folder: Path) -> Any:
+    """A model of a class, as its folder's config describes it; without its weights."""
     if issubclass(model_class, PreTrainedModel):
         return model_class(model_class.config_class.from_pretrained(folder))
     return model_class.from_config(model_class.load_config(folder))

@@ -8,12 +8,14 @@ from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 
 from dmm.errors import UserError
-from dmm.families import Family
+from dmm.families import Component, Family
 from dmm.formats.building import building
-from dmm.formats.folder import check_component
+from dmm.formats.folder import check_component, open_scaled
 from dmm.formats.single_file import check_vae_file
 from dmm.formats.skeleton import build_skeleton
 from dmm.formats.tensors import read_header
+
+_COMPONENT = Component("vae", AutoencoderKL, original_prefix="", weights_name="diffusion_pytorch_model")
 
 
 def check_vae(path: Path, skeletons: dict[str, Any], family: Family, *, allow_pickle: bool) -> None:
@@ -48,9 +50,14 @@ def open_vae(path: Path, *, config: Path, torch_dtype: torch.dtype, allow_pickle
         config: the pipeline folder whose VAE's config a single file follows.
     """
     if path.is_dir():
+        at = vae_folder(path)
+        scaled = open_scaled(at, _COMPONENT, torch_dtype=torch_dtype, allow_pickle=allow_pickle)
+        if scaled is not None:
+            assert isinstance(scaled, AutoencoderKL)
+            return scaled
         with building(f"{path} holds no VAE that can be opened"):
             return AutoencoderKL.from_pretrained(
-                vae_folder(path),
+                at,
                 torch_dtype=torch_dtype,
                 use_safetensors=None if allow_pickle else True,
                 local_files_only=True,

@@ -22,7 +22,7 @@ from dmm.families import FAMILIES, Family, Stranger, family_of, family_of_names,
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_config, check_tokenizer
 from dmm.formats.configs import find_configs
-from dmm.formats.folder import check_component, weight_files, without_unused
+from dmm.formats.folder import check_component, open_scaled, weight_files, without_unused
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.skeleton import build_skeleton, check_tensors
@@ -155,13 +155,16 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
     # one by one: diffusers refuses a pipeline folder that names a class of a library that it does not know
     for component in others:
         at = folder / component.name
-        with building(f"{at} cannot be opened"):
-            parts[component.name] = component.model_class.from_pretrained(
-                at,
-                variant=weight_files(at, component, allow_pickle)[1],
-                use_safetensors=None if allow_pickle else True,
-                local_files_only=True,
-            ).to(torch_dtype)
+        part = open_scaled(at, component, torch_dtype=torch_dtype, allow_pickle=allow_pickle)
+        if part is None:
+            with building(f"{at} cannot be opened"):
+                part = component.model_class.from_pretrained(
+                    at,
+                    variant=weight_files(at, component, allow_pickle)[1],
+                    use_safetensors=None if allow_pickle else True,
+                    local_files_only=True,
+                ).to(torch_dtype)
+        parts[component.name] = part
     parts["scheduler"] = open_scheduler(read_scheduler_config(folder))
     check_tokenizer(folder / "tokenizer", parts["text_encoder"].config)
     with building(f"{folder} has no tokenizer that can be opened"):
