@@ -102,6 +102,7 @@ def test_classes_that_are_none_are_told_by_the_index(folder, part, value):
         ("unet/config.json", "attention_head_dim", float("nan")),
         ("unet/config.json", "quantization_config", BITSANDBYTES),
         ("vae/config.json", "scaling_factor", "0.18215"),
+        ("vae/config.json", "scaling_factor", 0),
         ("vae/config.json", "latent_channels", [4]),
         ("vae/config.json", "latents_mean", {"a": 0.0}),
         ("styles/config.json", "dim", 10**15),
@@ -200,8 +201,13 @@ def test_what_libraries_save_of_themselves_passes():
 
 
 def test_what_a_library_raises_is_a_sentence_whatever_it_is(folder):
-    for error, told in ((KeyError("x"), "'x'"), (RecursionError(), "RecursionError"), (RuntimeError("\n\na\nb"), "a")):
-        with pytest.raises(UserError, match=f"^it is no model: {told}$"), building("it is no model"):
+    for error, told in (
+        (KeyError("x"), r"'x' \(KeyError\)"),
+        (RecursionError(), "RecursionError"),
+        (RuntimeError("\n\na\nb"), "a"),
+        (RuntimeError("It says:\n  why.\nFor details see there."), "It says: why"),
+    ):
+        with pytest.raises(UserError, match=rf"^it is no model: {told}\.$"), building("it is no model"):
             raise error
     with pytest.raises(MemoryError), building("it is no model"):
         raise MemoryError

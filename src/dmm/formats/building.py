@@ -29,6 +29,7 @@ _MOST = {
 }
 """The largest numbers, by the keys that they stand under."""
 _MOST_OF_ALL = 2**31
+_NEVER_ZERO = ("scaling_factor",)  # latents are divided by it
 _NAMES = {int: "number", float: "number", str: "text", bool: "true or false"}
 _LONGEST_LIST = {"trained_betas": 100_000}
 _LONGEST = 300
@@ -51,8 +52,20 @@ def building(what: str) -> Iterator[None]:
         # libraries raise whatever their insides run into; those in Rust something that is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        raise UserError(f"{what}: {lines[0].strip() if lines else type(error).__name__}") from error
+        raise UserError(f"{what}: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of what a library says; some begin with what comes in the next line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, KeyError | IndexError | ZeroDivisionError) or not lines:
+        return f"{error} ({type(error).__name__})" if lines else type(error).__name__
+    told = lines[0]
+    for line in lines[1:]:
+        if not told.endswith(":"):
+            break
+        told = f"{told} {line}"
+    return told.rstrip(".")
 
 
 def check_config(config: Mapping[str, Any], path: Path, kind: Any) -> None:
@@ -119,6 +132,7 @@ def _check_size(key: str, value: Any, path: Path) -> None:
         if (
             math.isnan(value)
             or (most is not None and value > most)
+            or (value == 0 and key in _NEVER_ZERO)
             or (isinstance(value, int) and abs(value) > _MOST_OF_ALL)
         ):
             raise UserError(f"{path}: its {key} is {_shown(value)}, as no model's is. Get another copy.")

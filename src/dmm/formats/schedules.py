@@ -48,8 +48,8 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
             f"{path} names a {name} for models that are trained in another way, as by flow matching, and this one is "
             "not. Put the scheduler_config.json of its base model in that place."
         )
-    noise_schedule(config, str(path))
     check_config(config, path, scheduler)
+    noise_schedule(config, str(path))
     with building(f"{path} describes no {name}"):
         built = scheduler.from_config(config)
         built.set_timesteps(min(25, built.config.num_train_timesteps))  # some begin with several steps of another kind
