@@ -182,6 +182,19 @@ def test_a_shard_is_in_its_own_folder(folder, name, tmp_path, capsys):
     assert "no weight file in its own folder" in capsys.readouterr().err
 
 
+def test_an_index_of_shards_is_whole(folder):
+    unet = folder / "unet"
+    weights = unet / "diffusion_pytorch_model.safetensors"
+    names = list(load_file(weights))
+    weights.rename(unet / "diffusion_pytorch_model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(names, "diffusion_pytorch_model-00001-of-00001.safetensors")
+    index = unet / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    check_model(ModelSource(folder))
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert "has no metadata beside its weight_map" in refusal(folder)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.uint8])
 def test_style_prompts_are_numbers_of_any_size(folder, dtype):
     weights = folder / "styles" / "diffusion_pytorch_model.safetensors"

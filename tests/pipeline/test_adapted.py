@@ -13,6 +13,7 @@ from helpers import copy_folder, paint, same_weights
 from safetensors.torch import load_file, save_file
 
 from dmm.errors import UserError
+from dmm.files.digest import sha256
 from dmm.models.adapters import parameters_by_name
 from dmm.models.styles import StylePrompts
 from dmm.pipeline.removal import remove_style
@@ -190,3 +191,15 @@ def test_a_damaged_style_is_told_by_its_file(merged_adapters, tmp_path):
     index.write_text(json.dumps({"adapters": {"ink": {}}}), encoding="utf-8")
     with pytest.raises(UserError, match=r"adapters\.json is damaged"):
         load_pipeline(folder)
+
+
+@pytest.mark.parametrize("names", ["{bad", "[1]", '{"nothing": "conv_in.weight"}', "[" * 5000 + "]" * 5000])
+def test_a_style_whose_header_tells_nonsense_is_told(merged_adapters, tmp_path, names):
+    folder = copy_folder(merged_adapters, tmp_path / "odd")
+    file, index = folder / "styles" / "ink.safetensors", folder / "styles" / "adapters.json"
+    save_file(load_file(file), file, {"dmm.parameters": names})
+    told = json.loads(index.read_text(encoding="utf-8"))
+    told["adapters"]["ink"]["files"]["ink.safetensors"] = sha256(file)
+    index.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(UserError, match=r"ink\.safetensors: its dmm\.parameters"):
+        set_style(load_pipeline(folder), "ink")

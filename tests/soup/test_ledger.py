@@ -6,7 +6,7 @@ import shutil
 import pytest
 from helpers import rewrite
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from soup_models import *  # noqa: F403 - fixtures
 
 from dmm.errors import UserError
@@ -161,3 +161,13 @@ def test_what_cannot_be_changed(shelf):
     ):
         with pytest.raises(UserError, match=message):
             change()
+
+
+@pytest.mark.parametrize("told", ["{not json", "[" * 5000 + "]" * 5000, "3", '"\\ud800"'])
+def test_what_other_tools_say_of_a_merge_may_be_unreadable(shelf, told):
+    odd = shelf / "odd.safetensors"
+    save_file(load_file(shelf / "a.safetensors"), odd, {"sd_merge_recipe": told})
+    with pytest.raises(UserError, match="has no ledger"):
+        read_ledger(odd)
+    teachers = [{"name": "odd", "model": str(odd)}, {"name": "b", "model": str(shelf / "b.safetensors")}]
+    assert read_ledger(cook(SoupRecipe(method="soup", teachers=teachers), shelf / "of-odd.safetensors").path)

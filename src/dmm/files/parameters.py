@@ -129,7 +129,7 @@ def lora_hash(path: Path) -> str:
     Of a .safetensors file what kohya's scripts wrote into its metadata as ``sshs_model_hash``, or else the sha256 of
     what follows its header, so that other metadata make no other LoRA of it; of any other file its sha256.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         return sha256(path)[:12]
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

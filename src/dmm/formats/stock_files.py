@@ -77,9 +77,12 @@ def shards(index: Path) -> list[Path]:
 
     Raises: UserError: it names none, or a file elsewhere.
     """
-    weight_map = read_json(index).get("weight_map")
+    found = read_json(index)
+    weight_map = found.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map that names its shards.")
+    if not isinstance(found.get("metadata"), dict):  # the libraries take it for granted
+        raise UserError(f"{index} has no metadata beside its weight_map, and so opens nowhere. Save the model again.")
     for name in weight_map.values():
         if not (isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.(safetensors|bin)", name)):
             raise UserError(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.files.digest import sha256
-from dmm.files.json import read_json
+from dmm.files.json import parse_json, read_json
 from dmm.formats.lora import kohya_name
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.models.adapters import Adapter, Factors
@@ -177,13 +177,17 @@ def read_adapter(files: Sequence[Path]) -> Adapter:
         told = read_header(path).metadata.get(_NAMES)
         if told is None:
             raise UserError(f"{path}: its header does not name what it changes; it is no style of a merged model.")
-        names, tensors = json.loads(told), read_tensors(path)
+        names, tensors = parse_json(told, f"{path}: its {_NAMES}"), read_tensors(path)
         check_finite(tensors, str(path))
-        for key, name in names.items():
-            if key in tensors:
-                offsets[name] = tensors[key]
-            else:
-                factors[name] = Factors(tensors[f"{key}.lora_up.weight"].flatten(1), tensors[f"{key}.lora_down.weight"])
+        try:
+            for key, name in names.items():
+                if key in tensors:
+                    offsets[str(name)] = tensors[key]
+                    continue
+                up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
+                factors[str(name)] = Factors(up.flatten(1), down)
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
+            raise UserError(f"{path}: its {_NAMES} does not tell what its tensors change. Get another copy.") from error
     return Adapter(factors, offsets)
 
 

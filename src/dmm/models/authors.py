@@ -19,7 +19,7 @@ from transformers import CLIPTokenizer
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, Family, Stranger, family_of, family_of_names, known_titles
-from dmm.files.json import read_json
+from dmm.files.json import parse_json, read_json
 from dmm.formats.building import building, check_config, check_tokenizer
 from dmm.formats.configs import find_configs
 from dmm.formats.folder import check_component, open_scaled, weight_files, without_unused
@@ -220,9 +220,9 @@ def _side_car(path: Path, files: list[Path], allow_pickle: bool) -> tuple[dict[s
 def _read_provenance(path: Path, metadata: Mapping[str, str], num_styles: int) -> list[dict[str, str]]:
     """What a file that we wrote says of its styles; empty for the authors' own."""
     try:
-        found = json.loads(metadata.get(STYLES_KEY, "[]"))
+        found = parse_json(metadata.get(STYLES_KEY, "[]"), "it")
         names = [one["name"] for one in found]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: its metadata '{STYLES_KEY}' cannot be read. Export the model again.") from error
     if found and len(set(names)) != num_styles:
         raise UserError(

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 import dmm
 from dmm.errors import UserError, nearest
+from dmm.files.json import parse_json
 from dmm.formats.configs import describe_as, describe_folder
 from dmm.formats.tensors import read_header
 from dmm.recipes.parts import told
@@ -139,10 +140,7 @@ def read_ledger(path: Path, models: Path | None = None) -> Ledger:
     Raises: UserError: it is no soup, or a model is neither where it was nor in ``models``.
     """
     file = path / UNET_FILE if path.is_dir() else path
-    try:
-        found = json.loads(read_header(file).metadata.get("sd_merge_recipe", "null"))
-    except ValueError:
-        found = None
+    found = _recipe_in(read_header(file).metadata)
     if not isinstance(found, dict) or found.get("type") != TYPE:
         raise UserError(f"{path} has no ledger, so it is no soup that `dmm soup` made. Name one, or a recipe (.yaml).")
     folder = path.resolve().parent
@@ -256,11 +254,15 @@ def _labelled(plan: Plan) -> dict[str, OpenModel]:
 
 
 def _told_of(name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    return {"name": name, "legacy_hash": None, "sd_merge_recipe": _recipe_in(metadata)}
+
+
+def _recipe_in(metadata: Mapping[str, str]) -> Any:
+    """What a file, by whatever tool, says of the merge that it came from; None of one that says nothing readable."""
     try:
-        recipe = json.loads(metadata.get("sd_merge_recipe", "null"))
-    except ValueError:
-        recipe = None
-    return {"name": name, "legacy_hash": None, "sd_merge_recipe": recipe}
+        return parse_json(metadata.get("sd_merge_recipe", "null"), "its sd_merge_recipe")
+    except UserError:
+        return None
 
 
 def _in_order(plain: dict[str, Any], recipe: SoupRecipe) -> dict[str, Any]:
