@@ -9,6 +9,7 @@ Examples:
   dmm export merged --all --output all/                   # loras/ink.safetensors is for web UIs, too
   dmm export merged --all --single-file --output all/
   dmm export merged --authors --output dmm/
+  dmm export controls --style canny --output canny/       # of merged ControlNets, a control: a stock ControlNet
 """
 
 import argparse
@@ -22,6 +23,7 @@ from dmm.cli.style_options import read_mix, write_style
 from dmm.errors import UserError
 from dmm.files.claims import claimed
 from dmm.files.outputs import check_file, check_new_folder
+from dmm.files.runs import INDEX, NET_INDEX
 from dmm.maths.mixes import mix_weights
 from dmm.models.style_names import read_style_names
 
@@ -71,6 +73,11 @@ def run(args: argparse.Namespace) -> None:
             raise KeyboardInterrupt("nothing was written") from None
 
 
+def has_control(model: Path) -> bool:
+    """Whether a folder holds merged ControlNets, which are no pipeline."""
+    return (model / NET_INDEX).is_file() and not (model / INDEX).is_file()
+
+
 def _export(args: argparse.Namespace, output: Path) -> None:
     from dmm.models.libraries import quiet_libraries
 
@@ -84,12 +91,21 @@ def _export(args: argparse.Namespace, output: Path) -> None:
     from dmm.pipeline.styled import load_pipeline, read_styles, style_names
 
     start = time.monotonic()
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
+    if has_control(Path(args.model)):
+        from dmm.pipeline.controls import export_control, load_controls
+
+        if not args.style:
+            raise UserError("Of merged ControlNets a control is exported: name it, or a mix, with --style.")
+        export_control(load_controls(args.model), args.style, output, dtype=dtype, overwrite=args.overwrite)
+        what = f"the control {write_style(args.style)} as a stock ControlNet"
+        print(f"Wrote {output}: {what}, {args.precision}, in {time.monotonic() - start:.1f} s.")
+        return
     path = locate(ModelSource(args.model))
     prompts = read_styles(path)
     if prompts is not None and args.style:
         mix_weights(prompts.names, args.style)  # before the weights are loaded
     pipe = load_pipeline(path, config=args.config, device=find_device(args.device) if args.device else None)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
     if args.style:
         export_style(pipe, args.style, output, dtype=dtype, overwrite=args.overwrite)
         what = f"the style {write_style(args.style)} as a stock checkpoint"

@@ -1,4 +1,4 @@
-"""Make pictures with a merged model in its styles, or with any stock Stable Diffusion model.
+r"""Make pictures with a merged model in its styles, or with any stock Stable Diffusion model.
 
 The model is a pipeline folder, a single file or a hub id. A prompt, a seed and a style make one picture,
 always the same. Several of them make a grid: prompts down and seeds across, or several styles across; to
@@ -18,6 +18,8 @@ Examples:
   dmm generate merged "a red cat" --style ink --region "0.5,0,1,1:photo" --region "mask.png:clay:a blue dog"
   dmm generate merged "a village" --styles ink,photo,clay --panorama 2048
   dmm generate merged "a red cat" --style ink --controlnet canny/ --control-image edges.png
+  dmm generate merged "a red cat" --styles all --controlnet controls/ --control canny --control-image edges.png \
+      --control depth --control-image depth.png --output styles-and-controls.png
   dmm generate merged "a red cat" --style ink --image sketch.png --strength 0.6 --mask mask.png
   dmm generate merged "a red cat" --style ink --ip-adapter ip-adapter_sd15.safetensors:0.6 --ip-image cat.jpg
 
@@ -26,10 +28,12 @@ The paper's setting is 25 steps, guidance 7 and
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +44,10 @@ from dmm.cli.arguments import (
     read_seeds,
     write_seeds,
 )
-from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_pictures
+from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_pictures, stack
 from dmm.cli.opening import add_opening_options, check_opening, find_dtype, open_model, place_model, read_source
 from dmm.cli.output_names import name_output
-from dmm.cli.plugin_options import add_plugin_options, check_plugins, describe_plugins, read_plugins
+from dmm.cli.plugin_options import add_plugin_options, by_control, check_plugins, describe_plugins, read_plugins
 from dmm.cli.region_options import add_region_options, asks_for_regions, check_regions, describe_regions, regions_of
 from dmm.cli.style_options import Style, add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError, nearest, one_line
@@ -183,14 +187,21 @@ def _write(
     from dmm.files.picture_reader import open_picture
     from dmm.files.pictures import grid, save_png
     from dmm.pipeline.plugins import add_plugins
-    from dmm.pipeline.sampling import picture_size, sample, usual_batch_size
+    from dmm.pipeline.sampling import picture_size, usual_batch_size
 
     start = time.monotonic()
     prompts = [*dict.fromkeys(picture.prompt for picture in pictures), args.negative]
     _tell_of_cut_prompts(pipeline, prompts)
     _tell_of_foreign_syntax(prompts)
     controls, beginning, ip_adapter = read_plugins(args)
-    pipeline, inputs = add_plugins(pipeline, controls=controls, start=beginning, ip_adapter=ip_adapter)
+    pipeline, inputs = add_plugins(
+        pipeline, controls=controls, start=beginning, ip_adapter=ip_adapter, by_turns=by_control(args)
+    )
+    turns: list[Any] = list(controls) if by_control(args) else [None]
+    if by_control(args):
+        named = [write_style(control) for control in args.control]
+        layout = layout and stack(layout, named, "follows")
+        pictures = [replace(picture, file_name=f"{name}-{picture.file_name}") for name in named for picture in pictures]
     place_model(args, pipeline)
     width, height = args.panorama or args.width, args.height
     if beginning is not None and width is height is None:
@@ -206,7 +217,6 @@ def _write(
     whole = _parameters(args, title, pictures, width, height)
     with PartsBar(len(pictures), " pictures") as bar:
         settings = {
-            "inputs": lambda count: inputs(count, (width, height)),
             "steps": args.steps,
             "guidance_scale": args.guidance,
             "negative_prompt": args.negative,
@@ -216,16 +226,17 @@ def _write(
             "batch_size": batch_size,
             "progress": bar.update,
         }
-        if asks_for_regions(args):
-            images = _paint_regions(args, pipeline, pictures, **settings)
-        else:
-            images = sample(
+        each = len(pictures) // len(turns)
+        images = itertools.chain.from_iterable(
+            _images(
+                args,
                 pipeline,
-                [picture.prompt for picture in pictures],
-                [picture.seed for picture in pictures],
-                styles=[picture.style for picture in pictures] if pictures[0].style else None,
+                pictures[i * each : (i + 1) * each],
+                inputs=partial(inputs, size=(width, height), **({} if turn is None else {"follows": turn})),
                 **settings,
             )
+            for i, turn in enumerate(turns)
+        )
         if layout is None:
             with new_files(output, overwrite=args.overwrite) as folder:
                 for image, picture in zip(images, pictures, strict=True):
@@ -235,6 +246,8 @@ def _write(
             save_png(next(images), output, whole, overwrite=args.overwrite)
         else:
             painted = list(images)
+            if by_control(args):
+                painted += [open_picture(control.image).resize((width, height)) for control in controls]
             picture_grid = grid(
                 [painted[i] for i in layout.cells],
                 layout.num_columns,
@@ -244,6 +257,22 @@ def _write(
             save_png(picture_grid, output, whole, overwrite=args.overwrite)
     count = "a picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
     print(f"Wrote {output}: {count} of {width} x {height} pixels, in {time.monotonic() - start:.1f} s.")
+
+
+def _images(
+    args: argparse.Namespace, pipeline: Any, pictures: list[Picture], **settings: Any
+) -> "Iterator[Image.Image]":
+    from dmm.pipeline.sampling import sample
+
+    if asks_for_regions(args):
+        return _paint_regions(args, pipeline, pictures, **settings)
+    return sample(
+        pipeline,
+        [picture.prompt for picture in pictures],
+        [picture.seed for picture in pictures],
+        styles=[picture.style for picture in pictures] if pictures[0].style else None,
+        **settings,
+    )
 
 
 def _paint_regions(

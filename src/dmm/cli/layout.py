@@ -76,6 +76,26 @@ def lay_out_pairs(names: list[str]) -> Layout:
     return Layout(len(names), cells, names, names)
 
 
+def stack(layout: Layout, names: list[str], first: str) -> Layout:
+    """The same grid once for each name, one below the other, each row behind a further picture.
+
+    Args:
+        layout: of P pictures.
+        names: N, told before the rows' labels.
+        first: what the further pictures are called.
+    Returns: a grid of N P pictures, the name's after those of the name before, and after them the N further ones.
+    """
+    count = max(layout.cells) + 1
+    width = layout.num_columns if len(layout.cells) % layout.num_columns == 0 else len(layout.cells)
+    starts = range(0, len(layout.cells), width)
+    cells, labels = [], []
+    for i, name in enumerate(names):
+        for row, start in enumerate(starts):
+            cells += [len(names) * count + i, *(i * count + cell for cell in layout.cells[start : start + width])]
+            labels.append(f"{name}: {layout.row_labels[row]}")
+    return Layout(width + 1, cells, labels, [first, *layout.column_labels] if layout.column_labels else [])
+
+
 def _label(style: Style) -> str:
     """A style for people: of a mix or a style over time, a line for each of its parts."""
     if isinstance(style, StyleSchedule):

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import read_scaled_path
+from dmm.cli.style_options import Mix, read_mix, write_style
 from dmm.errors import UserError
+from dmm.maths.mixes import mix_weights
+from dmm.models.style_names import find_side_car, read_style_config
 
 if TYPE_CHECKING:
     from dmm.pipeline.plugins import Control, IPAdapter, Start
@@ -32,6 +35,15 @@ def add_plugin_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="what it follows: one for each ControlNet, in their order",
     )
+    group.add_argument(
+        "--control",
+        metavar="NAME[=W],...",
+        type=read_mix,
+        action="append",
+        default=[],
+        help="of a merged ControlNet, what to follow: one for each such --controlnet, in their order; of a single one, "
+        "repeated with a --control-image each, a row of pictures by each control",
+    )
     group.add_argument("--image", metavar="FILE", type=_path, help="begin with an image in place of noise")
     group.add_argument(
         "--strength",
@@ -54,7 +66,7 @@ def check_plugins(args: argparse.Namespace) -> None:
 
     Raises: UserError: options that go together are not together, a value is out of range, or a file is not there.
     """
-    if len(args.controlnet) != len(args.control_image):
+    if not by_control(args) and len(args.controlnet) != len(args.control_image):
         raise UserError(
             f"Every --controlnet needs a --control-image: {len(args.controlnet)} and {len(args.control_image)} were "
             "given."
@@ -81,16 +93,48 @@ def check_plugins(args: argparse.Namespace) -> None:
     for folder, _ in args.controlnet:
         if not folder.is_dir():
             raise UserError(f"--controlnet {folder}: no such folder. Name the diffusers folder of a ControlNet.")
+    _controls(args)
     if args.ip_adapter is not None:
         _check_file("--ip-adapter", args.ip_adapter[0])
 
 
+def by_control(args: argparse.Namespace) -> bool:
+    """Whether one merged ControlNet follows several images by turns, each for a control of its own."""
+    return len(args.controlnet) == 1 and len(args.control_image) == len(args.control) > 1
+
+
+def _controls(args: argparse.Namespace) -> list[Mix | None]:
+    """What each ControlNet follows; None of a stock one. Of one that follows several images, what it does by turns.
+
+    Raises: UserError: a merged one is not told what to follow, has no such control; or a control is for none of them.
+    """
+    given = list(args.control)
+    found: list[Mix | None] = []
+    for folder, _ in args.controlnet:
+        side_car = find_side_car(folder)
+        if side_car is None:
+            found.append(None)
+            continue
+        names = read_style_config(side_car / "config.json")[0]
+        if not given:
+            raise UserError(f"{folder} has several controls: choose with --control from {', '.join(names)}.")
+        mine, given = (given, []) if by_control(args) else (given[:1], given[1:])
+        for control in mine:
+            mix_weights(names, control)
+        found += mine
+    if given:
+        raise UserError(f"--control {write_style(given[0])}: there is no merged --controlnet whose it could be.")
+    return found
+
+
 def read_plugins(args: argparse.Namespace) -> "tuple[list[Control], Start | None, IPAdapter | None]":
-    """What the options ask for."""
+    """What the options ask for; see :func:`by_control`."""
     from dmm.pipeline.plugins import Control, IPAdapter, Start
 
+    nets = args.controlnet * len(args.control) if by_control(args) else args.controlnet
     controls = [
-        Control(model, image, scale) for (model, scale), image in zip(args.controlnet, args.control_image, strict=True)
+        Control(model, image, scale, control)
+        for (model, scale), image, control in zip(nets, args.control_image, _controls(args), strict=True)
     ]
     start = None if args.image is None else Start(args.image, _strength(args), args.mask)
     adapter = None
@@ -105,6 +149,8 @@ def describe_plugins(args: argparse.Namespace) -> dict[str, str]:
     told = {}
     for i, (folder, scale) in enumerate(args.controlnet):
         told[f"ControlNet {i}"] = f"Model: {folder.resolve().name}, Weight: {scale:g}"
+    if args.control:
+        told["Control"] = "; ".join(map(write_style, args.control))
     if args.image is not None:
         told["Denoising strength"] = f"{_strength(args):g}"
         told["Init image"] = args.image.name

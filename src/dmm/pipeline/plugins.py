@@ -70,21 +70,28 @@ class IPAdapter:
 
 
 def add_plugins(
-    pipe: Any, *, controls: Sequence[Control] = (), start: Start | None = None, ip_adapter: IPAdapter | None = None
-) -> tuple[Any, Callable[[int, tuple[int, int]], dict[str, Any]]]:
+    pipe: Any,
+    *,
+    controls: Sequence[Control] = (),
+    start: Start | None = None,
+    ip_adapter: IPAdapter | None = None,
+    by_turns: bool = False,
+) -> tuple[Any, Callable[..., dict[str, Any]]]:
     """Put plugins on a Stable Diffusion pipeline.
 
     Args:
         pipe: on its device and in its dtype; an IP-Adapter changes its UNet.
+        by_turns: the controls are of one merged ControlNet, which follows them one after the other.
     Returns: the pipeline that takes them, on the same weights; and the arguments that its call takes for them, as a
-        function of the batch size and of the width and height in pixels.
+        function of the batch size, of the width and height in pixels and, by turns, of the control that it follows
+        from now on.
     Raises: UserError: a file is missing, or made for a model of another family; a mask, and the model's latents do not
         have the channels that diffusers' inpainting takes.
     """
     if start is not None and start.mask is not None:
         _check_takes_masks(denoiser_of(pipe))
     pictures = {file: open_picture(file) for file in _pictures(controls, start, ip_adapter)}
-    nets = [_open_control(control, pipe) for control in controls]
+    nets = [_open_control(control, pipe) for control in (controls[:1] if by_turns else controls)]
     parts = dict(pipe.components)
     if ip_adapter is not None:
         _check_ip_adapter(ip_adapter.file, denoiser_of(pipe))
@@ -104,11 +111,14 @@ def add_plugins(
         )
         guided.set_ip_adapter_scale(ip_adapter.scale)
 
-    def inputs(batch_size: int, size: tuple[int, int]) -> dict[str, Any]:
+    def inputs(batch_size: int, size: tuple[int, int], follows: Control | None = None) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
-        if controls:
-            images = [pictures[control.image].resize(size, Image.Resampling.LANCZOS) for control in controls]
-            scales = [control.scale for control in controls]
+        if follows is not None:
+            set_control(nets[0], follows.control)
+        followed = controls if follows is None else [follows]
+        if followed:
+            images = [pictures[control.image].resize(size, Image.Resampling.LANCZOS) for control in followed]
+            scales = [control.scale for control in followed]
             arguments["image" if start is None else "control_image"] = images if len(images) > 1 else images[0]
             arguments["controlnet_conditioning_scale"] = scales if len(scales) > 1 else scales[0]
         if start is not None:
