@@ -1,37 +1,94 @@
 import pytest
 import torch
 from conftest import MAX_TOKENS
+from tiny_families import TINY, tiny_sdxl
 
 from dmm.errors import UserError
-from dmm.models.conditioning import check_clip_skip, encode_tokens, num_cut, tokenize
+from dmm.families import FAMILIES, Frame, arguments, text_encoders_of
+from dmm.models.conditioning import check_clip_skip, encode_captions, encode_tokens, num_cut, tokenize
 
 PROMPTS = ["a cat", "", "longer than can be read " * 3]
 
 
-def test_prompts_are_read_as_the_pipeline_reads_them(pipeline):
-    theirs, _ = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=False)
-    ours = encode_tokens(pipeline, tokenize(pipeline, PROMPTS))
-    assert list(ours) == ["encoder_hidden_states"]
-    assert ours["encoder_hidden_states"].shape == (3, MAX_TOKENS, 16)
-    assert ours["encoder_hidden_states"].equal(theirs)
+def encode_prompt(pipe, prompts, **settings):
+    """The pipeline's own, by the names of ours."""
+    found = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, **settings)
+    names = ["encoder_hidden_states", "added_cond_kwargs.text_embeds"]
+    positive, negative = found[::2], found[1::2]  # embedded, its negative, pooled, its negative
+    return dict(zip(names, positive, strict=False)), dict(zip(names, negative, strict=False))
 
 
-def test_a_skipped_layer_is_one_that_the_encoder_never_had(pipeline):
-    tokens = tokenize(pipeline, PROMPTS)
-    skipped = encode_tokens(pipeline, tokens, clip_skip=1)["encoder_hidden_states"]
-    whole = encode_tokens(pipeline, tokens)["encoder_hidden_states"]
-    del pipeline.text_encoder.encoder.layers[-1]
-    assert skipped.equal(encode_tokens(pipeline, tokens)["encoder_hidden_states"])
+@pytest.fixture(params=FAMILIES)
+def pipe(request):
+    return TINY[request.param](seed=0)
+
+
+def test_prompts_are_read_as_the_pipeline_reads_them(pipe):
+    theirs, _ = encode_prompt(pipe, PROMPTS, do_classifier_free_guidance=False)
+    ours = encode_tokens(pipe, tokenize(pipe, PROMPTS))
+    assert set(ours) == set(theirs)
+    assert ours["encoder_hidden_states"].shape[:2] == (3, MAX_TOKENS)
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_the_empty_caption_is_what_guidance_leads_away_from(pipe):
+    _, theirs = encode_prompt(pipe, ["a cat"], do_classifier_free_guidance=True)
+    ours = encode_captions(pipe, ["", "a cat"])
+    assert all(ours[name][:1].equal(theirs[name]) for name in ours)
+    assert all(ours[name][1].any() for name in ours)
+
+
+def test_only_where_a_model_says_so_are_zeros_no_words():
+    pipe = tiny_sdxl()
+    assert not any(tensor.any() for tensor in encode_captions(pipe, [""]).values())
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    ours, theirs = encode_captions(pipe, [""]), encode_tokens(pipe, tokenize(pipe, [""]))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_sdxl_skips_layers_as_diffusers_does():
+    pipe = tiny_sdxl()
+    theirs, _ = encode_prompt(pipe, PROMPTS, do_classifier_free_guidance=False, clip_skip=1)
+    ours = encode_tokens(pipe, tokenize(pipe, PROMPTS), clip_skip=1)
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_a_skipped_layer_is_one_that_the_encoder_never_had(pipe):
+    tokens = tokenize(pipe, PROMPTS)
+    skipped = encode_tokens(pipe, tokens, clip_skip=1)["encoder_hidden_states"]
+    whole = encode_tokens(pipe, tokens)["encoder_hidden_states"]
+    for encoder in text_encoders_of(pipe):
+        del getattr(encoder, "text_model", encoder).encoder.layers[-1]
+    assert skipped.equal(encode_tokens(pipe, tokens)["encoder_hidden_states"])
     assert not skipped.allclose(whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("clip_skip", [0, 2, -1])
-def test_layers_that_there_are_not_cannot_be_skipped(pipeline, clip_skip):
+def test_layers_that_there_are_not_cannot_be_skipped(pipe, clip_skip):
     with pytest.raises(UserError, match=f"clip_skip is {clip_skip}, but the text encoder has 2 layers: choose from 1"):
-        check_clip_skip(pipeline, clip_skip)
-    check_clip_skip(pipeline, None)
+        check_clip_skip(pipe, clip_skip)
+    check_clip_skip(pipe, None)
 
 
-def test_cut_prompts_are_counted(pipeline):
-    assert num_cut(pipeline, PROMPTS) == 1
-    assert torch.equal(tokenize(pipeline, PROMPTS[2:]), tokenize(pipeline, [PROMPTS[2] + "and on"]))
+def test_cut_prompts_are_counted(pipe):
+    assert num_cut(pipe, PROMPTS) == 1
+    cut = tokenize(pipe, [PROMPTS[2] + "and on"])
+    assert all(torch.equal(ids, cut[name]) for name, ids in tokenize(pipe, PROMPTS[2:]).items())
+
+
+def test_a_picture_s_size_is_told_as_the_pipeline_tells_it():
+    pipe = tiny_sdxl()
+    frame = Frame(original=(640, 480), corner=(16, 8), target=(512, 384))
+    # height before width, top before left
+    theirs = pipe._get_add_time_ids((480, 640), (8, 16), (384, 512), torch.float32, 12)
+    (ours,) = FAMILIES["sdxl"].read_size(frame).values()
+    assert ours.equal(theirs[0])
+    assert not FAMILIES["sd1"].read_size(frame)
+
+
+def test_dotted_names_become_entries_and_numbers_keep_their_precision():
+    flat = {"a": torch.ones(2), "b.x": torch.ones(2), "b.time_ids": torch.tensor([1023.0])}
+    nested = arguments(flat, torch.bfloat16)
+    assert nested["a"].dtype == nested["b"]["x"].dtype == torch.bfloat16
+    assert nested["b"]["time_ids"].item() == 1023
+    assert arguments(flat)["a"] is flat["a"]

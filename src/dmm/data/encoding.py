@@ -6,8 +6,9 @@ eye tells from the other; student and teacher see the same one.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.data.images import READER, CaptionedImages, load_image
-from dmm.data.keys import digest_tensors, digest_text_encoder, digest_vae, key_of
+from dmm.data.keys import digest_tensors, digest_text_encoders, digest_vae, key_of
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
-from dmm.models.conditioning import check_clip_skip, encode_tokens, tokenize
+from dmm.models.conditioning import check_clip_skip, encode_captions, takes_zeros, tokenize
 from dmm.pipeline.samplers import check_multiple
 
 
@@ -35,7 +36,7 @@ def encode_latents(
     """Latents of M images.
 
     Args:
-        vae: of the student; float32 or bfloat16, on the device it shall run on.
+        vae: of the student, on the device it shall run on.
         size: pixels a side.
         cache: folder of the cache.
         progress: called with numbers of images, which add up to those that this process sees to.
@@ -86,8 +87,9 @@ def encode_images(vae: Any, images: Sequence[Image.Image]) -> Tensor:
     Returns: (B, C, H / f, W / f), float32, on the CPU.
     """
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-    pixels = (pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
-    latents = vae.encode(pixels).latent_dist.mode().float().cpu()
+    with _never_in_float16(vae):
+        pixels = (pixels.to(vae.device).float() / 127.5 - 1).to(vae.dtype)
+        latents = vae.encode(pixels).latent_dist.mode().float().cpu()
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (latents - shift) * vae.config.scaling_factor
 
@@ -102,11 +104,26 @@ def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
     """
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     images = []
-    for one in latents:  # of whole size, they take more memory than anything before
-        inner = (one[None] / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)
-        pixels = (vae.decode(inner).sample[0].float() * 127.5 + 127.5).round().clamp(0, 255)
-        images.append(Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
+    with _never_in_float16(vae):
+        for one in latents:  # of whole size, they take more memory than anything before
+            inner = (one[None] / vae.config.scaling_factor + shift).to(vae.device, vae.dtype)
+            pixels = (vae.decode(inner).sample[0].float() * 127.5 + 127.5).round().clamp(0, 255)
+            images.append(Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).cpu().numpy()))
     return images
+
+
+@contextmanager
+def _never_in_float16(vae: Any) -> Iterator[None]:
+    """Within the block, a VAE that may overflow in half precision computes in float32."""
+    dtype = vae.dtype
+    is_unsafe = dtype == torch.float16 and vae.config.force_upcast
+    if is_unsafe:
+        vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        if is_unsafe:
+            vae.to(dtype)  # what came from float16 goes back to it whole
 
 
 def encode_texts(
@@ -118,7 +135,7 @@ def encode_texts(
     *,
     clip_skip: int | None = None,
 ) -> Rows:
-    """What a pipeline's UNet reads of U captions.
+    """What a pipeline's denoiser reads of U captions.
 
     Two pipelines whose text encoders are equal and make equal tokens of the captions share what is cached.
 
@@ -126,19 +143,19 @@ def encode_texts(
         progress: called with numbers of captions, which add up to those that this process sees to.
         place: this process's, among those that share the work; see :func:`dmm.data.rows.cached_rows`.
         clip_skip: see :func:`dmm.models.conditioning.encode_tokens`.
-    Returns: U rows of the tensors of :func:`dmm.models.conditioning.encode_tokens`.
+    Returns: U rows of the tensors of :func:`dmm.models.conditioning.encode_captions`.
     Raises: UserError: the arithmetic overflowed, or the text encoder has not so many layers to skip.
     """
     check_clip_skip(pipeline, clip_skip)
-    encoder_digest = digest_text_encoder(pipeline.text_encoder)
+    encoders = digest_text_encoders(pipeline)
 
     def key(rows: range) -> str:
-        tokens = digest_tensors({"input_ids": tokenize(pipeline, captions[rows.start : rows.stop])})
-        return key_of(text_encoder=encoder_digest, clip_skip=clip_skip, tokens=tokens)
+        tokens = digest_tensors(tokenize(pipeline, captions[rows.start : rows.stop]))
+        return key_of(text_encoders=encoders, clip_skip=clip_skip, tokens=tokens, zeros=takes_zeros(pipeline))
 
     def make(rows: range) -> dict[str, Tensor]:
         texts = captions[rows.start : rows.stop]
-        encoded = encode_tokens(pipeline, tokenize(pipeline, texts), clip_skip)
+        encoded = encode_captions(pipeline, texts, clip_skip)
         stored = {name: tensor.half() for name, tensor in encoded.items()}
         for tensor in stored.values():
             check_rows(tensor, [f"'{text}'" for text in texts], "embedding", pipeline.text_encoder.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmm.families import text_encoders_of
 from dmm.models.styles import styled_port
 
 _VERSION = 1  # raise it when our own way of making cached content changes
@@ -36,9 +37,12 @@ def digest_vae(vae: Any) -> str:
     return _digest_module(vae, {name: vae.config.get(name) for name in _VAE_CONFIG})
 
 
-def digest_text_encoder(text_encoder: Any) -> str:
-    """Identity of a text encoder; its tokenizer is told by the tokens that it makes."""
-    return _digest_module(text_encoder, {name: getattr(text_encoder.config, name) for name in _TEXT_ENCODER_CONFIG})
+def digest_text_encoders(pipeline: Any) -> list[str]:
+    """Identity of a pipeline's text encoders, in order; tokenizers are told by the tokens that they make."""
+    return [
+        _digest_module(encoder, {name: getattr(encoder.config, name) for name in _TEXT_ENCODER_CONFIG})
+        for encoder in text_encoders_of(pipeline)
+    ]
 
 
 def digest_unet(unet: Any) -> str:

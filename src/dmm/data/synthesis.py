@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from dmm.data.encoding import check_rows, encode_images
-from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
+from dmm.data.keys import digest_tensors, digest_text_encoders, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
 from dmm.families import denoiser_of
-from dmm.models.conditioning import check_clip_skip, tokenize
+from dmm.models.conditioning import check_clip_skip, takes_zeros, tokenize
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_settings
 from dmm.pipeline.sampling import picture_size, sample, sample_latents
 
@@ -131,7 +131,8 @@ def synthesize(
     }
     made_by = {
         "unet": digest_unet(denoiser_of(pipeline)),
-        "text_encoder": digest_text_encoder(pipeline.text_encoder),
+        "text_encoders": digest_text_encoders(pipeline),
+        "zeros": takes_zeros(pipeline),
         "scheduler": public_config(pipeline.scheduler),
         "vaes": None if own_vae == students_vae else [own_vae, students_vae],
         **settings,
@@ -140,7 +141,7 @@ def synthesize(
     def key(rows: range) -> str:
         tokens = tokenize(pipeline, [synthesis.negative_prompt, *share.prompts[rows.start : rows.stop]])
         seeds = share.seeds[rows.start : rows.stop]
-        return key_of(tokens=digest_tensors({"input_ids": tokens}), seeds=list(seeds), **made_by)
+        return key_of(tokens=digest_tensors(tokens), seeds=list(seeds), **made_by)
 
     def make(rows: range) -> dict[str, Tensor]:
         prompts, seeds = share.prompts[rows.start : rows.stop], share.seeds[rows.start : rows.stop]

@@ -18,6 +18,7 @@ from dmm.data.images import CaptionedImages
 from dmm.data.rows import ALONE, Place, Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
 from dmm.errors import UserError
+from dmm.families import Frame, family_of
 from dmm.files.bars import PartsBar
 from dmm.files.cache import cache_folder
 from dmm.models.conditioning import num_cut
@@ -43,6 +44,7 @@ class TrainingData:
         caption_of: (M,) int64, which of the U is a row's caption.
         painted: by teacher or other painter, the rows that it painted.
         shown: by ControlNet, M rows of the image that it is shown; of models, nothing.
+        size: what a denoiser reads of the pictures' size, the same of all rows, without their dimension.
 
     Attributes:
         num_rows: M.
@@ -54,6 +56,7 @@ class TrainingData:
         texts: Mapping[str, Rows],
         caption_of: Tensor,
         painted: Mapping[str, range],
+        size: Mapping[str, Tensor],
         shown: Mapping[str, Rows] = MappingProxyType({}),
     ) -> None:
         assert len(latents) == len(caption_of)
@@ -62,6 +65,7 @@ class TrainingData:
         self._caption_of = caption_of
         self._painted = dict(painted)
         self._shown = dict(shown)
+        self._size = dict(size)
         self.num_rows = len(latents)
 
     @cached_property
@@ -85,15 +89,16 @@ class TrainingData:
         return self._latents.read(rows)["latents"]
 
     def conditioning(self, encoder: str, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
-        """What a UNet reads of the captions.
+        """What a denoiser reads of the captions, and of the pictures' size.
 
         Args:
-            encoder: ``student`` or a teacher's name: whose text encoder.
+            encoder: ``student`` or a teacher's name: whose text encoders.
             rows: (B,) int64.
             dropped: (B,) bool, whose caption is the empty one instead. Give student and teacher the same.
-        Returns: keyword arguments of the UNet, such as ``encoder_hidden_states``, (B, T, D); float32, on the CPU.
+        Returns: by flat names, such as ``encoder_hidden_states``, (B, T, D); float32, on the CPU.
         """
-        return self._texts[encoder].read(self._caption_of[rows.cpu()].masked_fill(dropped.cpu(), 0))
+        texts = self._texts[encoder].read(self._caption_of[rows.cpu()].masked_fill(dropped.cpu(), 0))
+        return texts | {name: of_all.expand(len(rows), *of_all.shape) for name, of_all in self._size.items()}
 
     def shown(self, rows: Tensor, styles: Sequence[str]) -> dict[str, Tensor]:
         """What the teacher of each sample's style reads beside the caption: a ControlNet its image, a model nothing.
@@ -118,6 +123,7 @@ def prepare_data(
     teachers: Mapping[str, Callable[[], Any]],
     *,
     size: int,
+    frame: Frame | None = None,
     cache: Path | None = None,
     clip_skips: Mapping[str, int] | None = None,
     conditions: Mapping[str, Condition] | None = None,
@@ -134,6 +140,8 @@ def prepare_data(
         teachers: by name, in order, what opens the teacher's pipeline; one is open at a time, and each
             computes on its own device and in its own precision.
         size: pixels a side.
+        frame: what the models are told of the pictures' size, where they read one; by default that they never were
+            larger.
         cache: folder of the cache, by default the user's.
         clip_skips: of the teachers, and of the ``student``, that leave out layers of their text encoder.
         conditions: of ControlNets, by name, what each is shown of an image.
@@ -195,7 +203,8 @@ def prepare_data(
             shown[name] = condition.rows(source, latents, base.vae, size, cache, bar.update, place)
     index_of = {caption: index for index, caption in enumerate(distinct)}
     caption_of = torch.tensor([index_of[caption] for caption in captions])
-    return TrainingData(latents, texts, caption_of, of_teacher, shown)
+    read = family_of(base).read_size(frame or Frame.whole(size, size))
+    return TrainingData(latents, texts, caption_of, of_teacher, read, shown)
 
 
 @contextmanager

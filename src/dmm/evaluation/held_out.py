@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dmm.data import Synthesis, TrainingData, prepare_data
-from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
+from dmm.data.keys import digest_tensors, digest_text_encoders, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import cached_rows
 from dmm.evaluation.painting import Painting
 from dmm.evaluation.score_error import References, ScoreError, score_error
@@ -154,7 +154,7 @@ def held_out_error(
 
     def keep(_: str, count: int, say: References) -> References:
         # the base reads captions as the student's text encoder does
-        read_by, said_by = made_by["student"]["text_encoder"], [made_by[style], made_by["base"]]
+        read_by, said_by = made_by["student"]["text_encoders"], [made_by[style], made_by["base"]]
         references = partial(key_of, kind="references", models=said_by, student_reads=read_by, **made_on)
         rows = cached_rows(
             cache / "references", count, lambda span: references(span=[span.start, span.stop]), say, lambda _: None
@@ -198,7 +198,7 @@ def join(errors: Sequence[ScoreError]) -> ScoreError:
 def _digests(pipeline: Any) -> dict[str, Any]:
     return {
         "unet": digest_unet(denoiser_of(pipeline)),
-        "text_encoder": digest_text_encoder(pipeline.text_encoder),
+        "text_encoders": digest_text_encoders(pipeline),
         "vae": digest_vae(pipeline.vae),
         "scheduler": public_config(pipeline.scheduler),
     }

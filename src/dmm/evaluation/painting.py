@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm.data.keys import digest_tensors, digest_text_encoder, digest_unet, digest_vae, key_of, public_config
+from dmm.data.keys import digest_tensors, digest_text_encoders, digest_unet, digest_vae, key_of, public_config
 from dmm.data.rows import Place, Rows, cached_rows
 from dmm.data.synthesis import Share
 from dmm.families import denoiser_of
-from dmm.models.conditioning import tokenize
+from dmm.models.conditioning import takes_zeros, tokenize
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, check_settings
 from dmm.pipeline.sampling import picture_size, sample
 
@@ -96,7 +96,8 @@ def paint(
     precision = settings.pop("precision")
     made_by = {
         "unet": digest_unet(denoiser_of(pipeline)),
-        "text_encoder": digest_text_encoder(pipeline.text_encoder),
+        "text_encoders": digest_text_encoders(pipeline),
+        "zeros": takes_zeros(pipeline),
         "vae": digest_vae(pipeline.vae),
         "scheduler": public_config(pipeline.scheduler),
         "precision": precision,
@@ -107,7 +108,7 @@ def paint(
     def key(rows: range) -> str:
         tokens = tokenize(pipeline, [painting.negative_prompt, *share.prompts[rows.start : rows.stop]])
         seeds = list(share.seeds[rows.start : rows.stop])
-        return key_of(kind="pictures", tokens=digest_tensors({"input_ids": tokens}), seeds=seeds, **made_by)
+        return key_of(kind="pictures", tokens=digest_tensors(tokens), seeds=seeds, **made_by)
 
     def make(rows: range) -> dict[str, Tensor]:
         prompts, seeds = share.prompts[rows.start : rows.stop], share.seeds[rows.start : rows.stop]

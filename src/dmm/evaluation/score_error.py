@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dmm.data.training import STUDENT
-from dmm.families import denoiser_of
+from dmm.families import arguments, denoiser_of
 from dmm.formats.schedules import noise_schedule
 from dmm.maths.diffusion import add_noise, convert_prediction
 from dmm.maths.draws import draw
@@ -191,7 +191,7 @@ def _say(style: str, teacher: Any, base: Any, drawn: _Draws, span: range) -> dic
 def _predict(pipeline: Any, noised: _Noised, conditioning: Mapping[str, Tensor]) -> Tensor:
     """What a pipeline's UNet says: (B, C, H, W) float32, on the CPU."""
     unet = denoiser_of(pipeline)
-    read = {name: tensor.to(unet.device, unet.dtype) for name, tensor in conditioning.items()}
+    read = arguments({name: tensor.to(unet.device) for name, tensor in conditioning.items()}, unet.dtype)
     x_t, timesteps = noised.x_t.to(unet.device, unet.dtype), noised.timesteps.to(unet.device)
     output: Tensor = unet(x_t, timesteps, **read, return_dict=False)[0]
     return output.float().cpu()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dmm.errors import UserError
+from dmm.families.conditioning import Frame, arguments
 from dmm.families.family import Component, Family
 from dmm.families.sd1 import SD1
 from dmm.families.sd2 import SD2
@@ -19,7 +20,9 @@ __all__ = [
     "STRANGERS",
     "Component",
     "Family",
+    "Frame",
     "Stranger",
+    "arguments",
     "denoiser_of",
     "family_of",
     "family_of_class",
@@ -27,6 +30,7 @@ __all__ = [
     "family_of_names",
     "known_titles",
     "set_denoiser",
+    "text_encoders_of",
     "title_of_lora",
 ]
 
@@ -126,6 +130,11 @@ def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | No
 def denoiser_of(pipeline: Any) -> Any:
     """What an open pipeline denoises with: its UNet, or whatever its family calls it."""
     return getattr(pipeline, family_of(pipeline).denoiser.name)
+
+
+def text_encoders_of(pipeline: Any) -> list[Any]:
+    """What reads an open pipeline's prompts."""
+    return [getattr(pipeline, one.name) for one in family_of(pipeline).text_encoders]
 
 
 def set_denoiser(pipeline: Any, denoiser: Any) -> None:

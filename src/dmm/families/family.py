@@ -4,6 +4,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
+from dmm.families.conditioning import Frame
+
 
 @dataclass(frozen=True)
 class Component:
@@ -55,6 +59,16 @@ class Family:
     """The denoiser comes first."""
     controlnet: Component
     """What guides the denoiser by an image: a copy of its first half, which embeds time at the same port."""
+    read_tokens: Callable[[Any, Mapping[str, Tensor], int | None], dict[str, Tensor]]
+    """What the denoiser reads of prompts, as the pipeline's ``encode_prompt`` has it, by the names of
+    :mod:`dmm.families.conditioning`: given a pipeline, (B, T) tokens by tokenizer, and how many last layers are left
+    out further."""
+    layers_left_out: int
+    """How many last layers of its text encoders no prompt passes."""
+    read_size: Callable[[Frame], dict[str, Tensor]]
+    """What the denoiser reads of a picture's size, without the batch's dimension."""
+    prompt_arguments: Mapping[str, str]
+    """What its pipelines' calls name the tensors of ``read_tokens``; the negative prompt's with ``negative_``."""
     port: str
     """Path, in the denoiser, of the last linear layer of what embeds time: to its output the style term is added."""
     owns: Callable[[Mapping[str, Any]], bool]

@@ -13,6 +13,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel
 
+from dmm.families.conditioning import read_no_size, read_one_clip
 from dmm.families.family import AuthorsLayout, Component, Family
 
 _AUTHORS = AuthorsLayout("StableDiffusionDMMPipeline", "model_merge")
@@ -53,6 +54,10 @@ SD1 = Family(
         ),
     ),
     controlnet=Component("controlnet", ControlNetModel, "control_model.", "diffusion_pytorch_model"),
+    read_tokens=read_one_clip,
+    layers_left_out=0,
+    read_size=read_no_size,
+    prompt_arguments={"encoder_hidden_states": "prompt_embeds"},
     port="time_embedding.linear_2",
     owns=lambda config: (
         not config.get("use_linear_projection") and config.get("addition_embed_type") in (None, _AUTHORS.embed_type)

@@ -11,6 +11,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from dmm.families.conditioning import read_time_ids, read_two_clips
 from dmm.families.family import AuthorsLayout, Component, Family
 from dmm.families.sd1 import SD1
 
@@ -53,6 +54,13 @@ SDXL = Family(
         ),
     ),
     controlnet=Component("controlnet", ControlNetModel, "control_model.", "diffusion_pytorch_model"),
+    read_tokens=read_two_clips,
+    layers_left_out=1,
+    read_size=read_time_ids,
+    prompt_arguments={
+        "encoder_hidden_states": "prompt_embeds",
+        "added_cond_kwargs.text_embeds": "pooled_prompt_embeds",
+    },
     port="time_embedding.linear_2",
     owns=lambda config: config.get("addition_embed_type") in ("text_time", _AUTHORS.embed_type),
     markers=("conditioner.embedders.", "diffusion_model.label_emb.", "diffusion_model.add_embedding2."),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dmm.families import arguments
 from dmm.maths.low_rank import Components, input_components, output_components
 
 MAX_POSITIONS = 1024
@@ -29,7 +30,7 @@ class Noised:
     Attributes:
         x_t: (B, C, H, W).
         timesteps: (B,).
-        conditioning: keyword arguments of the model.
+        conditioning: what the model reads, by flat names.
     """
 
     x_t: Tensor
@@ -101,7 +102,10 @@ def _run(teacher: nn.Module, observers: Sequence["_Observer"], batches: Iterable
             with torch.enable_grad():
                 # frozen weights ask for no gradient; the inputs carry it to every layer
                 output = teacher(
-                    batch.x_t.detach().requires_grad_(), batch.timesteps, **batch.conditioning, return_dict=False
+                    batch.x_t.detach().requires_grad_(),
+                    batch.timesteps,
+                    **arguments(batch.conditioning),
+                    return_dict=False,
                 )[0]
                 direction = torch.randn(output.shape, generator=generator).to(output)
                 (output * direction).sum().backward()

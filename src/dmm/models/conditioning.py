@@ -1,69 +1,96 @@
-"""What a UNet reads of a prompt, as named tensors: tokens first, then their embeddings.
+"""What a pipeline's denoiser reads of prompts, as named tensors: tokens first, then their embeddings.
 
-The names are those of the UNet's keyword arguments, so that a family that reads more adds a name.
+The names are those of :mod:`dmm.families.conditioning`; what they are is the family's business.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.families import family_of
 
 
-def tokenize(pipeline: Any, prompts: Sequence[str]) -> Tensor:
-    """What a pipeline's text encoder is given.
+def tokenize(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """What a pipeline's text encoders are given.
 
-    Returns: (B, T) int64 on the CPU, padded to the T tokens that the text encoder reads; what is longer is cut.
+    Returns: by tokenizer, (B, T) int64 on the CPU, padded to the T tokens that its text encoder reads; what is longer
+        is cut.
     """
-    tokenizer = pipeline.tokenizer
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    input_ids: Tensor = tokens.input_ids
-    return input_ids
+    found = {}
+    for name in family_of(pipeline).tokenizers:
+        tokenizer = getattr(pipeline, name)
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        found[name] = tokens.input_ids
+    return found
 
 
 def num_cut(pipeline: Any, prompts: Sequence[str]) -> int:
-    """How many prompts are longer than the text encoder reads."""
-    tokenizer = pipeline.tokenizer
-    return sum(len(ids) > tokenizer.model_max_length for ids in tokenizer(list(prompts), verbose=False).input_ids)
+    """How many prompts are longer than the text encoders read."""
+    tokenizers = [getattr(pipeline, name) for name in family_of(pipeline).tokenizers]
+    counted = zip(*(tokenizer(list(prompts), verbose=False).input_ids for tokenizer in tokenizers), strict=True)
+    most = [tokenizer.model_max_length for tokenizer in tokenizers]
+    return sum(any(len(ids) > length for ids, length in zip(of_prompt, most, strict=True)) for of_prompt in counted)
 
 
 @torch.no_grad()
-def encode_tokens(pipeline: Any, input_ids: Tensor, clip_skip: int | None = None) -> dict[str, Tensor]:
+def encode_tokens(pipeline: Any, tokens: Mapping[str, Tensor], clip_skip: int | None = None) -> dict[str, Tensor]:
     """Embed tokens as the pipeline's own ``encode_prompt`` does.
 
     Args:
-        input_ids: (B, T), of :func:`tokenize`.
-        clip_skip: how many of the text encoder's last layers are left out, as diffusers counts them: 1 takes the
-            output of the last but one. (diffusers' own way there breaks on transformers >= 5.6, whose text encoder
-            has lost a level of names.)
-    Returns: ``encoder_hidden_states``, (B, T, D), on the text encoder's device and in its dtype.
+        tokens: of :func:`tokenize`.
+        clip_skip: how many of the text encoders' last layers are left out, as diffusers counts them: 1 takes the
+            layer before the one that the family reads.
+    Returns: such as ``encoder_hidden_states``, (B, T, D), on the text encoders' device and in their dtype.
     Raises: UserError: see :func:`check_clip_skip`.
     """
-    encoder = pipeline.text_encoder
-    input_ids = input_ids.to(encoder.device)
-    if clip_skip is None:
-        return {"encoder_hidden_states": encoder(input_ids).last_hidden_state}
     check_clip_skip(pipeline, clip_skip)
-    hidden_states = encoder(input_ids, output_hidden_states=True).hidden_states[-(clip_skip + 1)]
-    # the UNet expects normed embeddings whichever layer they come from
-    return {"encoder_hidden_states": getattr(encoder, "text_model", encoder).final_layer_norm(hidden_states)}
+    return family_of(pipeline).read_tokens(pipeline, tokens, clip_skip)
+
+
+def encode_captions(pipeline: Any, captions: Sequence[str], clip_skip: int | None = None) -> dict[str, Tensor]:
+    """Embed captions, of which the empty one is what guidance leads away from where sampling has no negative prompt.
+
+    Pipelines that say ``force_zeros_for_empty_prompt`` take zeros then, not what the text encoders make of no words.
+
+    Returns: as :func:`encode_tokens`.
+    """
+    encoded = encode_tokens(pipeline, tokenize(pipeline, captions), clip_skip)
+    if takes_zeros(pipeline):
+        empty = torch.tensor([not caption for caption in captions])
+        encoded = {
+            name: tensor.masked_fill(empty.to(tensor.device).view(-1, *[1] * (tensor.ndim - 1)), 0)
+            for name, tensor in encoded.items()
+        }
+    return encoded
+
+
+def takes_zeros(pipeline: Any) -> bool:
+    """Whether a pipeline's unconditional embedding is zeros."""
+    return bool(getattr(pipeline.config, "force_zeros_for_empty_prompt", False))
 
 
 def check_clip_skip(pipeline: Any, clip_skip: int | None) -> None:
-    """Refuse a number of layers that the text encoder does not have to spare.
+    """Refuse a number of layers that the text encoders do not have to spare.
 
+    Args:
+        pipeline: or anything that has its parts' skeletons.
     Raises: UserError: it is below 1, or would leave no layer.
     """
-    layers = pipeline.text_encoder.config.num_hidden_layers
-    if clip_skip is not None and not 1 <= clip_skip < layers:
+    if clip_skip is None:
+        return
+    family = family_of(pipeline)
+    layers = min(getattr(pipeline, one.name).config.num_hidden_layers for one in family.text_encoders)
+    layers -= family.layers_left_out
+    if not 1 <= clip_skip < layers:
         raise UserError(
             f"clip_skip is {clip_skip}, but the text encoder has {layers} layers: choose from 1 (leave out the last) "
             f"to {layers - 1}, or none."

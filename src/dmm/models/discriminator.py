@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmm.families import arguments
 from dmm.models.teachers import freeze
 
 
@@ -48,12 +49,11 @@ class Discriminator(nn.Module):
         Args:
             x_s: (B, C, H, W); gradients pass through to it.
             timesteps: (B,).
-            conditioning: keyword arguments of the base's UNet.
+            conditioning: what the base's UNet reads, by flat names.
         Returns: (B, C_mid, H_mid, W_mid).
         """
         dtype = next(self.backbone.parameters()).dtype
-        conditioning = {name: value.to(dtype) for name, value in conditioning.items()}
-        seen: Tensor = self.backbone(x_s.to(dtype), timesteps, **conditioning, return_dict=False)[0]
+        seen: Tensor = self.backbone(x_s.to(dtype), timesteps, **arguments(conditioning, dtype), return_dict=False)[0]
         return seen
 
     def judge_frozen(self, seen: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmm.families import arguments
+
 
 class Residuals:
     """How residuals become a vector.
@@ -59,7 +61,7 @@ class Residuals:
         if self.denoiser is None:
             return list(blocks)
         dtype = next(self.denoiser.parameters()).dtype
-        given = {name: value.to(dtype) for name, value in conditioning.items()}
+        given = arguments(conditioning, dtype)
         *down, middle = (block.to(dtype) for block in blocks)
         predicted = self.denoiser(
             x_t.to(dtype),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmm.errors import UserError
-from dmm.families import Family
+from dmm.families import Family, arguments
 from dmm.maths.mixes import check_name
 from dmm.models.adapters import Adapter, Factors
 from dmm.models.features import BlockTap
@@ -95,7 +95,7 @@ class StyledStudent(nn.Module):
         Args:
             x_t: (B, C, H, W).
             timesteps: (B,).
-            conditioning: keyword arguments of the UNet, such as ``encoder_hidden_states``, (B, T, D).
+            conditioning: what the UNet reads, by flat names, such as ``encoder_hidden_states``, (B, T, D).
             style_weights: (B, N).
         """
         port = styled_port(self.unet)
@@ -103,7 +103,7 @@ class StyledStudent(nn.Module):
         port.term = self.style_prompts(style_weights)
         try:
             with self._tap.catch() as features:
-                prediction = self.unet(x_t, timesteps, **conditioning, return_dict=False)[0]
+                prediction = self.unet(x_t, timesteps, **arguments(conditioning, x_t.dtype), return_dict=False)[0]
         finally:
             port.term = None
         return StudentOutput(prediction, dict(features))
@@ -177,7 +177,7 @@ class AdaptedStudent(nn.Module):
         # they stay until the next call: where activations are computed again, that is in the backward pass
         set_changes(self.unet, changes_of([one.adapter() for one in self._trained()], index))
         with self._tap.catch() as features:
-            prediction = self.unet(x_t, timesteps, **conditioning, return_dict=False)[0]
+            prediction = self.unet(x_t, timesteps, **arguments(conditioning, x_t.dtype), return_dict=False)[0]
         return StudentOutput(prediction, dict(features))
 
     def adapter(self, name: str) -> Adapter:

@@ -4,7 +4,8 @@ All of it is diffusers' own; here it is opened, held against the model, and put 
 merged model's UNet is the same object before and after.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def add_plugins(
     kind = family_of(pipe).pipelines[frozenset(name for name, given in guides if given)]
     if nets:
         parts["controlnet"] = nets if len(nets) > 1 else nets[0]
-    guided = kind(**parts, requires_safety_checker=False)
+    guided = kind(**parts, **_settings(kind, pipe, parts))
     if ip_adapter is not None:
         guided.load_ip_adapter(
             str(ip_adapter.file.parent),
@@ -145,6 +146,13 @@ def _open_control(control: Control, pipe: Any) -> Any:
             raise UserError(f"{control.model} is a stock ControlNet, which has one control only: leave its name out.")
         set_control(net, control.control)
     return net.to(denoiser.device)
+
+
+def _settings(kind: Any, pipe: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline of another class is told beside its parts, for it to paint as this one does."""
+    names = set(inspect.signature(kind.__init__).parameters) - set(parts)
+    told = {name: pipe.config[name] for name in names if name in pipe.config}
+    return told | ({"requires_safety_checker": False} if "requires_safety_checker" in names else {})
 
 
 def _check_takes_masks(unet: Any) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import denoiser_of, set_denoiser
+from dmm.families import arguments, denoiser_of, set_denoiser
 from dmm.maths.canvas import WINDOWS, Box, box_mask, region_weights, tile_starts
 from dmm.maths.mixes import Mix
 from dmm.models.conditioning import encode_tokens, tokenize
@@ -223,7 +223,7 @@ def _together(values: Sequence[Any]) -> Any:
 
 
 def _read(pipe: Any, prompt: str | None, clip_skip: int | None) -> Mapping[str, Any] | None:
-    return None if prompt is None else encode_tokens(pipe, tokenize(pipe, [prompt]), clip_skip)
+    return None if prompt is None else arguments(encode_tokens(pipe, tokenize(pipe, [prompt]), clip_skip))
 
 
 def _mask(region: Region, width: int, height: int) -> Tensor:

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import denoiser_of
+from dmm.families import denoiser_of, family_of
 from dmm.maths.mixes import Mix
-from dmm.models.conditioning import check_clip_skip, encode_tokens, tokenize
+from dmm.models.conditioning import check_clip_skip, encode_captions, encode_tokens, tokenize
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
 from dmm.pipeline.style_schedule import StyleSchedule, check_style
 from dmm.pipeline.styled import style_names, style_over_time
@@ -250,11 +250,11 @@ def _read_prompts(pipeline: Any, prompts: list[str], negative_prompt: str, clip_
     if clip_skip is None:
         # None is not "": a pipeline may take zeros for the empty prompt, where its config asks for them
         return {"prompt": prompts, "negative_prompt": [negative_prompt] * len(prompts) if negative_prompt else None}
-    embeds, negative_embeds = (
-        encode_tokens(pipeline, tokenize(pipeline, texts), clip_skip)["encoder_hidden_states"]
-        for texts in (prompts, [negative_prompt] * len(prompts))
-    )
-    return {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds}
+    read = encode_tokens(pipeline, tokenize(pipeline, prompts), clip_skip)
+    negative = encode_captions(pipeline, [negative_prompt] * len(prompts), clip_skip)
+    names = family_of(pipeline).prompt_arguments
+    given = {names[name]: tensor for name, tensor in read.items()}
+    return given | {f"negative_{names[name]}": tensor for name, tensor in negative.items()}
 
 
 def _to_pictures(images: Tensor) -> list[Image.Image]:
@@ -304,6 +304,6 @@ def usual_batch_size(width: int, height: int) -> int:
 
 def unread(pipeline: Any, prompt: str) -> str:
     """The end of a prompt that is longer than the text encoder reads; empty if all of it is read."""
-    tokenizer = pipeline.tokenizer
+    tokenizer = getattr(pipeline, next(iter(family_of(pipeline).tokenizers)))
     tokens = tokenizer(prompt).input_ids[1:-1]
     return tokenizer.decode(tokens[tokenizer.model_max_length - 2 :]).strip()

@@ -314,6 +314,23 @@ class Earlier(Part):
     styles, drawn at random; at 0 it forgets them."""
 
 
+Pixels = Annotated[Whole, in_range(least=1, most=65_536)]
+Offset = Annotated[Whole, in_range(least=0, most=65_536)]
+
+
+class Framing(Part):
+    """What student and teachers are told of the pictures' size, where their family reads it: by default that they
+    never were larger than they are painted, which is what pipelines say where they are told nothing.
+    """
+
+    original: tuple[Pixels, Pixels] | None = None
+    """Width and height before they were scaled; by default ``size``."""
+    corner: tuple[Offset, Offset] = (0, 0)
+    """What was cut off at the left and at the top."""
+    target: tuple[Pixels, Pixels] | None = None
+    """Width and height that are painted; by default ``size``."""
+
+
 class Recipe(Part):
     """A merge."""
 
@@ -336,6 +353,7 @@ class Recipe(Part):
     data: Data
     size: Annotated[Whole, in_range(least=8)] | None = None
     """Of the pictures, in pixels a side, a multiple of 8; by default the base's own."""
+    frame: Framing = Framing()
     styles: Styles = Styles()
     training: Training = Training()
     losses: Losses = Losses()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmm.families import arguments
 from dmm.files.outputs import new_file
 from dmm.formats.tensors import read_header, read_tensors, write_tensors
 from dmm.maths.low_rank import Components, deal_ranks
@@ -33,7 +34,7 @@ class Sample(Noised):
     """B noised samples, as a teacher and as the student reads them.
 
     Attributes:
-        student_conditioning: keyword arguments of the student's model.
+        student_conditioning: what the student's model reads, by flat names.
     """
 
     student_conditioning: Mapping[str, Tensor]
@@ -134,7 +135,7 @@ def _measure_curve(
 
 
 def _say(model: nn.Module, sample: Sample, conditioning: Mapping[str, Tensor]) -> Tensor:
-    output: Tensor = model(sample.x_t, sample.timesteps, **conditioning, return_dict=False)[0]
+    output: Tensor = model(sample.x_t, sample.timesteps, **arguments(conditioning), return_dict=False)[0]
     return output.float()
 
 

@@ -1,6 +1,6 @@
 """What a merge of ControlNets has of its own: its checks, and the size of what the teachers say."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from dmm.data.conditions import MAKERS, maker_named
 from dmm.data.control_images import Condition
 from dmm.data.images import ImageFolder
 from dmm.errors import UserError
+from dmm.families import arguments
 from dmm.files.digest import sha256
 from dmm.formats.folder import weight_files
 from dmm.models.controlnets import check_controlnet
@@ -21,7 +22,7 @@ from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches
 from dmm.training.building import DTYPES
 from dmm.training.costs import Sizes
-from dmm.training.preflight import Plan, base_of, check_machine
+from dmm.training.preflight import Plan, base_of, check_machine, frame_of
 from dmm.training.subject import Controls
 from dmm.training.watch import watched_groups
 
@@ -75,6 +76,7 @@ def check_controls(recipe: Recipe, num_processes: int, device: torch.device) -> 
         None,
         None,
         recipe.size,
+        frame_of(recipe, recipe.size, base),
         base.prediction_type,
         styles,
         provenance,
@@ -107,7 +109,7 @@ def measure_residuals(
         for batch in batches.of_step(0):
             for part in batch.parts:
                 if part.teacher == index:
-                    given: Mapping[str, Any] = part.conditioning
+                    given = arguments(part.conditioning)
                     x_t, timesteps = batch.x_t[part.samples], batch.timesteps[part.samples]
                     with torch.no_grad():
                         blocks = net.blocks(x_t, timesteps, **given)

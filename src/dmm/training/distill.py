@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dmm.families import arguments
 from dmm.maths.diffusion import PredictionType, convert_prediction, rediffuse
 from dmm.maths.losses import adversarial_loss, discriminator_loss, feature_loss, score_loss
 from dmm.models.discriminator import Discriminator
@@ -24,7 +25,7 @@ class Part:
     Attributes:
         teacher: its index.
         samples: their place in the batch.
-        conditioning: keyword arguments of the teacher's UNet for these samples.
+        conditioning: what the teacher's denoiser reads for these samples, by flat names.
     """
 
     teacher: int
@@ -56,7 +57,7 @@ class Batch:
         timesteps: (B,).
         alpha_bar_t: (B,), signal power at the timesteps.
         style_weights: (B, N).
-        conditioning: keyword arguments of the student's UNet.
+        conditioning: what the student's denoiser reads, by flat names.
         loss_weights: (B,), by which the samples' losses are summed.
         score_weights: (B,), of their scores beside the other terms.
         parts: which cover the batch.
@@ -96,9 +97,8 @@ class Teacher:
         """Its prediction of a part of a batch, in the student's type, and its features by block."""
         x_t, timesteps, alpha_bar_t = (value[part.samples] for value in (batch.x_t, batch.timesteps, batch.alpha_bar_t))
         dtype = next(self.unet.parameters()).dtype
-        conditioning = {name: value.to(dtype) for name, value in part.conditioning.items()}
         with self._tap.catch() as features:
-            output = self.unet(x_t.to(dtype), timesteps, **conditioning, return_dict=False)[0]
+            output = self.unet(x_t.to(dtype), timesteps, **arguments(part.conditioning, dtype), return_dict=False)[0]
         caught = dict(features)
         if self._types[0] != self._types[1]:
             caught.pop(list(caught)[-1])
@@ -121,9 +121,9 @@ class EarlierStudent(Teacher):
         """Its prediction of a part of a batch, each sample in its style, and its features by block."""
         prompts = self.unet.style_prompts
         dtype = prompts.embeddings.dtype
-        conditioning = {name: value.to(dtype) for name, value in part.conditioning.items()}
         weights = batch.style_weights[part.samples, : len(prompts.embeddings)]
-        output = self.unet(batch.x_t[part.samples].to(dtype), batch.timesteps[part.samples], conditioning, weights)
+        x_t, timesteps = batch.x_t[part.samples].to(dtype), batch.timesteps[part.samples]
+        output = self.unet(x_t, timesteps, part.conditioning, weights)
         return output.prediction.float(), output.features
 
 

@@ -80,11 +80,13 @@ _RESULT = "result"
 _WRITTEN = (
     *(INDEX, RECIPE, LOG, CHECKPOINTS, SAMPLES, _TRACKERS, STYLES_FOLDER, CALIBRATION, UNTRAINED, STYLE_RUNS),
     *dict.fromkeys(component.name for family in FAMILIES.values() for component in family.components),
-    *("scheduler", "tokenizer", NET_INDEX),
+    "scheduler",
+    *dict.fromkeys(tokenizer for family in FAMILIES.values() for tokenizer in family.tokenizers),
+    NET_INDEX,
     *(f"{family.controlnet.weights_name}.safetensors" for family in FAMILIES.values()),
 )
 # of a recipe, what a run may not change once it has begun
-_BINDING = ("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "styles", "seed")
+_BINDING = ("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "frame", "styles", "seed")
 _NUM_SAMPLE_PROMPTS = 4
 _WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
 

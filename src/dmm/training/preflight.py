@@ -10,7 +10,7 @@ import torch
 
 from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
 from dmm.errors import UserError
-from dmm.families import Family
+from dmm.families import Family, Frame
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_disk, held_bytes
 from dmm.files.prompts import read_prompts
@@ -44,6 +44,7 @@ class Plan:
         earlier: the style prompts of the merged model that is merged further.
         style_prompts: those of the start, where it is a merged model of all the styles.
         size: of the pictures, in pixels a side.
+        frame: what the models are told of that.
         prediction_type: of the base, and so of the student.
         styles: the student's.
         provenance: of each style.
@@ -58,6 +59,7 @@ class Plan:
     earlier: StylePrompts | None
     style_prompts: StylePrompts | None
     size: int
+    frame: Frame
     prediction_type: PredictionType
     styles: tuple[str, ...]
     provenance: tuple[Provenance, ...]
@@ -115,11 +117,24 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         earlier,
         style_prompts,
         size,
+        frame_of(recipe, size, base),
         base.prediction_type,
         styles,
         provenance,
         _sizes(recipe, base, styles),
     )
+
+
+def frame_of(recipe: Recipe, size: int, base: CheckedModel) -> Frame:
+    """What student and teachers are told of the pictures' size.
+
+    Raises: UserError: the recipe says something of which the family's models read nothing.
+    """
+    said, whole = recipe.frame, Frame.whole(size, size)
+    frame = Frame(said.original or whole.original, said.corner, said.target or whole.target)
+    if frame != whole and not base.family.read_size(frame):
+        raise UserError(f"frame: {base.family.title} models read nothing of a picture's size; leave it out.")
+    return frame
 
 
 def with_size(recipe: Recipe) -> Recipe:

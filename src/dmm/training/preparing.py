@@ -12,7 +12,7 @@ from torch import Tensor
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
 from dmm.data.training import student_in
-from dmm.families import denoiser_of, family_of
+from dmm.families import denoiser_of, family_of, text_encoders_of
 from dmm.models.adapters import NOTHING, Adapter, KeptWeights
 from dmm.models.styles import StylePrompts, bake
 from dmm.models.teachers import ModelSource, open_pipeline
@@ -47,7 +47,7 @@ def prepare_data_of(
         base: the pipeline whose VAE and text encoder read; they come back to the CPU.
     """
     source, device = open_source(recipe, plan), accelerator.device
-    readers = (base.vae, base.text_encoder)
+    readers = (base.vae, *text_encoders_of(base))
     for module in readers:
         module.to(device)
     data = prepare_data(
@@ -55,6 +55,7 @@ def prepare_data_of(
         base,
         _openers(recipe, plan, terms, device, paints=isinstance(source, Synthesis)),
         size=plan.size,
+        frame=plan.frame,
         clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
         conditions=plan.subject.conditions if isinstance(plan.subject, Controls) else None,
         place=Place(accelerator.process_index, accelerator.num_processes),
@@ -123,7 +124,8 @@ def _openers(
 def _open_reader(name: str, model: ModelSource, device: torch.device) -> Any:
     # reading captions is little work, and worth doing exactly
     pipeline = open_pipeline(model, torch_dtype=torch.float32, name=f"teacher '{name}'")
-    pipeline.text_encoder.to(device)
+    for encoder in text_encoders_of(pipeline):
+        encoder.to(device)
     return pipeline
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dmm.data.encoding import decode_latents
 from dmm.data.synthesis import Share, Synthesis, synthesize
+from dmm.families import text_encoders_of
 from dmm.files.bars import PartsBar
 from dmm.files.pictures import grid, save_png
 from dmm.files.runs import SAMPLES
@@ -74,7 +75,7 @@ def show(
     """
     cells = [(prompt, seed, style) for seed, prompt in enumerate(prompts) for style in styles]
     painted, seeds, in_styles = zip(*cells, strict=True)
-    readers = (pipeline.vae, pipeline.text_encoder)
+    readers = (pipeline.vae, *text_encoders_of(pipeline))
     for module in readers:
         module.to(device)
     # not in float16, in which some VAEs overflow

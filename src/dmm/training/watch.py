@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmm.families import arguments
 from dmm.maths.diffusion import PredictionType, convert_prediction
 from dmm.maths.sharing import Group, share_batch
 from dmm.training.batches import Batches
@@ -47,7 +48,7 @@ class Watch:
         self._batches = list(batches.of_step(0))
         with torch.no_grad():
             self._of_base = [
-                base(batch.x_t, batch.timesteps, **batch.conditioning, return_dict=False)[0].float()
+                base(batch.x_t, batch.timesteps, **arguments(batch.conditioning), return_dict=False)[0].float()
                 for batch in self._batches
             ]
         self._targets: list[Tensor] = []

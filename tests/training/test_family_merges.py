@@ -1,0 +1,82 @@
+"""Merges of every family, by the command: with style vectors, and with adapters."""
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from helpers import same_weights
+from tiny_families import TINY
+
+import dmm
+from dmm.cli import main
+from dmm.families import FAMILIES
+from dmm.files.yaml import write_yaml
+from dmm.models.teachers import ModelSource, open_pipeline
+from dmm.pipeline.sampling import sample
+
+PAPER = {"rank": 0, "train": "all"}
+ADAPTERS = {"rank": 2, "train": "adapters", "samples": 8}
+
+
+@pytest.fixture(scope="module")
+def merge(tmp_path_factory):
+    """``dmm merge`` of two tiny teachers of a family, in this process; returns the result's folder."""
+    folder = tmp_path_factory.mktemp("families")
+    (folder / "prompts.txt").write_text("a cat\na dog\n")
+
+    def run(family, output, **changes):
+        for seed, name in enumerate(("base", "one", "two")):
+            if not (folder / f"{family}-{name}").exists():
+                TINY[family](seed=seed).save_pretrained(folder / f"{family}-{name}")
+        recipe = {
+            "base": f"{family}-base",
+            "teachers": [{"name": name, "model": f"{family}-{name}"} for name in ("one", "two")],
+            "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 2}},
+            "size": 16,
+            "training": {"steps": 2, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32"},
+            "logging": {"every": 1, "score_error_every": 1, "sample_every": 2, "sample_steps": 1},
+            "checkpoint": {"every": 2},
+        } | changes
+        path = folder / f"{output}.yaml"
+        path.write_text(write_yaml(recipe))
+        try:
+            assert main(["merge", str(path), "--output", str(folder / output)]) == 0
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+        return folder / output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield run
+
+
+def paint(pipe, style=None):
+    """(3, H, W)."""
+    if style is not None:
+        dmm.set_style(pipe, style)
+    (picture,) = sample(pipe, ["a cat"], [0], steps=2, width=16, height=16)
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+
+
+@pytest.mark.parametrize("styles", [PAPER, ADAPTERS], ids=["paper", "adapters"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd1"])
+def test_two_become_one_that_paints_in_both_styles(merge, family, styles, tmp_path):
+    losses = {"feature": 0.1, "adversarial": 0.01 if styles is PAPER else 0.0}
+    folder = merge(family, f"{family}-{styles['train']}", styles=styles, losses=losses)
+    pipe = dmm.load_pipeline(folder)
+    assert dmm.style_names(pipe) == ["one", "two"]
+    assert not paint(pipe, "one").equal(paint(pipe, "two"))
+    # once more through the disk
+    dmm.set_style(pipe, None)
+    dmm.save_pipeline(pipe, tmp_path / "again")
+    again = dmm.load_pipeline(tmp_path / "again")
+    assert same_weights(again, pipe)
+    assert paint(again, "two").equal(paint(pipe, "two"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_student_is_its_base_bit_for_bit(merge, family):
+    folder = merge(family, f"{family}-fresh", styles=ADAPTERS | {"train": "none"})
+    pipe = dmm.load_pipeline(folder)
+    base = open_pipeline(ModelSource(folder.parent / f"{family}-base"))
+    assert paint(pipe).equal(paint(base))
+    assert same_weights(pipe, base)
