@@ -24,7 +24,7 @@ from dmm.models.styles import StylePrompts
 from dmm.models.teachers import freeze
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches, Role
-from dmm.training.distill import Adversary, Teacher
+from dmm.training.distill import Adversary, Imitation, Teacher
 from dmm.training.processes import join_processes
 from dmm.training.trainer import Trainer
 
@@ -114,8 +114,9 @@ def toy_trainer(folder, recipe, student=None, **settings):
         adversarial=adversary is not None,
     )
     folder.mkdir(parents=True, exist_ok=True)
+    lesson = Imitation(toy_teachers(), recipe.losses.feature, adversary)
     return Trainer(
-        accelerator, student or toy_student(), toy_teachers(), batches, recipe, folder, STYLES, adversary, **settings
+        accelerator, student or toy_student(), lesson, batches, recipe, folder, STYLES, adversary, **settings
     )
 
 

@@ -403,6 +403,16 @@ class Recipe(Part):
         every = self.logging.sample_every
         return min(_MOST_WITHOUT_SAMPLES, -(-self.training.steps // 4)) if every == AUTO else every
 
+    @property
+    def log_interval(self) -> int:
+        """Steps between two entries of the loss curves."""
+        return self.logging.every
+
+    @property
+    def watch_interval(self) -> int | None:
+        """Steps between two measurements of the score error; None for none."""
+        return self.logging.score_error_every
+
     @model_validator(mode="before")
     @classmethod
     def _take_base_from_earlier(cls, given: Any) -> Any:

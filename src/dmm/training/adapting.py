@@ -62,6 +62,7 @@ from dmm.training.calibrating import (
     write_calibrated,
 )
 from dmm.training.checkpoint import load_checkpoint, newest_checkpoint
+from dmm.training.distill import Imitation
 from dmm.training.preflight import Plan
 from dmm.training.preparing import free_memory
 from dmm.training.processes import on_all, on_main
@@ -342,7 +343,7 @@ def _train(
         trainer = Trainer(
             accelerator,
             student,
-            {0: teacher},
+            Imitation({0: teacher}, recipe.losses.feature, adversary),
             batches,
             recipe,
             folder,
@@ -415,7 +416,8 @@ def _train_all(run: Run, unet: nn.Module, prompts: StylePrompts, starting: Mappi
         adversarial=adversary is not None,
     )
     show = None if run.show is None else partial(_show, run, student, 0)
-    trainer = Trainer(accelerator, student, teachers, batches, recipe, run.folder, styles, adversary, watch, show)
+    lesson = Imitation(teachers, recipe.losses.feature, adversary)
+    trainer = Trainer(accelerator, student, lesson, batches, recipe, run.folder, styles, adversary, watch, show)
     trainer.train()
     with trainer.averaged():
         set_changes(unet, {})

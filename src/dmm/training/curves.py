@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmm.training.distill import Batch
+from dmm.training.distill import Samples
 
 
 class Curves:
@@ -22,7 +22,7 @@ class Curves:
         # of each term, by style: the sum of its values, and their number
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, batch: Batch, terms: Mapping[str, Tensor]) -> None:
+    def add(self, batch: Samples, terms: Mapping[str, Tensor]) -> None:
         """Add a batch's values: for each term, (B,)."""
         for name, values in terms.items():
             if name not in self._sums:

@@ -5,7 +5,7 @@ The adversary is trained in a second step, on what the first one let it see: Alg
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,8 @@ class Rediffusion:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B noised samples, ordered by teacher.
+class Samples:
+    """B noised samples.
 
     Attributes:
         x_t: (B, C, H, W).
@@ -59,9 +59,6 @@ class Batch:
         style_weights: (B, N).
         conditioning: what the student's denoiser reads, by flat names.
         loss_weights: (B,), by which the samples' losses are summed.
-        score_weights: (B,), of their scores beside the other terms.
-        parts: which cover the batch.
-        again: for the discriminator, where there is one.
     """
 
     x_t: Tensor
@@ -70,6 +67,18 @@ class Batch:
     style_weights: Tensor
     conditioning: Mapping[str, Tensor]
     loss_weights: Tensor
+
+
+@dataclass(frozen=True)
+class Batch(Samples):
+    """Samples, ordered by teacher.
+
+    Attributes:
+        score_weights: (B,), of their scores beside the other terms.
+        parts: which cover the batch.
+        again: for the discriminator, where there is one.
+    """
+
     score_weights: Tensor
     parts: Sequence[Part]
     again: Rediffusion | None = None
@@ -178,6 +187,32 @@ class Distillation:
     loss: Tensor
     terms: dict[str, Tensor]
     seen: Seen | None = None
+
+
+class Lesson(Protocol):
+    """What a student learns of a batch."""
+
+    def __call__(self, student: nn.Module, batch: Any, averages: Mapping[str, Tensor], /) -> Distillation:
+        """Compare the student with what it should be.
+
+        Args:
+            student: wrapped or not.
+            batch: :class:`Samples`.
+            averages: the running averages of its parameters, by name; of a run that keeps none, the parameters.
+        """
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """The lesson of a merge: :func:`distill` with these arguments."""
+
+    teachers: Teachers
+    feature_weight: float
+    adversary: Adversary | None = None
+
+    def __call__(self, student: nn.Module, batch: Batch, averages: Mapping[str, Tensor], /) -> Distillation:
+        """Compare the student with its teachers; it has no use for its averages."""
+        return distill(student, self.teachers, batch, feature_weight=self.feature_weight, adversary=self.adversary)
 
 
 def distill(

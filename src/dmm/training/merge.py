@@ -66,6 +66,7 @@ from dmm.training.building import build_adversary, build_student, open_teachers,
 from dmm.training.checkpoint import newest_checkpoint
 from dmm.training.controls import check_controls, measure_residuals
 from dmm.training.costs import disk_bytes
+from dmm.training.distill import Imitation
 from dmm.training.outlook import describe
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
 from dmm.training.preparing import Terms, prepare_data_of, style_terms
@@ -236,7 +237,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     trainer = Trainer(
         accelerator,
         student,
-        teachers,
+        Imitation(teachers, recipe.losses.feature, adversary),
         batches,
         recipe,
         folder,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from dmm.errors import UserError
 from dmm.files.runs import CHECKPOINTS, LOG
-from dmm.models.student import AdaptedStudent, StyledStudent
-from dmm.recipes.recipe import Recipe
-from dmm.training.batches import Batches
+from dmm.recipes.recipe import Checkpoint as Kept
+from dmm.recipes.recipe import Training
 from dmm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, sweep
 from dmm.training.curves import Curves
-from dmm.training.distill import Adversary, Batch, Distillation, Seen, Teachers, discriminate, distill
+from dmm.training.distill import Adversary, Distillation, Lesson, Samples, Seen, discriminate
 from dmm.training.learner import Learner
 from dmm.training.log import cut_log, log_until
 from dmm.training.processes import stop_signals, telling_of_loss
@@ -37,13 +36,48 @@ class Stopped(KeyboardInterrupt):
     """A run was asked to stop, and has saved where it is."""
 
 
+class Course(Protocol):
+    """What a trainer reads of a recipe."""
+
+    @property
+    def training(self) -> Training:
+        """How the student is trained."""
+
+    @property
+    def checkpoint(self) -> Kept:
+        """What is kept to go on from."""
+
+    @property
+    def log_interval(self) -> int:
+        """Steps between two entries of the loss curves."""
+
+    @property
+    def sample_interval(self) -> int | None:
+        """Steps between two grids of samples; None for none."""
+
+    @property
+    def watch_interval(self) -> int | None:
+        """Steps between two measurements of the score error; None for none."""
+
+
+class Steps(Protocol):
+    """Batches of one process, by step."""
+
+    def __len__(self) -> int:
+        """How many micro-batches a step has."""
+
+    def of_step(self, step: int, /) -> Iterator[Any]:
+        """Those of a step: :class:`dmm.training.distill.Samples`."""
+
+
 class Trainer:
     """Trains a student to the end of its recipe, or until it is asked to stop.
 
     Args:
         accelerator: of the recipe's precision, its trackers set up.
-        student: what it trains is float32; put on the accelerator's device, and made equal to the main process's.
-        teachers: frozen, by index.
+        student: a module, of which what is trained is float32; put on the accelerator's device, and made equal to the
+            main process's.
+        lesson: what the student learns of each batch.
         batches: this process's.
         recipe: the training, its losses, its checkpoints and its log.
         folder: of the run; holds ``checkpoints/`` and ``log.jsonl``.
@@ -59,10 +93,10 @@ class Trainer:
     def __init__(
         self,
         accelerator: Accelerator,
-        student: StyledStudent | AdaptedStudent,
-        teachers: Teachers,
-        batches: Batches,
-        recipe: Recipe,
+        student: Any,
+        lesson: Lesson,
+        batches: Steps,
+        recipe: Course,
         folder: Path,
         styles: Sequence[str],
         adversary: Adversary | None = None,
@@ -72,7 +106,7 @@ class Trainer:
         title: str = "",
         before: int = 0,
     ) -> None:
-        self.accelerator, self.student, self.teachers, self.batches = accelerator, student, teachers, batches
+        self.accelerator, self.student, self.lesson, self.batches = accelerator, student, lesson, batches
         self.recipe, self.folder, self.adversary, self.show = recipe, folder, adversary, show
         self.watch = watch
         self._title, self._before = title, before
@@ -91,7 +125,7 @@ class Trainer:
         # of the weights as they now are: where there are several processes, the main one's in all of them
         self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
         self.sample_every = recipe.sample_interval or math.inf
-        self.watch_every = recipe.logging.score_error_every or math.inf
+        self.watch_every = recipe.watch_interval or math.inf
         self.curves = Curves(styles, accelerator.device)
         self._first: int | None = None  # the step that training begins with, once that is known
 
@@ -150,7 +184,7 @@ class Trainer:
                     bar.update(training.batch_size)
                     is_last = done == training.steps
                     measured = self._measure() if is_last or done % self.watch_every == 0 else {}
-                    if measured or is_last or done % self.recipe.logging.every == 0:
+                    if measured or is_last or done % self.recipe.log_interval == 0:
                         self._log(done, bar, measured)
                     stop = self._any(asked_to_stop())
                     if stop or done % self.recipe.checkpoint.every == 0 or done == training.steps:
@@ -162,16 +196,11 @@ class Trainer:
 
     def _step(self, step: int) -> None:
         student = self.learners[STUDENT]
+        averages = dict(zip(self.parameters, self.ema.shadow_params, strict=True)) if self.ema else self.parameters
         seen = []
         for i, batch in enumerate(self.batches.of_step(step)):
             with self._accumulating(student, i):
-                result = distill(
-                    student.model,
-                    self.teachers,
-                    batch,
-                    feature_weight=self.recipe.losses.feature,
-                    adversary=self.adversary,
-                )
+                result = self.lesson(student.model, batch, averages)
             self._learn_from(result, batch)
             seen.append(result.seen)
         student.step(step)
@@ -196,7 +225,7 @@ class Trainer:
         with nullcontext() if is_last else self.accelerator.no_sync(learner.model), self.accelerator.autocast():
             yield
 
-    def _learn_from(self, result: Distillation, batch: Batch) -> None:
+    def _learn_from(self, result: Distillation, batch: Samples) -> None:
         self.curves.add(batch, result.terms)
         # DDP takes the mean over processes; the loss weights want the sum
         self.accelerator.backward(result.loss * self.accelerator.num_processes)
@@ -212,7 +241,9 @@ class Trainer:
         scalars |= {"learning_rate": self.learners[STUDENT].learning_rate, **measured}
         if not self.accelerator.is_main_process:
             return
-        bar.set_postfix({name: f"{scalars[name]:.4f}" for name in ("score", "score_error") if name in scalars})
+        bar.set_postfix(
+            {name: f"{scalars[name]:.4f}" for name in ("score", "score_error", "consistency") if name in scalars}
+        )
         with (self.folder / LOG).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": done, "time": round(time.time(), 3), **scalars}) + "\n")
         self.accelerator.log(scalars, step=self._before + done)
