@@ -14,6 +14,7 @@ from dmm.cli.ending import TERMINATED, terminable, told_of_system
 from dmm.errors import UserError, nearest, one_line
 
 COMMANDS = {
+    "accelerate": "make a model one that paints in four steps",
     "add": "merge further styles into a merged model, and keep those that it has",
     "compare": "put several evaluations side by side",
     "demo": "merge the embedded experts and see what comes of it, on any computer",

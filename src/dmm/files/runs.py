@@ -1,4 +1,4 @@
-"""The folder of a merge: the names in it, and how far one that is under way has come."""
+"""The folder of a merge, or of a few-step distillation: the names in it, and how far one that is under way has come."""
 
 import re
 from dataclasses import dataclass
@@ -18,6 +18,10 @@ CALIBRATION = "calibration"
 STYLE_RUNS = "training"
 """Where styles are adapters: a folder for each, with a log and checkpoints of its own."""
 UNTRAINED = "untrained"
+ACCELERATION = "acceleration"
+"""Where a few-step distillation runs, in the folder of its result."""
+FAST = "fast.safetensors"
+"""What that comes to where it trains a LoRA."""
 INDEX = "model_index.json"
 """Of the result: it comes last, and without it nothing takes the folder for a pipeline."""
 NET_INDEX = "config.json"
@@ -26,7 +30,7 @@ NET_INDEX = "config.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A merge that is on disk.
+    """A merge, or a few-step distillation, that is on disk.
 
     Attributes:
         folder: of the stage that it is in.
@@ -34,6 +38,7 @@ class Run:
         num_steps: of the stage.
         is_first_stage: whether a second one comes.
         is_finished: whether its result is there.
+        is_acceleration: whether it is a few-step distillation.
     """
 
     folder: Path
@@ -41,6 +46,12 @@ class Run:
     num_steps: int
     is_first_stage: bool
     is_finished: bool
+    is_acceleration: bool
+
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        return "a few-step distillation" if self.is_acceleration else "a merge"
 
     def told(self) -> str:
         """How far it has come, to end a sentence."""
@@ -51,11 +62,11 @@ class Run:
 
 
 def find_run(folder: Path) -> Run | None:
-    """The merge that a folder holds, finished or not; None where it holds none.
+    """The merge or few-step distillation that a folder holds, finished or not; None where it holds none.
 
     Raises: UserError: its recipe cannot be read.
     """
-    stages = [place for place in (folder, folder / FIRST_STAGE) if _is_run(place)]
+    stages = [place for place in (folder, folder / FIRST_STAGE, folder / ACCELERATION) if _is_run(place)]
     if not stages:
         return None
     place = stages[0]
@@ -66,8 +77,9 @@ def find_run(folder: Path) -> Run | None:
         place,
         step=(step_of(found[-1]) or 0) if found else 0,
         num_steps=num_steps if isinstance(num_steps, int) else 0,
-        is_first_stage=place != folder,
-        is_finished=has_result(folder),
+        is_first_stage=place == folder / FIRST_STAGE,
+        is_finished=has_result(folder) or (folder / FAST).is_file(),
+        is_acceleration=place == folder / ACCELERATION,
     )
 
 
@@ -77,13 +89,20 @@ def has_result(folder: Path) -> bool:
 
 
 def check_finished(folder: Path) -> None:
-    """Refuse the folder of a merge that has not ended where a model is expected.
+    """Refuse the folder of a run that has not ended, or of one that has come to a LoRA, where a model is expected.
 
     Raises: UserError: with how far it is, and how to go on.
     """
     run = None if has_result(folder) else find_run(folder)
     if run is None:
         return
+    if run.is_acceleration and run.is_finished:
+        raise UserError(f"{folder} holds a LoRA, no model. Put {folder / FAST} on the model that it was made for.")
+    if run.is_acceleration:
+        raise UserError(
+            f"{folder} is a few-step distillation that has not ended: {run.told()}. Go on with the command that it "
+            "began with, and --resume."
+        )
     go_on = f"`dmm merge {folder / RECIPE} --output {folder} --resume`"
     if run.is_first_stage:  # whose own recipe knows of no second one
         go_on = f"the recipe that it began with, --output {folder} and --resume"
@@ -98,11 +117,11 @@ def check_new(folder: Path, *, overwrite: bool) -> None:
     """
     run = None if overwrite else find_run(folder)
     if run is not None and run.is_finished:
-        raise UserError(f"'{folder}' holds a merge. Name another output, or add --overwrite to replace it.")
+        raise UserError(f"'{folder}' holds {run.title}. Name another output, or add --overwrite to replace it.")
     if run is not None:
         raise UserError(
-            f"'{folder}' holds a merge that has not ended: {run.told()}. --resume goes on with it, --overwrite begins "
-            "anew; or name another output."
+            f"'{folder}' holds {run.title} that has not ended: {run.told()}. --resume goes on with it, --overwrite "
+            "begins anew; or name another output."
         )
     check_folder(folder, overwrite=overwrite)
 

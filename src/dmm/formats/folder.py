@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmm.errors import UserError
 from dmm.families import Component, Family, Stranger, family_of_class, known_titles
+from dmm.files.few_steps import FILE as FEW_STEPS
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_tokenizer
 from dmm.formats.lora.reading import LORA_FILE
@@ -24,6 +25,7 @@ UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 PARTS = (
     *("model_index.json", "model.safetensors", "styles", "scheduler", "vae", "unet", "transformer", "controlnet"),
     *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
+    FEW_STEPS,
     *UNUSED_COMPONENTS,
 )
 """What of a folder is of one model, and goes with it when another takes its place."""
@@ -180,7 +182,9 @@ def copy_model(source: Path, target: Path, family: Family) -> None:
         target: a new folder.
     Raises: UserError: a weight is NaN or infinite.
     """
-    shutil.copyfile(source / INDEX, target / INDEX)
+    for name in (INDEX, FEW_STEPS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
     components = {component.name: component for component in family.components}
     for part in ("scheduler", *family.tokenizers, *components):
         files = config_files(source / part)

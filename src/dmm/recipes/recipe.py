@@ -331,6 +331,16 @@ class Framing(Part):
     """Width and height that are painted; by default ``size``."""
 
 
+def check_size(size: int | None) -> int | None:
+    """Pass a size of pictures on, if it is one that models have.
+
+    Raises: ValueError: it is no multiple of 8.
+    """
+    if size is not None and size % 8:
+        raise ValueError(f"found {size}, expected a multiple of 8; {size // 8 * 8} and {size // 8 * 8 + 8} are near")
+    return size
+
+
 class Recipe(Part):
     """A merge."""
 
@@ -386,11 +396,7 @@ class Recipe(Part):
     @field_validator("size")
     @classmethod
     def _check_size(cls, size: int | None) -> int | None:
-        if size is not None and size % 8:
-            raise ValueError(
-                f"found {size}, expected a multiple of 8; {size // 8 * 8} and {size // 8 * 8 + 8} are near"
-            )
-        return size
+        return check_size(size)
 
     @property
     def regularization(self) -> float:

@@ -18,9 +18,8 @@ result appears whole or not at all.
 """
 
 import logging
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,7 +56,7 @@ from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER, read_style_names
 from dmm.models.teachers import open_pipeline
-from dmm.recipes.parts import MAX_SEED, exists
+from dmm.recipes.parts import MAX_SEED
 from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
 from dmm.training.adapting import Run as AdapterRun
 from dmm.training.adapting import adapt
@@ -71,6 +70,7 @@ from dmm.training.outlook import describe
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
 from dmm.training.preparing import Terms, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
+from dmm.training.run_folder import check_same, flat, put_in_place, remove
 from dmm.training.samples import Rows, paint_teachers, show
 from dmm.training.subject import Controls
 from dmm.training.trainer import Trainer
@@ -258,7 +258,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
 def _begin_all(recipe: Recipe, folder: Path, accelerator: Accelerator, *, resume: bool) -> None:
     on_main(lambda: _begin(recipe, folder, resume=resume))
     if recipe.logging.trackers:
-        accelerator.init_trackers("dmm", _flat(recipe.model_dump(mode="json")))
+        accelerator.init_trackers("dmm", flat(recipe.model_dump(mode="json")))
 
 
 def _finish_trackers(accelerator: Accelerator) -> None:
@@ -359,7 +359,7 @@ def _check(
         )
     if resume and is_run:
         before = load_recipe(folder / RECIPE, may_be_gone=True)
-        _check_same(before, recipe, folder)
+        check_same(before, recipe, _BINDING, folder)
         if has_result(folder):
             _check_styles(recipe, folder)
             if before == recipe:
@@ -407,34 +407,12 @@ def _check_resumable(recipe: Recipe, folder: Path) -> None:
         )
 
 
-def _check_same(before: Recipe, now: Recipe, folder: Path) -> None:
-    """Refuse to go on with a run under a recipe for another model."""
-    old, new = (_flat(recipe.model_dump(mode="json", include=set(_BINDING))) for recipe in (before, now))
-    for key in [*old, *new]:
-        if old.get(key) == new.get(key):
-            continue
-        if _has_moved(old.get(key), new.get(key)):
-            _logger.warning("%s: '%s' is gone; '%s' is taken for the same.", key, old[key], new[key])
-        else:
-            raise UserError(
-                f"The run in '{folder}' began with {key} {old.get(key, 'unset')}, the recipe now says "
-                f"{new.get(key, 'unset')}. Resume with '{folder / RECIPE}', or name another output."
-            )
-
-
-def _has_moved(before: Any, now: Any) -> bool:
-    """Whether both are paths of what has one name, and it is no longer where it was."""
-    if not (isinstance(before, str) and isinstance(now, str) and Path(before).is_absolute()):
-        return False
-    return Path(before).name == Path(now).name and not exists(Path(before))
-
-
 def _begin(recipe: Recipe, folder: Path, *, resume: bool) -> None:
     """Make the folder that of this run: everything is ready for training."""
     if not resume:
-        _remove(folder, _WRITTEN)
+        remove(folder, _WRITTEN)
     # while a run goes on, its folder is no pipeline; and what a killed one has left is swept
-    _remove(folder, (INDEX, NET_INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
+    remove(folder, (INDEX, NET_INDEX, _RESULT, *(path.name for path in folder.glob(f".{_RESULT}.*.tmp"))))
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, folder / RECIPE)
 
@@ -447,25 +425,5 @@ def _save(pipeline: Any, plan: Plan, folder: Path, stage: str | None) -> None:
             plan.subject.save(pipeline, folder / stage, plan.provenance)
         return
     plan.subject.save(pipeline, folder / _RESULT, plan.provenance)
-    made = sorted((folder / _RESULT).iterdir(), key=lambda path: path.name == plan.subject.index)
-    _remove(folder, (path.name for path in made))
-    for path in made:
-        path.rename(folder / path.name)
-    (folder / _RESULT).rmdir()
-    _remove(folder, (UNTRAINED, CALIBRATION))  # which the result stands in for
-
-
-def _remove(folder: Path, names: Any) -> None:
-    for path in (folder / name for name in names):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
-    """Nested keys and values as ``teachers.0.name``."""
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
-    if items is None:
-        return {place: value}
-    return {name: one for key, inner in items for name, one in _flat(inner, f"{place}.{key}".strip(".")).items()}
+    put_in_place(folder, _RESULT, plan.subject.index)
+    remove(folder, (UNTRAINED, CALIBRATION))  # which the result stands in for

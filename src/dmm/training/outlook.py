@@ -36,25 +36,25 @@ def describe(
     stage = "Second stage: " if (folder / FIRST_STAGE).is_dir() else stage
     processes = "" if num_processes == 1 else f" in {num_processes} processes, each"
     num_served = len(share_batch(training.batch_size, shares_of(recipe), num_processes, 0))
-    place, every = existing_parent(folder), recipe.sample_interval
+    place, interval = existing_parent(folder), recipe.sample_interval
     lines = {
-        "training": f"{_count(training.steps, 'step')} of {_count(training.batch_size, 'sample')}, "
+        "training": f"{count(training.steps, 'step')} of {count(training.batch_size, 'sample')}, "
         f"{_samples(recipe, plan.styles)}; learning rate {training.learning_rate:g}",
         "data": _data(source, plan.size),
-        "samples": f"{_every(every)} in {folder / SAMPLES}" if every else "none",
-        "checkpoints": f"{_every(recipe.checkpoint.every)} and at the end, of "
-        f"{_gigabytes(checkpoint_bytes(sizes, averaged=averaged))} each; {_kept(recipe.checkpoint.keep)}",
-        "memory": f"{_gigabytes(student_bytes(sizes, averaged=averaged))} for what is trained, "
-        f"{_gigabytes(teacher_bytes(sizes, num_teachers=num_served, half=half))} for {_count(num_served, 'teacher')}, "
+        "samples": f"{every(interval)} in {folder / SAMPLES}" if interval else "none",
+        "checkpoints": f"{every(recipe.checkpoint.every)} and at the end, of "
+        f"{gigabytes(checkpoint_bytes(sizes, averaged=averaged))} each; {kept(recipe.checkpoint.keep)}",
+        "memory": f"{gigabytes(student_bytes(sizes, averaged=averaged))} for what is trained, "
+        f"{gigabytes(teacher_bytes(sizes, num_teachers=num_served, half=half))} for {count(num_served, 'teacher')}, "
         f"and what {min(training.micro_batch_size, training.batch_size)} samples at a time take",
-        "disk": f"{_gigabytes(disk_bytes(sizes, keep=recipe.checkpoint.keep, averaged=averaged))} of "
-        f"{_gigabytes(shutil.disk_usage(place).free)} that are free at {place}",
+        "disk": f"{gigabytes(disk_bytes(sizes, keep=recipe.checkpoint.keep, averaged=averaged))} of "
+        f"{gigabytes(shutil.disk_usage(place).free)} that are free at {place}",
     }
     saved = checkpoints(folder / CHECKPOINTS)
     if saved:
         lines["goes on"] = f"from step {step_of(saved[-1]):,} of {training.steps:,}"
-    styles = f"{_count(len(plan.styles), 'style')} ({', '.join(plan.styles)})"
-    head = f"{stage}{styles} merged{processes} on {_device(device)}, in {training.precision}."
+    styles = f"{count(len(plan.styles), 'style')} ({', '.join(plan.styles)})"
+    head = f"{stage}{styles} merged{processes} on {told_device(device)}, in {training.precision}."
     return "\n".join([head, *(f"  {f'{name}:':<13}{told}" for name, told in lines.items())])
 
 
@@ -71,29 +71,34 @@ def _samples(recipe: Recipe, styles: Sequence[str]) -> str:
 
 def _data(source: CaptionedImages | Synthesis, size: int) -> str:
     if isinstance(source, Synthesis):
-        prompts = _count(len(source.prompts), "prompt")
+        prompts = count(len(source.prompts), "prompt")
         return f"{source.count:,} pictures of {prompts}, painted in {source.steps} steps, {size} x {size} pixels"
     return f"{len(source.captions):,} pictures with captions, brought to {size} x {size} pixels"
 
 
-def _device(device: torch.device) -> str:
+def told_device(device: torch.device) -> str:
+    """A device, for people."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        return f"{device} ({torch.cuda.get_device_name(device)}, {_gigabytes(memory)})"
-    return f"the CPU with {_count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
+        return f"{device} ({torch.cuda.get_device_name(device)}, {gigabytes(memory)})"
+    return f"the CPU with {count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
 
 
-def _every(steps: int) -> str:
+def every(steps: int) -> str:
+    """How often, for people."""
     return "every step" if steps == 1 else f"every {steps:,} steps"
 
 
-def _kept(keep: int) -> str:
+def kept(keep: int) -> str:
+    """How many checkpoints stay, for people."""
     return "the newest stays" if keep == 1 else f"the newest {keep} stay"
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
+    """A number of things, for people."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _gigabytes(num_bytes: int) -> str:
+def gigabytes(num_bytes: int) -> str:
+    """A size, for people."""
     return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"

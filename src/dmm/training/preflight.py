@@ -72,8 +72,8 @@ def check_machine(recipe: Recipe, num_processes: int, device: torch.device) -> N
 
     Raises: UserError: it does not compute in that precision, a tracker is not installed, or batches cannot be shared.
     """
-    _check_precision(recipe.training.precision, device)
-    _check_trackers(recipe.logging.trackers)
+    check_precision(recipe.training.precision, device)
+    check_trackers(recipe.logging.trackers)
     _check_batch(recipe, num_processes)
 
 
@@ -88,7 +88,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     # what LoRAs are put on, and whose configs single files follow
     beneath = check_model(_named_base(recipe), name="base") if recipe.earlier else base
     _check_noise_weighting(recipe.losses.noise_weighting, base)
-    size = recipe.size or _own_size(base)
+    size = recipe.size or own_size(base)
     check_multiple("size", size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
     sources = tuple(
         teacher_source(teacher, recipe.base, beneath.configs, ema=recipe.ema) for teacher in recipe.teachers
@@ -144,7 +144,7 @@ def with_size(recipe: Recipe) -> Recipe:
     """
     if recipe.size is not None:
         return recipe
-    return recipe.model_copy(update={"size": _own_size(check_model(base_of(recipe), name="base"))})
+    return recipe.model_copy(update={"size": own_size(check_model(base_of(recipe), name="base"))})
 
 
 def base_of(recipe: Recipe) -> ModelSource:
@@ -157,7 +157,7 @@ def _named_base(recipe: Recipe) -> ModelSource:
     return ModelSource(recipe.base, config=recipe.config, ema=recipe.ema)
 
 
-def _own_size(base: CheckedModel) -> int:
+def own_size(base: CheckedModel) -> int:
     """Of the pictures that a base was made for, in pixels a side; the shorter one."""
     own = base.denoiser.config.sample_size
     if not own:
@@ -252,7 +252,11 @@ def open_source(recipe: Recipe, plan: Plan) -> CaptionedImages | Synthesis:
     )
 
 
-def _check_precision(precision: str, device: torch.device) -> None:
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse a precision that a device does not train in.
+
+    Raises: UserError.
+    """
     if precision == "fp16" and device.type == "cpu":
         raise UserError("training.precision is fp16, which a CPU does not train in; set it to bf16 or fp32.")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -262,7 +266,11 @@ def _check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-def _check_trackers(trackers: Sequence[str]) -> None:
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises: UserError.
+    """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     assert all(name in LOGGER_TYPE_TO_CLASS for name in trackers)  # the recipe knows accelerate's names

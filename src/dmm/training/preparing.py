@@ -78,7 +78,7 @@ def painters_of(recipe: Recipe, plan: Plan, terms: Terms, device: torch.device) 
     earlier: dict[str, Callable[[], Any]] = {}
     if plan.earlier is not None:
         # what the earlier student paints in each of its styles stands in for its teachers
-        open_earlier = partial(_open_styled, plan.base, "the earlier merge", dtype, device)
+        open_earlier = partial(open_in_style, plan.base, "the earlier merge", dtype, device)
         adapters = plan.earlier.adapters
         earlier = {
             name: partial(open_earlier, adapters.get(name, NOTHING), term)
@@ -112,7 +112,7 @@ def _openers(
     if paints_itself(recipe):
         assert plan.start is not None
         assert plan.style_prompts is not None
-        open_start = partial(_open_styled, plan.start, "start", DTYPES[recipe.training.precision], device)
+        open_start = partial(open_in_style, plan.start, "start", DTYPES[recipe.training.precision], device)
         adapters = plan.style_prompts.adapters
         openers |= {
             student_in(name): partial(open_start, adapters.get(name, NOTHING), term)
@@ -129,9 +129,16 @@ def _open_reader(name: str, model: ModelSource, device: torch.device) -> Any:
     return pipeline
 
 
-def _open_styled(
+def open_in_style(
     model: ModelSource, name: str, dtype: torch.dtype, device: torch.device, adapter: Adapter, term: Tensor
 ) -> Any:
+    """Open a model with a style in its weights.
+
+    Args:
+        name: see :func:`dmm.models.teachers.check_model`.
+        adapter: of the style.
+        term: of the style, (D,); empty where it has none.
+    """
     pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
     KeptWeights().fuse(denoiser_of(pipeline), adapter)
     if len(term):

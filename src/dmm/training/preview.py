@@ -40,6 +40,8 @@ def find_preview(folder: Path) -> Preview:
     run = find_run(folder)
     if run is None:
         raise UserError(f"{folder} is not the folder of a merge: it has no {RECIPE} beside {CHECKPOINTS}/.")
+    if run.is_acceleration:
+        raise UserError(f"{folder} holds {run.title}, whose checkpoints are not painted with. Paint with its result.")
     recipe = load_recipe(run.folder / RECIPE)
     earlier = read_side_car(locate(base_of(recipe))) if recipe.earlier else None
     newest = newest_checkpoint(run.folder / CHECKPOINTS)

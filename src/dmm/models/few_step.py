@@ -1,0 +1,196 @@
+"""The student of few-step distillation: a model in its styles, told where it is, or with a fast LoRA beside it.
+
+What stock models of LCM have for guidance, one more linear layer beside the timestep's frequencies, tells the student
+an index. It starts at zero, so that the student starts as its teacher; and where the index is always the same once
+training is over, what the layer says of it is baked into the bias that follows: the model is an ordinary one again.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from dmm.families import Family
+from dmm.maths.consistency import embed_index
+from dmm.models.adapters import NOTHING, Adapter, Factors, mix_adapters
+from dmm.models.calibration import layers_of
+from dmm.models.student import TrainedAdapter
+from dmm.models.styles import StylePrompts, attach_styles, styled_port
+from dmm.models.unfused import changes_of, set_changes
+
+INDEX_DIM = 256
+"""Of sines and cosines; LCM's."""
+MODEL = "model"
+"""Stands for the one style of a model that has none."""
+
+
+class FewStepStudent(nn.Module):
+    """A model that is trained, or frozen and its own teacher, in every style that it has.
+
+    Styles are what they were: prompts and adapters are neither trained nor submodules.
+
+    Args:
+        unet: a stock denoiser, on the CPU; styles are attached to it.
+        style_prompts: None of a model without styles.
+        fast: a LoRA to train in place of the denoiser's weights, which then are frozen, and no submodule.
+    """
+
+    def __init__(
+        self, unet: Any, style_prompts: StylePrompts | None, family: Family, *, fast: Adapter | None = None
+    ) -> None:
+        super().__init__()
+        self._terms: Tensor | None = None
+        self._adapters: list[Adapter] = []
+        if style_prompts is not None:
+            attach_styles(unet, style_prompts, family.port)
+            names = style_prompts.names
+            if style_prompts.config.dim:
+                with torch.no_grad():  # one by one, as they are set: products of several rows round otherwise
+                    self._terms = torch.stack([style_prompts(one) for one in torch.eye(len(names))])
+            if style_prompts.adapters:
+                self._adapters = [style_prompts.adapters.get(name, NOTHING) for name in names]
+        if fast is None:
+            self.unet = unet.requires_grad_()
+        else:
+            # __setattr__ would register it as a submodule: saved with every checkpoint, and sent to every process
+            self.__dict__["unet"] = unet.eval().requires_grad_(False)
+        self.fast = None if fast is None else TrainedAdapter(fast)
+
+    def parameter_groups(self, rate: float, _style_rate: float) -> list[tuple[nn.Module, float]]:
+        """What is trained, and how fast."""
+        return [(self.unet if self.fast is None else self.fast, rate)]
+
+    def forward(
+        self,
+        x_t: Tensor,
+        timesteps: Tensor,
+        conditioning: Mapping[str, Tensor],
+        style_weights: Tensor,
+        index: Tensor | None = None,
+        *,
+        with_fast: bool = True,
+    ) -> Tensor:
+        """Predict with a style for each sample.
+
+        Args:
+            x_t: (B, C, H, W); or (2 B, C, H, W) of guidance, as are timesteps and conditioning.
+            timesteps: (B,).
+            conditioning: keyword arguments of the denoiser.
+            style_weights: (B, N), one-hot.
+            index: (B,), that the student is told; None where it has no layer for it.
+            with_fast: whether the LoRA, where there is one, takes part.
+        Returns: (B, C, H, W), of its prediction type.
+        """
+        styles = style_weights.argmax(1)
+        told = {} if index is None else {"timestep_cond": embed_index(index, INDEX_DIM).to(x_t.dtype)}
+        unet = partial(self.unet, x_t, timesteps, **conditioning, **told, return_dict=False)
+        port = styled_port(self.unet)
+        if port is not None and self._terms is not None:
+            port.term = self._terms.to(x_t.device)[styles]
+        try:
+            return self._adapted(unet, styles, with_fast=with_fast)
+        finally:
+            if port is not None:
+                port.term = None
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether its styles do: batches of one style only are then a third of the work."""
+        return bool(self._adapters)
+
+    def _adapted(self, unet: partial[tuple[Tensor]], styles: Tensor, *, with_fast: bool) -> Tensor:
+        """Call the denoiser with what the samples' styles and the LoRA change of its layers."""
+        weight = next(self.unet.parameters())
+        adapters = self._adapters = [one.to(weight.device) for one in self._adapters]
+        one_style = bool((styles == styles[0]).all())
+        if one_style:
+            adapters = adapters[int(styles[0]) :][:1]
+        # what is computed again for a backward pass would find other weights by then
+        if self.fast is None and one_style and adapters and not self.unet.is_gradient_checkpointing:
+            set_changes(self.unet, {})
+            output: Tensor = functional_call(self.unet, _changed(self.unet, adapters[0]), unet.args, unet.keywords)[0]
+            return output
+        if self.fast is not None and with_fast:
+            fast = self.fast.adapter()
+            adapters = [mix_adapters([(1.0, one), (1.0, fast)]) for one in adapters] or [fast]
+        if self._adapters or self.fast is not None:
+            changes = changes_of(adapters, styles if len(adapters) > 1 else None) if adapters else {}
+            set_changes(self.unet, changes)  # until the next call
+        return unet()[0]
+
+
+def _changed(unet: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The weights that an adapter changes, changed, by name; gradients flow to the denoiser's own."""
+    parameters, changed = dict(unet.named_parameters()), {}
+    for name, one in adapter.factors.items():
+        weight = parameters[name]
+        up, down = one.up.to(weight.dtype), one.down.to(weight.dtype).flatten(1)
+        changed[name] = torch.addmm(weight.flatten(1), up, down).reshape(weight.shape)
+    for name, offset in adapter.offsets.items():
+        changed[name] = parameters[name] + offset.to(parameters[name].dtype)
+    return changed
+
+
+def fast_layers(unet: nn.Module) -> list[str]:
+    """The weights that a fast LoRA changes: every linear layer and convolution of the blocks, as LCM-LoRA has them.
+
+    What embeds time, where styles are put, and the first and last layer are not among them.
+    """
+    return [name for name in layers_of(unet) if "block" in name.partition(".")[0]]
+
+
+def new_fast(unet: nn.Module, rank: int, seed: int) -> Adapter:
+    """A LoRA that changes nothing yet: ``up`` is zero, ``down`` random, as everywhere.
+
+    Args:
+        rank: at most; a layer that is narrower has its own width.
+        seed: of its randomness.
+    """
+    generator, layers = torch.Generator().manual_seed(seed), layers_of(unet)
+    factors = {}
+    for name in fast_layers(unet):
+        weight: Tensor = layers[name].weight  # type: ignore[assignment]
+        fitting = min(rank, len(weight), weight[0].numel())
+        down = torch.empty(fitting, *weight.shape[1:])
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
+        factors[name] = Factors(torch.zeros(len(weight), fitting), down)
+    return Adapter(factors, {})
+
+
+def add_index(unet: Any, family: Family) -> None:
+    """Give a denoiser the layer by which it is told an index; it changes nothing yet."""
+    embedding = _embedding(unet, family)
+    embedding.cond_proj = nn.Linear(INDEX_DIM, embedding.linear_1.in_features, bias=False)
+    nn.init.zeros_(embedding.cond_proj.weight)
+    unet.register_to_config(time_cond_proj_dim=INDEX_DIM)
+
+
+@torch.no_grad()
+def bake_index(unet: Any, family: Family, index: float) -> None:
+    """Take that layer off, and let the denoiser be as if it were always told one index: it is a stock one again."""
+    embedding = _embedding(unet, family)
+    weight = embedding.cond_proj.weight
+    told = weight.double() @ embed_index(torch.tensor([index], device=weight.device), INDEX_DIM)[0].double()
+    bias = embedding.linear_1.bias
+    bias.copy_(bias.double() + embedding.linear_1.weight.double() @ told)
+    embedding.cond_proj = None
+    unet.register_to_config(time_cond_proj_dim=None)
+
+
+def has_index(config: Mapping[str, Any]) -> bool:
+    """Whether a denoiser of this config is told an index."""
+    return config.get("time_cond_proj_dim") is not None
+
+
+def style_names_of(style_prompts: StylePrompts | None) -> Sequence[str]:
+    """The styles of a model; of one without, a name that stands for itself."""
+    return [MODEL] if style_prompts is None else style_prompts.names
+
+
+def _embedding(unet: Any, family: Family) -> Any:
+    """What embeds time."""
+    return unet.get_submodule(family.port.rpartition(".")[0])

@@ -1,0 +1,82 @@
+"""A sample is led from a point of the teacher's path to the one before it, whatever batch it is in."""
+
+import pytest
+import torch
+from toy import ALPHAS_CUMPROD, STYLES, ToyData
+
+from dmm.maths.sharing import Group
+from dmm.training.paths import Paths
+
+GROUPS = [Group(0, range(6), 1 / 12), Group(1, range(6, 12), 1 / 12)]
+
+
+def paths(**changes):
+    settings = {
+        "groups": GROUPS,
+        "style_by_style": False,
+        "alphas_cumprod": ALPHAS_CUMPROD,
+        "skip": 20,
+        "draws_gamma": True,
+        "guidance": (2.0, 2.0),
+        "own": 1.0,
+        "caption_dropout": 0.0,
+        "micro_batch_size": 64,
+        "seed": 3,
+        "device": torch.device("cpu"),
+        **changes,
+    }
+    return Paths(ToyData(), STYLES, **settings)
+
+
+def all_of(batches, name):
+    return torch.cat([getattr(batch, name) for batch in batches])
+
+
+@pytest.mark.parametrize("cut", [{"micro_batch_size": 5}, {"style_by_style": True, "micro_batch_size": 4}])
+def test_a_step_is_the_same_however_it_is_cut(cut):
+    (whole,) = paths().of_step(7)
+    parts = list(paths(**cut).of_step(7))
+    assert len(parts) == len(paths(**cut))
+    for name in ("x_t", "timesteps", "earlier", "gamma", "guidance", "style_weights", "loss_weights", "index"):
+        assert torch.equal(getattr(whole, name), all_of(parts, name))
+    if "style_by_style" in cut:
+        assert all(len(batch.style_weights.unique(dim=0)) == 1 for batch in parts)
+
+
+def test_steps_lead_from_point_to_point_of_the_path_and_the_first_to_its_end():
+    seen = set()
+    for step in range(60):
+        for batch in paths().of_step(step):
+            for t, s in zip(batch.timesteps.tolist(), batch.earlier.tolist(), strict=True):
+                assert t % 20 == 19
+                assert s == max(t - 20, 0)
+                seen.add(t)
+            assert torch.equal(batch.alpha_bar_t, ALPHAS_CUMPROD[batch.timesteps])
+            assert torch.equal(batch.alpha_bar_s, ALPHAS_CUMPROD[batch.earlier])
+    assert seen == set(range(19, 1000, 20))
+
+
+def test_a_style_learns_on_what_was_painted_in_it():
+    (batch,) = paths().of_step(0)
+    text = ToyData().conditioning("student", torch.arange(32), torch.zeros(32, dtype=torch.bool))[
+        "encoder_hidden_states"
+    ]
+    for one, weights in zip(batch.conditioning["encoder_hidden_states"], batch.style_weights, strict=True):
+        (row,) = (text == one).flatten(1).all(1).nonzero()[0].tolist()
+        assert row % len(STYLES) == weights.argmax()
+    assert batch.unconditional["encoder_hidden_states"].abs().max() == 0
+
+
+def test_the_student_is_told_gamma_or_guidance_or_nothing():
+    (splam,) = paths().of_step(0)
+    torch.testing.assert_close(splam.index, 10 * (1 - splam.gamma))
+    assert splam.index_at_end.tolist() == [0.0] * 12
+    assert len(splam.gamma.unique()) == 12
+    (lcm,) = paths(draws_gamma=False).of_step(0)
+    assert lcm.index is lcm.index_at_end is None
+    assert lcm.gamma.tolist() == [1.0] * 12
+    assert lcm.guidance.tolist() == [2.0] * 12
+    (drawn,) = paths(draws_gamma=False, guidance=(3.0, 12.0)).of_step(0)
+    assert torch.equal(drawn.index, drawn.guidance - 1)
+    assert torch.equal(drawn.index_at_end, drawn.index)
+    assert 3 <= drawn.guidance.min() < drawn.guidance.max() <= 12
