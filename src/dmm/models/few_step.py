@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmm.families import Family
+from dmm.families import Family, arguments
 from dmm.maths.consistency import embed_index
 from dmm.models.adapters import NOTHING, Adapter, Factors, mix_adapters
 from dmm.models.calibration import layers_of
@@ -79,7 +79,7 @@ class FewStepStudent(nn.Module):
         Args:
             x_t: (B, C, H, W); or (2 B, C, H, W) of guidance, as are timesteps and conditioning.
             timesteps: (B,).
-            conditioning: keyword arguments of the denoiser.
+            conditioning: what the denoiser reads, by flat names.
             style_weights: (B, N), one-hot.
             index: (B,), that the student is told; None where it has no layer for it.
             with_fast: whether the LoRA, where there is one, takes part.
@@ -87,7 +87,7 @@ class FewStepStudent(nn.Module):
         """
         styles = style_weights.argmax(1)
         told = {} if index is None else {"timestep_cond": embed_index(index, INDEX_DIM).to(x_t.dtype)}
-        unet = partial(self.unet, x_t, timesteps, **conditioning, **told, return_dict=False)
+        unet = partial(self.unet, x_t, timesteps, **arguments(conditioning, x_t.dtype), **told, return_dict=False)
         port = styled_port(self.unet)
         if port is not None and self._terms is not None:
             port.term = self._terms.to(x_t.device)[styles]

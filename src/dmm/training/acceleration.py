@@ -32,7 +32,7 @@ from diffusers import LCMScheduler
 
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
-from dmm.families import denoiser_of, set_denoiser
+from dmm.families import denoiser_of, set_denoiser, text_encoders_of
 from dmm.files.few_steps import FILE, KEY, FewSteps
 from dmm.files.outputs import check_folder, new_file
 from dmm.files.runs import ACCELERATION, CHECKPOINTS, FAST, INDEX, LOG, RECIPE, check_new
@@ -201,7 +201,7 @@ def _run(recipe: FewStepRecipe, plan: FewStepPlan, few_steps: FewSteps, folder: 
 def _prepare(recipe: FewStepRecipe, plan: FewStepPlan, base: Any, accelerator: Accelerator) -> TrainingData:
     """The training data, this process's share of it made; ``base`` comes back to the CPU."""
     source, device = open_data(recipe, plan), accelerator.device
-    readers = (base.vae, base.text_encoder)
+    readers = (base.vae, *text_encoders_of(base))
     for module in readers:
         module.to(device)
     prompts, openers = plan.style_prompts, {}

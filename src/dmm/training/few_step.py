@@ -48,7 +48,7 @@ class Consistency:
         """A guided step of DDIM by the teacher, from ``x_t`` to s."""
         dtype = next(self.teacher.unet.parameters()).dtype
         both = {
-            name: torch.cat([batch.unconditional[name], conditional]).to(dtype)
+            name: torch.cat([batch.unconditional[name], conditional])
             for name, conditional in batch.conditioning.items()
         }
         doubled = torch.cat([batch.x_t, batch.x_t]).to(dtype)

@@ -24,7 +24,7 @@ class PathBatch(Samples):
         alpha_bar_s: (B,) signal power there.
         gamma: (B,) in [0, 1], where the student begins between the two; 1 is at ``x_t``.
         guidance: (B,) that the teacher is guided with.
-        unconditional: keyword arguments of the UNet, for the empty caption.
+        unconditional: what the UNet reads of the empty caption, by flat names.
         index: (B,) that the student is told; None where it is told nothing.
         index_at_end: (B,) that its target is told, at s.
     """
