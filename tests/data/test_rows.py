@@ -111,3 +111,12 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="is not a folder"):
         cached_rows(tmp_path / "file", 1, lambda _: "key", content, lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_are_read_under_autocast_as_they_are(tmp_path, dtype):
+    values = torch.randn(NUM_ROWS, 3).to(dtype)
+    rows = cached_rows(tmp_path, NUM_ROWS, str, lambda rows: {"a": values[rows.start : rows.stop]}, lambda _: None)
+    asked = torch.tensor([NUM_ROWS - 1, 0, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rows.read(asked)["a"], values[asked].float())

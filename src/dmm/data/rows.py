@@ -84,7 +84,8 @@ class Rows:
                     tensors = found.setdefault(name, [torch.empty(0)] * len(rows))
                     for place, row in pairs:
                         tensors[place] = stored[row : row + 1]
-        return {name: torch.cat(tensors).float() for name, tensors in found.items()}
+        # widened before they are put together: under autocast to bf16 a CPU puts no float16 together
+        return {name: torch.cat([one.float() for one in tensors]) for name, tensors in found.items()}
 
 
 def cached_rows(
