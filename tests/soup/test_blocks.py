@@ -1,8 +1,11 @@
 import pytest
+import torch
 from conftest import tiny_pipeline, tiny_unet
 from diffusers import UNet2DConditionModel
+from tiny_families import TINY
 
 from dmm.errors import UserError
+from dmm.families import FAMILIES
 from dmm.families.sd1 import SD1
 from dmm.formats.original_layout import original_names
 from dmm.soup.blocks import Blocks
@@ -21,6 +24,24 @@ def names():
     pipe = tiny_pipeline()
     unet: UNet2DConditionModel = tiny_unet(**SD1_UNET)
     return original_names({"unet": unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}, SD1)["unet"]
+
+
+def test_both_layouts_of_three_levels_have_the_same_blocks():
+    unet = TINY["sdxl"]().unet
+    widths = {"block_out_channels": (8, 16, 16), "transformer_layers_per_block": (1, 2, 2), "layers_per_block": 2}
+    kinds = {
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    }
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config({**unet.config, **widths, **kinds})
+    names = original_names({"unet": unet}, FAMILIES["sdxl"])["unet"]
+    ours, theirs = Blocks.of(f"unet/{name}" for name in names), Blocks.of(names.values())
+    assert ours.names == theirs.names
+    assert (ours.names[0], ours.names[9], ours.names[-1], len(ours.names)) == ("BASE", "IN08", "OUT08", 20)
+    for one, other in names.items():
+        assert ours.block_of(f"unet/{one}") == theirs.block_of(other), other
+    assert ours.block_of("unet/add_embedding.linear_1.bias") == "IN00"
 
 
 def test_both_layouts_have_the_same_blocks(names):
