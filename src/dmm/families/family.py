@@ -42,6 +42,10 @@ class AuthorsLayout:
     """Their pipeline's class, as ``model_index.json`` has it."""
     embed_type: str
     """``addition_embed_type`` in the config of their denoiser."""
+    stock_embed_type: str | None
+    """The same in the config of the stock one."""
+    mlp: str
+    """What their denoiser calls the MLP of the style prompts."""
 
 
 @dataclass(frozen=True)

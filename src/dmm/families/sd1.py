@@ -16,7 +16,7 @@ from transformers import CLIPTextModel
 from dmm.families.conditioning import read_no_size, read_one_clip
 from dmm.families.family import AuthorsLayout, Component, Family
 
-_AUTHORS = AuthorsLayout("StableDiffusionDMMPipeline", "model_merge")
+_AUTHORS = AuthorsLayout("StableDiffusionDMMPipeline", "model_merge", None, "add_embedding")
 
 SD1 = Family(
     name="sd1",

@@ -15,7 +15,7 @@ from dmm.families.conditioning import read_time_ids, read_two_clips
 from dmm.families.family import AuthorsLayout, Component, Family
 from dmm.families.sd1 import SD1
 
-_AUTHORS = AuthorsLayout("StableDiffusionXLDMMPipeline", "model_merge_xl")
+_AUTHORS = AuthorsLayout("StableDiffusionXLDMMPipeline", "model_merge_xl", "text_time", "add_embedding2")
 
 SDXL = Family(
     name="sdxl",

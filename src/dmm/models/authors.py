@@ -2,10 +2,12 @@
 
 Their UNet holds the side-car itself. In its state dict stand ``model_embedding.weight``, the (N, D) codebook, and
 ``add_embedding.linear_{1,2}.{weight,bias}``, the MLP; in its config, ``addition_embed_type: model_merge`` and
-``num_models``; and the classes are named for it. No stock library opens that, so the parts are told apart here. A
-single file has the same five tensors beside those of the original layout. Their styles have numbers for names.
+``num_models``; and the classes are named for it. Where a stock UNet has an ``add_embedding`` of its own, theirs has
+another name (see :class:`dmm.families.family.AuthorsLayout`). No stock library opens that, so the parts are told apart
+here. A single file has the same five tensors beside those of the original layout. Their styles have numbers for names.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,6 +21,7 @@ from transformers import CLIPTokenizer
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, Family, Stranger, family_of, family_of_names, known_titles
+from dmm.families.family import AuthorsLayout
 from dmm.files.json import parse_json, read_json
 from dmm.formats.building import building, check_config, check_tokenizer
 from dmm.formats.configs import find_configs
@@ -26,6 +29,7 @@ from dmm.formats.folder import check_component, open_scaled, weight_files, witho
 from dmm.formats.schedules import open_scheduler, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.skeleton import build_skeleton, check_tensors
+from dmm.formats.stock_files import INDEX
 from dmm.formats.tensors import Header, check_finite, read_header, read_tensors, write_tensors
 from dmm.models.style_names import CODEBOOK
 from dmm.models.styles import Provenance, StylePrompts
@@ -36,14 +40,7 @@ UNET_MODULE = "modeling.dmm_unet"
 STYLES_KEY = "dmm.models.styles"
 """Of the metadata of a weight file that we wrote: the styles by name, and where each came from, as JSON."""
 
-# the side-car's own names, by theirs
-_NAMES = {
-    CODEBOOK: "embeddings",
-    "add_embedding.linear_1.weight": "linear_1.weight",
-    "add_embedding.linear_1.bias": "linear_1.bias",
-    "add_embedding.linear_2.weight": "linear_2.weight",
-    "add_embedding.linear_2.bias": "linear_2.bias",
-}
+_PARAMETERS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
 
 
 def is_authors(path: Path, *, allow_pickle: bool = False) -> bool:
@@ -61,15 +58,14 @@ def read_authors_styles(path: Path, *, allow_pickle: bool = False) -> StylePromp
 
     Raises: UserError: it is of a family that does not open; a file is missing or damaged; or the parts do not fit.
     """
-    _family_of(path, allow_pickle)
-    files = _unet_files(path, allow_pickle)
-    tensors, metadata = _side_car(path, files, allow_pickle)
+    known = _names(_family_of(path, allow_pickle))
+    tensors, metadata = _side_car(path, _unet_files(path, allow_pickle), known, allow_pickle)
     num_styles, dim = tensors["embeddings"].shape
     provenance = _read_provenance(path, metadata, num_styles)
     names = [one["name"] for one in provenance] if provenance else [str(i) for i in range(num_styles)]
     with torch.device("meta"):
         skeleton = StylePrompts(names, dim)
-    check_tensors(skeleton, tensors, str(path), {ours: theirs for theirs, ours in _NAMES.items()})
+    check_tensors(skeleton, tensors, str(path), {ours: theirs for theirs, ours in known.items()})
     check_finite(tensors, str(path))
     prompts: StylePrompts = skeleton.to_empty(device="cpu")
     prompts.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
@@ -90,7 +86,7 @@ def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, a
     else:
         header = read_header(path, allow_pickle=allow_pickle)
         family = _family_of(path, allow_pickle)
-        stock = {name: tensor for name, tensor in header.tensors.items() if not name.endswith(tuple(_NAMES))}
+        stock = {name: tensor for name, tensor in header.tensors.items() if not name.endswith(tuple(_names(family)))}
         header = Header(stock, header.metadata)
         config = config or find_configs(path, header, family)
         check_single_file(path, header, config, family)
@@ -101,34 +97,50 @@ def open_authors(path: Path, *, config: Path | None, torch_dtype: torch.dtype, a
     return pipeline
 
 
+def authors_layout(family: Family) -> AuthorsLayout:
+    """How they released models of a family.
+
+    Raises: UserError: they released none.
+    """
+    if family.authors is None:
+        raise UserError(f"DMM's authors released no {family.title} model, so that there is no layout of theirs for it.")
+    return family.authors
+
+
+def _names(family: Family) -> dict[str, str]:
+    """The side-car's own names, by theirs."""
+    return {CODEBOOK: "embeddings"} | {f"{authors_layout(family).mlp}.{name}": name for name in _PARAMETERS}
+
+
 def rewrite_folder(folder: Path, prompts: StylePrompts, family: Family) -> None:
     """Turn a stock pipeline folder, in place, into one of the authors' layout with these styles.
 
     Raises: UserError: of a family that they released nothing of.
     """
-    if family.authors is None:
-        raise UserError(f"DMM's authors released no {family.title} model, so that there is no layout of theirs for it.")
-    _edit_json(folder / "model_index.json", {"_class_name": family.authors.pipeline, "unet": [UNET_MODULE, UNET_CLASS]})
+    authors = authors_layout(family)
+    _edit_json(folder / "model_index.json", {"_class_name": authors.pipeline, "unet": [UNET_MODULE, UNET_CLASS]})
     _edit_json(
         folder / "unet" / "config.json",
-        {"_class_name": UNET_CLASS, "addition_embed_type": family.authors.embed_type, "num_models": len(prompts.names)},
+        {"_class_name": UNET_CLASS, "addition_embed_type": authors.embed_type, "num_models": len(prompts.names)},
     )
     (file,) = _unet_files(folder, allow_pickle=False)
-    rewrite_file(file, prompts, prefix="")
+    rewrite_file(file, prompts, family, prefix="")
 
 
-def rewrite_file(file: Path, prompts: StylePrompts, prefix: str) -> None:
+def rewrite_file(file: Path, prompts: StylePrompts, family: Family, prefix: str) -> None:
     """Add the side-car to a file of UNet weights, in place, and tell of the styles in its metadata.
 
     Args:
         prefix: of the UNet's tensors there.
+    Raises: UserError: of a family that they released nothing of.
     """
+    names = _names(family)
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     dtype = next(tensor.dtype for name, tensor in tensors.items() if name.startswith(prefix))
     ours = prompts.state_dict()
-    tensors |= {prefix + theirs: ours[name].to(dtype) for theirs, name in _NAMES.items()}
+    tensors |= {prefix + theirs: ours[name].to(dtype) for theirs, name in names.items()}
     styles = [asdict(one) for one in prompts.provenance] or [{"name": name} for name in prompts.names]
     write_tensors(file, tensors, metadata | {STYLES_KEY: json.dumps(styles, ensure_ascii=False)})
 
@@ -139,16 +151,16 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
     for component in others:
         at = folder / component.name
         check_component(at, component, build_skeleton(at, component, family), allow_pickle=allow_pickle)
-    config = read_json(folder / "unet" / "config.json")
-    stock = {name: value for name, value in config.items() if name not in ("addition_embed_type", "num_models")}
     path, kind = folder / "unet" / "config.json", unet_component.model_class
+    stock = {name: value for name, value in read_json(path).items() if name != "num_models"}
+    stock["addition_embed_type"] = authors_layout(family).stock_embed_type
     check_config(stock, path, kind)
     with building(f"{path} describes no UNet"), torch.device("meta"):
         unet = kind.from_config(stock | {"_class_name": kind.__name__})
     tensors: dict[str, Tensor] = {}
     for file in _unet_files(folder, allow_pickle):
         read_header(file, allow_pickle=allow_pickle)
-        tensors |= {name: tensor for name, tensor in read_tensors(file).items() if name not in _NAMES}
+        tensors |= {name: tensor for name, tensor in read_tensors(file).items() if name not in _names(family)}
     check_tensors(unet, tensors, str(folder / "unet"))
     unet.load_state_dict({name: tensor.to(torch_dtype) for name, tensor in tensors.items()}, assign=True)
     parts: dict[str, Any] = {"unet": unet.eval()}
@@ -166,10 +178,14 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
                 ).to(torch_dtype)
         parts[component.name] = part
     parts["scheduler"] = open_scheduler(read_scheduler_config(folder))
-    check_tokenizer(folder / "tokenizer", parts["text_encoder"].config)
-    with building(f"{folder} has no tokenizer that can be opened"):
-        parts["tokenizer"] = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return family.pipeline_class(**parts, **without_unused(family))
+    for tokenizer, reader in family.tokenizers.items():
+        check_tokenizer(folder / tokenizer, parts[reader].config)
+        with building(f"{folder / tokenizer} holds no tokenizer that can be opened"):
+            parts[tokenizer] = CLIPTokenizer.from_pretrained(folder / tokenizer, local_files_only=True)
+    takes = inspect.signature(family.pipeline_class.__init__).parameters
+    settings = {name: value for name, value in read_json(folder / INDEX).items() if isinstance(value, bool)}
+    settings = {name: value for name, value in settings.items() if name in takes}
+    return family.pipeline_class(**parts, **{**settings, **without_unused(family)})
 
 
 def _unet_files(path: Path, allow_pickle: bool) -> list[Path]:
@@ -191,19 +207,21 @@ def _family_of(path: Path, allow_pickle: bool) -> Family:
     else:
         names = [name for name in read_header(path, allow_pickle=allow_pickle).tensors if CODEBOOK not in name]
         told, kind = (family_of_names(names) or (None,))[0], "of no family that we know"
-    if not isinstance(told, Family):
+    if not isinstance(told, Family) or told.authors is None:
         kind = told.title if told else kind
         raise UserError(f"{path}: this merge in the authors' layout is {kind}; {known_titles()} was expected.")
     return told
 
 
-def _side_car(path: Path, files: list[Path], allow_pickle: bool) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def _side_car(
+    path: Path, files: list[Path], names: Mapping[str, str], allow_pickle: bool
+) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """The side-car's tensors by our names, and the metadata of the file that holds the codebook."""
     found: dict[str, Tensor] = {}
     metadata: Mapping[str, str] = {}
     for file in files:
         header = read_header(file, allow_pickle=allow_pickle)
-        theirs = {name: _NAMES[key] for name in header.tensors for key in _NAMES if name.endswith(key)}
+        theirs = {name: names[key] for name in header.tensors for key in names if name.endswith(key)}
         if theirs and file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:  # five of gigabytes
                 found |= {ours: tensors.get_tensor(name) for name, ours in theirs.items()}

@@ -23,7 +23,7 @@ from dmm.formats.single_file import save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.maths.mixes import Mix
 from dmm.models.adapter_files import file_stems
-from dmm.models.authors import rewrite_file, rewrite_folder
+from dmm.models.authors import authors_layout, rewrite_file, rewrite_folder
 from dmm.models.styles import StylePrompts
 from dmm.pipeline.style_loras import StyleLoras, write_style_loras
 from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
@@ -108,16 +108,18 @@ def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float3
             "The styles of this model are adapters, for which the layout of DMM's authors has no place: it keeps style "
             "prompts alone. Export with --all, or one style with --style."
         )
+    family = family_of(pipe)
+    authors_layout(family)  # refuses before anything is written
     stock, metadata = stock_twin(pipe), describe(pipe, None)
     check_finite({name: tensor.to(dtype) for name, tensor in prompts.state_dict().items()}, "the style prompts")
     if output.suffix == SINGLE_FILE:
         with new_file(output, overwrite=overwrite) as temporary, told_of_full_disk(output):
             _write_single_file(stock, temporary, dtype, metadata)
-            rewrite_file(temporary, prompts, family_of(pipe).denoiser.original_prefix)
+            rewrite_file(temporary, prompts, family, family.denoiser.original_prefix)
     else:
         with new_folder(output, overwrite=overwrite, parts=PARTS) as temporary, told_of_full_disk(output):
             _write_folder(stock, temporary, dtype, metadata)
-            rewrite_folder(temporary, prompts, family_of(pipe))
+            rewrite_folder(temporary, prompts, family)
 
 
 def patch_files(pipe: Any) -> list[str]:
