@@ -17,7 +17,7 @@ FLOORS = (
     ("models",),
     ("data", "pipeline"),
     ("training", "soup"),
-    ("evaluation", "report", "demo"),
+    ("evaluation", "report", "demo", "planning"),
     ("cli",),
 )
 HEIGHTS = {wing: height for height, wings in enumerate(FLOORS) for wing in wings}

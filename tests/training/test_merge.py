@@ -289,7 +289,7 @@ def test_a_stopped_run_is_saved_and_says_how_to_go_on(finished, merge, tmp_path,
     assert told[0] == "3 styles (folder, lora, velocity) merged on the CPU with 1 thread, in fp32."
     assert told[1] == "training:    4 steps of 6 samples, 24 in all, 8 of each style; learning rate 0.001"
     assert told[2] == "data:        4 pictures with captions, brought to 16 x 16 pixels"
-    assert told[7] == "goes on:     from step 1 of 4"
+    assert told[8] == "goes on:     from step 1 of 4"
     assert result_of(folder) == result_of(finished)
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "make pictures with a model",
     "export": "write a style of a merged model as a stock checkpoint",
     "soup": "merge models without training, and take them out again",
+    "plan": "tell what a merge will take of memory, disk and time",
     "merge": "distil many models into one with all their styles",
     "remove": "take a style out of a merged model",
 }

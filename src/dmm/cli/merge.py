@@ -41,6 +41,7 @@ from dmm.training.ranks import is_main_process, told_once
 
 if TYPE_CHECKING:
     from dmm.training.merge import Merged
+    from dmm.training.outlook import Outlook
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,8 +124,10 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
         print(_told(merged))
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)  # before hours of work, into a file too
+def _say(outlook: "Outlook") -> None:
+    from dmm.planning.telling import outlook_lines
+
+    print(outlook_lines(outlook), flush=True)  # before hours of work, into a file too
 
 
 def _told(merged: "Merged") -> str:

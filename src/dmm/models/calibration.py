@@ -78,7 +78,7 @@ def _passes(layers: Mapping[str, nn.Module], max_bytes: int) -> list[list[str]]:
     held = max_bytes
     for name, layer in layers.items():
         # two float32 covariances, and the difference itself
-        rows, columns = _sides(layer)
+        rows, columns = sides(layer)
         num_bytes = 4 * (2 * min(rows, columns) ** 2 + rows * columns)
         if held + num_bytes > max_bytes and (held or not passes):
             passes.append([])
@@ -88,7 +88,8 @@ def _passes(layers: Mapping[str, nn.Module], max_bytes: int) -> list[list[str]]:
     return passes
 
 
-def _sides(layer: Any) -> tuple[int, int]:
+def sides(layer: Any) -> tuple[int, int]:
+    """How many outputs a layer has, and how many inputs it sums."""
     return layer.weight.shape[0], layer.weight[0].numel()
 
 

@@ -129,7 +129,8 @@ class _Beside(_Hook):
         change, x = self.change, inputs[0]
         if change.up is not None and change.down is not None:
             up, down = (self.for_batch(one, len(x)).to(x.device) for one in (change.up, change.down))
-            if not torch.is_autocast_enabled(x.device.type):
+            kind = x.device.type  # of which some, as "meta", know no autocast
+            if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
                 up, down = up.to(x.dtype), down.to(x.dtype)
             low_rank = _linear if isinstance(module, nn.Linear) else _convolve
             output = output + low_rank(module, x, up, down)

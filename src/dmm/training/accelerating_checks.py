@@ -77,7 +77,7 @@ def check_acceleration(recipe: FewStepRecipe, folder: Path, num_processes: int, 
     schedule = noise_schedule(checked.scheduler_config)
     _check_batch(training.batch_size, len(style_names_of(style_prompts)), num_processes)
     _check_path(recipe, checked, schedule)
-    size = recipe.size or own_size(checked)
+    size = recipe.size or own_size(checked.path, checked.skeletons, checked.family)
     check_multiple("size", size, 2 ** (len(checked.skeletons["vae"].config.block_out_channels) - 1))
     plan = FewStepPlan(
         checked.family,

@@ -57,6 +57,7 @@ from dmm.training.calibrating import (
     costs_of,
     deal_by_budget,
     deal_by_error,
+    num_kept,
     read_calibrated,
     shapes_of,
     write_calibrated,
@@ -73,8 +74,6 @@ NUM_BYTES = 2
 """Of a parameter of an adapter on disk."""
 
 _CALIBRATED = 0x85EBCA6B  # a factor that takes seeds far away from those that people choose, and from the watch's
-# of a layer's components, how many times the rank asked for are kept to be dealt from, and how many at least
-_KEPT, _LEAST_KEPT = 8, 64
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
                 unet,
                 samples,
                 seed=recipe.seed,
-                max_rank=max(_LEAST_KEPT, _KEPT * (recipe.styles.rank or _LEAST_KEPT)),
+                max_rank=num_kept(recipe.styles),
                 own=_own_factors(run, index),
             )
         write_calibrated(found, paths[name])

@@ -14,8 +14,8 @@ from dmm.models.styles import StylePrompts
 from dmm.models.teachers import freeze, open_pipeline
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Role
-from dmm.training.costs import student_bytes
 from dmm.training.distill import Adversary, EarlierStudent, Teacher, Teachers
+from dmm.training.merge_costs import student_bytes
 from dmm.training.preflight import Plan, shares_of
 from dmm.training.residency import place_teachers
 
@@ -96,8 +96,7 @@ def open_teachers(recipe: Recipe, plan: Plan, groups: list[Group], device: torch
             teachers[index] = _open_earlier_student(plan, DTYPES[recipe.training.precision])
             continue
         teachers[index] = open_teacher(recipe, plan, index)
-    taken = student_bytes(plan.sizes, averaged=recipe.training.ema_decay is not None)
-    return place_teachers(teachers, device, num_student_bytes=taken)
+    return place_teachers(teachers, device, num_student_bytes=student_bytes(plan.sizes, recipe))
 
 
 def open_teacher(recipe: Recipe, plan: Plan, index: int) -> Teacher:

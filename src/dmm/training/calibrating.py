@@ -22,11 +22,15 @@ from dmm.formats.tensors import read_header, read_tensors, write_tensors
 from dmm.maths.low_rank import Components, deal_ranks
 from dmm.models.adapters import NOTHING, Adapter, Factors, KeptWeights
 from dmm.models.calibration import Noised, calibrated_components, layers_of
+from dmm.recipes.recipe import Styles
 
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128)
 """Ranks of uniform adapters of as many bytes, at which a style's error is measured."""
 GOOD_ENOUGH = 0.01
 """The error at which a curve ends."""
+
+# of a layer's components, how many times the rank asked for are kept to be dealt from, and how many at least
+_KEPT, _LEAST_KEPT = 8, 64
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,11 @@ def _measure_curve(
 def _say(model: nn.Module, sample: Sample, conditioning: Mapping[str, Tensor]) -> Tensor:
     output: Tensor = model(sample.x_t, sample.timesteps, **arguments(conditioning), return_dict=False)[0]
     return output.float()
+
+
+def num_kept(styles: Styles) -> int:
+    """How many components of a layer are kept to be dealt from."""
+    return max(_LEAST_KEPT, _KEPT * (styles.rank or _LEAST_KEPT))
 
 
 def shapes_of(model: nn.Module) -> dict[str, Sequence[int]]:

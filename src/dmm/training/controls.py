@@ -22,7 +22,7 @@ from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches
 from dmm.training.building import DTYPES
 from dmm.training.costs import Sizes
-from dmm.training.preflight import Plan, base_of, check_machine, frame_of
+from dmm.training.preflight import Plan, adapter_sizes, base_of, check_machine, frame_of
 from dmm.training.subject import Controls
 from dmm.training.watch import watched_groups
 
@@ -80,7 +80,7 @@ def check_controls(recipe: Recipe, num_processes: int, device: torch.device) -> 
         base.prediction_type,
         styles,
         provenance,
-        Sizes(_num_weights(skeletons[0]), _num_weights(prompts), readers=0),
+        Sizes(_num_weights(skeletons[0]), _num_weights(prompts), readers=0, **adapter_sizes(recipe, skeletons[0])),
         Controls(base.family, sources, conditions, recipe.losses.prediction),
     )
 

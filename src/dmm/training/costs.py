@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 FULL, HALF = 4, 2
 """Bytes of a weight in float32, and in bfloat16 or float16."""
-_MOMENTS = 2  # AdamW's, of each weight that is trained
+MOMENTS = 2
+"""AdamW's, of each weight that is trained."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Sizes:
         readers: the VAE and the text encoder, which come with the result.
         backbone: what the discriminator looks with; frozen.
         head: what it judges with.
+        num_styles: that the merge adds.
+        adapter: of each such style, where it has one, at most.
+        calibrated: of what is kept of each before training, to be dealt from.
     """
 
     denoiser: int
@@ -27,16 +31,24 @@ class Sizes:
     readers: int
     backbone: int = 0
     head: int = 0
+    num_styles: int = 1
+    adapter: int = 0
+    calibrated: int = 0
 
     @property
     def student(self) -> int:
-        """All that is trained of it."""
+        """All that is trained of it, but for adapters."""
         return self.denoiser + self.style_prompts
+
+    @property
+    def pipeline(self) -> int:
+        """All of a model."""
+        return self.denoiser + self.readers
 
 
 def checkpoint_bytes(sizes: Sizes, *, averaged: bool) -> int:
     """Of one checkpoint: weights and moments, and an average of the student."""
-    trained = (1 + _MOMENTS) * (sizes.student + sizes.head)
+    trained = (1 + MOMENTS) * (sizes.student + sizes.head)
     return FULL * (trained + (sizes.student if averaged else 0))
 
 
@@ -47,7 +59,7 @@ def disk_bytes(sizes: Sizes, *, keep: int, averaged: bool) -> int:
 
 def student_bytes(sizes: Sizes, *, averaged: bool) -> int:
     """Of the memory for what is trained in float32: weights, gradients, moments, and an average of the student."""
-    trained = (2 + _MOMENTS) * (sizes.student + sizes.head)
+    trained = (2 + MOMENTS) * (sizes.student + sizes.head)
     return FULL * (trained + (sizes.student if averaged else 0))
 
 

@@ -57,16 +57,17 @@ from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER, read_style_names
 from dmm.models.teachers import open_pipeline
 from dmm.recipes.parts import MAX_SEED
-from dmm.recipes.recipe import Data, Recipe, Synthesize, Training, load_recipe, save_recipe
+from dmm.recipes.recipe import Recipe, load_recipe, save_recipe
+from dmm.recipes.stages import first_stage, second_stage
 from dmm.training.adapting import Run as AdapterRun
 from dmm.training.adapting import adapt
 from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
 from dmm.training.checkpoint import newest_checkpoint
 from dmm.training.controls import check_controls, measure_residuals
-from dmm.training.costs import disk_bytes
 from dmm.training.distill import Imitation
-from dmm.training.outlook import describe
+from dmm.training.merge_costs import disk_parts
+from dmm.training.outlook import Outlook
 from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
 from dmm.training.preparing import Terms, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
@@ -119,7 +120,7 @@ def merge(
     resume: bool = False,
     overwrite: bool = False,
     device: str | None = None,
-    tell: Callable[[str], object] | None = None,
+    tell: Callable[[Outlook], object] | None = None,
 ) -> Merged:
     """Distil a recipe's teachers into one student, and save it as a pipeline.
 
@@ -168,15 +169,13 @@ def merge(
 
 def _stages(recipe: Recipe, folder: Path) -> list[tuple[Recipe, Path]]:
     """A recipe as recipes of one stage each, and where each is run."""
-    if recipe.finetune is None:
+    second = second_stage(recipe)
+    if second is None:
         return [(recipe, folder)]
-    first = recipe.model_copy(update={"finetune": None})
-    painted = Synthesize(**recipe.finetune.synthesize.model_dump())
-    then = {"start": str((folder / FIRST_STAGE).resolve()), "data": Data(synthesize=painted)}
-    training = Training(**recipe.finetune.training.model_dump())
     # of another seed, or the second stage would draw the first one's noise again
-    second = first.model_copy(update={**then, "training": training, "seed": (recipe.seed + 1) % (MAX_SEED + 1)})
-    return [(first, folder / FIRST_STAGE), (second, folder)]
+    seed = (recipe.seed + 1) % (MAX_SEED + 1)
+    second = second.model_copy(update={"start": str((folder / FIRST_STAGE).resolve()), "seed": seed})
+    return [(first_stage(recipe), folder / FIRST_STAGE), (second, folder)]
 
 
 def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
@@ -347,7 +346,7 @@ def _check(
     state: PartialState,
     resume: bool,
     overwrite: bool,
-    tell: Callable[[str], object] | None,
+    tell: Callable[[Outlook], object] | None,
 ) -> Plan | None:
     """Everything that can be checked before anything large is loaded; None where the run has ended already."""
     is_run = (folder / RECIPE).is_file()
@@ -369,11 +368,10 @@ def _check(
         check_folder(folder, overwrite=overwrite, besides=FIRST_STAGE)
     check = check_controls if recipe.kind == "controlnet" else check_merge
     plan = check(recipe, state.num_processes, state.device)
-    source = open_source(recipe, plan)
-    averaged = recipe.training.ema_decay is not None
-    check_space(folder, disk_bytes(plan.sizes, keep=recipe.checkpoint.keep, averaged=averaged))
+    source = open_source(recipe, plan.styles)
+    check_space(folder, sum(disk_parts(plan.sizes, recipe).values()))
     if tell is not None:
-        tell(describe(recipe, plan, source, folder, device=state.device, num_processes=state.num_processes))
+        tell(Outlook(recipe, plan, source, folder, state.device, state.num_processes))
     return plan
 
 

@@ -1,6 +1,6 @@
 """Everything that is checked of a merge before anything large is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from dmm.files.prompts import read_prompts
 from dmm.formats.schedules import check_same_schedule, noise_schedule
 from dmm.maths.diffusion import PredictionType
 from dmm.maths.sharing import share_batch
+from dmm.models.calibration import layers_of
 from dmm.models.conditioning import check_clip_skip
 from dmm.models.discriminator import build_head
 from dmm.models.side_car import read_side_car
@@ -25,8 +26,12 @@ from dmm.models.styles import Provenance, StylePrompts
 from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming
 from dmm.pipeline.samplers import check_multiple
 from dmm.recipes.recipe import Recipe, Teacher
-from dmm.training.costs import Sizes
+from dmm.training.calibrating import budget_of_rank, num_kept
+from dmm.training.costs import HALF, Sizes
 from dmm.training.subject import Denoisers, Subject
+
+UNKNOWN_RANK = 16
+"""What a style of a given error is taken to come to, before it is calibrated."""
 
 # of a UNet's config, what says nothing of what it computes
 _HARMLESS = ("sample_size", "upcast_attention")
@@ -77,9 +82,11 @@ def check_machine(recipe: Recipe, num_processes: int, device: torch.device) -> N
     _check_batch(recipe, num_processes)
 
 
-def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Plan:
+def check_merge(recipe: Recipe, num_processes: int, device: torch.device, *, with_digests: bool = True) -> Plan:
     """Check that a recipe's models are there, whole, and of one kind, and that this machine can do what it asks.
 
+    Args:
+        with_digests: read every byte of the teachers for the provenance, which else has no digests.
     Raises: UserError: the first thing that is wrong.
     """
     check_machine(recipe, num_processes, device)
@@ -88,7 +95,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
     # what LoRAs are put on, and whose configs single files follow
     beneath = check_model(_named_base(recipe), name="base") if recipe.earlier else base
     _check_noise_weighting(recipe.losses.noise_weighting, base)
-    size = recipe.size or own_size(base)
+    size = recipe.size or own_size(base.path, base.skeletons, base.family)
     check_multiple("size", size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
     sources = tuple(
         teacher_source(teacher, recipe.base, beneath.configs, ema=recipe.ema) for teacher in recipe.teachers
@@ -103,7 +110,8 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         teachers.append(checked)
     start = _check_start(recipe, base, teachers)
     earlier = _read_earlier(recipe, base) if recipe.earlier else None
-    provenance = tuple(map(_provenance, recipe.teachers, sources, teachers))
+    digests = [sha256(*checked.unet_files) if with_digests else "" for checked in teachers]
+    provenance = tuple(map(_provenance, recipe.teachers, sources, teachers, digests))
     if earlier:
         provenance = (*_earlier_provenance(earlier, base_source, base), *provenance)
     styles = tuple(one.name for one in provenance)
@@ -121,7 +129,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device) -> Pla
         base.prediction_type,
         styles,
         provenance,
-        _sizes(recipe, base, styles),
+        sizes_of(recipe, base.family, base.skeletons, styles),
     )
 
 
@@ -144,7 +152,8 @@ def with_size(recipe: Recipe) -> Recipe:
     """
     if recipe.size is not None:
         return recipe
-    return recipe.model_copy(update={"size": own_size(check_model(base_of(recipe), name="base"))})
+    base = check_model(base_of(recipe), name="base")
+    return recipe.model_copy(update={"size": own_size(base.path, base.skeletons, base.family)})
 
 
 def base_of(recipe: Recipe) -> ModelSource:
@@ -157,13 +166,16 @@ def _named_base(recipe: Recipe) -> ModelSource:
     return ModelSource(recipe.base, config=recipe.config, ema=recipe.ema)
 
 
-def own_size(base: CheckedModel) -> int:
-    """Of the pictures that a base was made for, in pixels a side; the shorter one."""
-    own = base.denoiser.config.sample_size
+def own_size(path: Path | str, skeletons: Mapping[str, Any], family: Family) -> int:
+    """Of the pictures that a model was made for, in pixels a side; the shorter one.
+
+    Raises: UserError: it does not say.
+    """
+    own = skeletons[family.denoiser.name].config.sample_size
     if not own:
-        raise UserError(f"size: {base.path} does not say of what size its pictures are; say it, such as 512.")
+        raise UserError(f"size: {path} does not say of what size its pictures are; say it, such as 512.")
     side: int = own if isinstance(own, int) else min(own)
-    return side * 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1)
+    return side * 2 ** (len(skeletons["vae"].config.block_out_channels) - 1)
 
 
 def _check_adapters(
@@ -231,9 +243,11 @@ def paints_earlier(recipe: Recipe) -> bool:
     return recipe.data.synthesize is not None and recipe.regularization > 0
 
 
-def open_source(recipe: Recipe, plan: Plan) -> CaptionedImages | Synthesis:
+def open_source(recipe: Recipe, styles: Sequence[str]) -> CaptionedImages | Synthesis:
     """What the recipe's data are made from.
 
+    Args:
+        styles: the student's.
     Raises: UserError: it cannot be read, or is empty.
     """
     data = recipe.data
@@ -245,7 +259,7 @@ def open_source(recipe: Recipe, plan: Plan) -> CaptionedImages | Synthesis:
     assert painted is not None  # the recipe has one of the three
     return Synthesis(
         read_prompts(painted.prompts),
-        painted.count * num_painters(recipe, plan.styles),
+        painted.count * num_painters(recipe, styles),
         steps=painted.steps,
         guidance_scale=painted.guidance,
         seed=painted.seed,
@@ -412,17 +426,21 @@ def _structure(unet: Any) -> dict[str, Any]:
     return config
 
 
-def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel) -> Provenance:
-    return Provenance(
-        teacher.name, str(source), sha256(*checked.unet_files), checked.family.name, checked.prediction_type
-    )
+def _provenance(teacher: Teacher, source: ModelSource, checked: CheckedModel, digest: str) -> Provenance:
+    return Provenance(teacher.name, str(source), digest, checked.family.name, checked.prediction_type)
 
 
-def _sizes(recipe: Recipe, base: CheckedModel, styles: Sequence[str]) -> Sizes:
-    denoiser, *readers = (base.skeletons[component.name] for component in base.family.components)
+def sizes_of(recipe: Recipe, family: Family, skeletons: Mapping[str, Any], styles: Sequence[str]) -> Sizes:
+    """How many weights take part in a merge.
+
+    Args:
+        skeletons: the base's components.
+        styles: the student's.
+    """
+    denoiser, *readers = (skeletons[component.name] for component in family.components)
     with torch.device("meta"):
-        prompts = StylePrompts(list(styles), base.family.width(base.denoiser))
-        head = build_head(base.denoiser.config.block_out_channels[-1], len(styles))
+        prompts = StylePrompts(list(styles), 0 if recipe.styles.has_adapters else family.width(denoiser))
+        head = build_head(denoiser.config.block_out_channels[-1], len(styles))
     # what the discriminator looks with ends after the middle block
     backbone = sum(
         parameter.numel()
@@ -436,7 +454,36 @@ def _sizes(recipe: Recipe, base: CheckedModel, styles: Sequence[str]) -> Sizes:
         readers=sum(map(_num_weights, readers)),
         backbone=backbone if has_adversary else 0,
         head=_num_weights(head) if has_adversary else 0,
+        **adapter_sizes(recipe, denoiser),
     )
+
+
+def adapter_sizes(recipe: Recipe, denoiser: Any) -> dict[str, int]:
+    """Of :class:`dmm.training.costs.Sizes`, what is of styles that are adapters of a model."""
+    adapter, calibrated = _num_of_adapter(recipe, denoiser), _num_calibrated(recipe, denoiser)
+    return {"num_styles": len(recipe.teachers), "adapter": adapter, "calibrated": calibrated}
+
+
+def _num_of_adapter(recipe: Recipe, denoiser: Any) -> int:
+    """The parameters of a style's adapter, and the whole differences of what is no layer's weight, at most."""
+    styles = recipe.styles
+    if not styles.has_adapters:
+        return 0
+    if styles.num_bytes is not None:
+        return styles.num_bytes // HALF
+    # what an error comes to is known only once the teachers were looked at
+    return budget_of_rank(denoiser, styles.rank or UNKNOWN_RANK) + _num_offsets(denoiser)
+
+
+def _num_calibrated(recipe: Recipe, denoiser: Any) -> int:
+    if not recipe.styles.has_adapters:
+        return 0
+    return budget_of_rank(denoiser, num_kept(recipe.styles)) + _num_offsets(denoiser)
+
+
+def _num_offsets(denoiser: Any) -> int:
+    layers = layers_of(denoiser)
+    return sum(parameter.numel() for name, parameter in denoiser.named_parameters() if name not in layers)
 
 
 def _num_weights(module: Any) -> int:

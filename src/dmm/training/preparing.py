@@ -46,7 +46,7 @@ def prepare_data_of(
     Args:
         base: the pipeline whose VAE and text encoder read; they come back to the CPU.
     """
-    source, device = open_source(recipe, plan), accelerator.device
+    source, device = open_source(recipe, plan.styles), accelerator.device
     readers = (base.vae, *text_encoders_of(base))
     for module in readers:
         module.to(device)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dmm.training.distill import Teacher, Teachers
 
-# of a GPU's memory, left to activations
-_ACTIVATIONS = 0.25
+FOR_ACTIVATIONS = 0.25
+"""Of a GPU's memory, left to them."""
 
 
 def place_teachers(teachers: Mapping[int, Teacher], device: torch.device, *, num_student_bytes: int) -> Teachers:
@@ -25,7 +25,7 @@ def place_teachers(teachers: Mapping[int, Teacher], device: torch.device, *, num
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         needed = sum(tensor.nbytes for teacher in teachers.values() for tensor in _tensors(teacher.unet))
-        if needed > free - num_student_bytes - _ACTIVATIONS * total:
+        if needed > free - num_student_bytes - FOR_ACTIVATIONS * total:
             return TakingTurns(teachers, device)
     for teacher in teachers.values():
         teacher.unet.to(device)
