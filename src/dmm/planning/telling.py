@@ -93,10 +93,8 @@ def _counted_lines(recipe: Recipe, sizes: Sizes, num_processes: int) -> dict[str
 def _checkpoint_line(recipe: Recipe, sizes: Sizes) -> dict[str, str]:
     if recipe.styles.trained == "none":
         return {}
-    size = gigabytes(checkpoint_bytes(sizes, recipe))
-    return {
-        "checkpoints": f"{every(recipe.checkpoint.every)} and at the end, of {size} each; {kept(recipe.checkpoint.keep)}"
-    }
+    size, checkpoint = gigabytes(checkpoint_bytes(sizes, recipe)), recipe.checkpoint
+    return {"checkpoints": f"{every(checkpoint.every)} and at the end, of {size} each; {kept(checkpoint.keep)}"}
 
 
 def need_lines(recipe: Recipe, looked: Looked, found: Estimate, num_processes: int) -> dict[str, str]:
