@@ -42,6 +42,8 @@ from dmm.evaluation.extractor_names import NUM_FEATURES, check_count, check_quic
 from dmm.files.cache import cache_folder
 from dmm.files.outputs import check_new_folder
 from dmm.files.prompts import read_prompts
+from dmm.maths.mixes import check_name
+from dmm.models.style_names import read_style_names
 from dmm.pipeline.samplers import check_multiple, check_settings
 from dmm.training.ranks import told_once
 
@@ -162,8 +164,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
         extractor = open_extractor(args.extractor, state.device)
         scorers = [open_scorer(text, state.device) for text in args.scores]
         if prompts is None:
-            if not isinstance(extractor, JudgeExtractor):
-                raise UserError("--prompts FILE is missing: name a file with what to paint, one prompt a line.")
+            assert isinstance(extractor, JudgeExtractor)  # of others _check has seen to prompts
             prompts = extractor.concepts
         named = {name: NamedTeacher(path, scale) for name, (path, scale) in args.teachers}
         models = find_models(args.model, named, args.base, state.device, allow_pickle=args.allow_pickle)
@@ -232,6 +233,13 @@ def _check(args: argparse.Namespace) -> list[str] | None:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"--teacher names '{name}' twice; every style has one teacher.")
+    styles = read_style_names(args.model) or ()  # a stock model paints the same in any
+    for name in [*names, *(name for mix in args.mixes for name in mix)] if styles else ():
+        check_name(styles, name)
+    for path in [*(path for _, (path, _) in args.teachers), *([args.base] if args.base else [])]:
+        check_there(path)
+    if args.prompts is None and extractor != "judge":
+        raise UserError("--prompts FILE is missing: name a file with what to paint, one prompt a line.")
     return None if args.prompts is None else read_prompts(args.prompts)
 
 
