@@ -12,6 +12,8 @@ Examples:
   dmm generate merged "a red cat" --style ink
   dmm generate merged "a red cat" --style ink=0.7,photo=0.3
   dmm generate merged "a red cat" "a castle" --styles all --output styles.png
+  dmm generate merged-fast "a red cat" --style ink --steps 2
+  dmm generate merged "a red cat" --style ink --lora lcm-lora.safetensors --sampler LCM --guidance 1 --steps 4
   dmm generate merged "a red cat" --strip ink,photo --count 11
   dmm generate merged "a red cat" --pairs
   dmm generate merged "a red cat" --style "0-0.4:ink;0.4-1:photo"
@@ -44,6 +46,7 @@ from dmm.cli.arguments import (
     read_seeds,
     write_seeds,
 )
+from dmm.cli.few_step_options import DEFAULT_GUIDANCE, DEFAULT_STEPS, assumed, settle
 from dmm.cli.layout import Layout, Picture, lay_out, lay_out_pairs, list_pictures, stack
 from dmm.cli.opening import add_opening_options, check_opening, find_dtype, open_model, place_model, read_source
 from dmm.cli.output_names import name_output
@@ -52,6 +55,7 @@ from dmm.cli.region_options import add_region_options, asks_for_regions, check_r
 from dmm.cli.style_options import Style, add_style_options, asks_for_styles, choose_styles, write_style
 from dmm.errors import UserError, nearest, one_line
 from dmm.files.bars import PartsBar
+from dmm.files.few_steps import STEPS
 from dmm.files.outputs import check_file, check_folder, new_files
 from dmm.files.prompts import read_prompts, web_ui_syntax
 from dmm.models.style_names import read_style_names
@@ -92,9 +96,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plugin_options(parser)
 
     painting = parser.add_argument_group("how to paint")
-    painting.add_argument("--steps", metavar="N", type=int, default=25, help="denoising steps (default: 25)")
     painting.add_argument(
-        "--guidance", metavar="G", type=float, default=7.0, help="guidance scale; 1 is none (default: 7)"
+        "--steps", metavar="N", type=int, help=f"denoising steps (default: {DEFAULT_STEPS}; of few-step models {STEPS})"
+    )
+    painting.add_argument(
+        "--guidance",
+        metavar="G",
+        type=float,
+        help=f"guidance scale; 1 is none (default: {DEFAULT_GUIDANCE:g}; of few-step models as they say)",
     )
     painting.add_argument("--negative", metavar="TEXT", default="", help="what to lead away from (default: nothing)")
     painting.add_argument("--width", metavar="W", type=int, help="pixels (default: the model's own)")
@@ -103,8 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         metavar="NAME",
         type=_sampler,
-        default=DEFAULT_SAMPLER,
-        help=f"one of: {', '.join(SAMPLERS)} (default: {DEFAULT_SAMPLER})",
+        help=f"one of: {', '.join(SAMPLERS)} (default: {DEFAULT_SAMPLER}; of few-step models as they say)",
     )
     painting.add_argument("--batch-size", metavar="N", type=int, help="pictures at a time (default: by their size)")
     add_opening_options(parser)
@@ -117,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
     """
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     seeds = _seeds(args)
-    _check(args, prompts, seeds)
+    _check(assumed(args), prompts, seeds)
     output, is_folder = name_output(args, prompts, seeds)
     (check_folder if is_folder else check_file)(output, overwrite=args.overwrite)
     names = read_style_names(args.model)
@@ -161,6 +169,7 @@ def _find_model(args: argparse.Namespace) -> tuple[list[str], str, Callable[[], 
         from dmm.training.preview import find_preview, open_preview
 
         preview = find_preview(model)
+        settle(args, None)
         print(f"dmm: note: painting with {preview.checkpoint}", file=sys.stderr)
         title = f"{model.resolve().name} {preview.checkpoint.name}"
         return preview.styles, title, lambda: open_preview(preview, torch_dtype=find_dtype(args))
@@ -169,6 +178,7 @@ def _find_model(args: argparse.Namespace) -> tuple[list[str], str, Callable[[], 
 
     source = read_source(args)
     path = locate(source)
+    settle(args, path)
     style_prompts = read_styles(path, allow_pickle=args.allow_pickle)
     title = model.resolve().stem if model.is_file() else model.resolve().name
     names = style_prompts.names if style_prompts else []
