@@ -94,11 +94,7 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, Any, dict[str, Any]]]
     for steps in (2, 4, 1, 8):
         for named in args.fast:
             name, _, path = named.partition("=")
-            yield (
-                f"{name}, {steps} steps",
-                lambda path=path: open_fast(args.merged, Path(path)),
-                {**fast, "steps": steps},
-            )
+            yield f"{name}, {steps} steps", partial(open_fast, args.merged, Path(path)), {**fast, "steps": steps}
         yield f"merged, {steps} steps, no guidance", merged, {**fast, "steps": steps}
         yield f"merged, {steps} steps, guided", merged, {**guided, "steps": steps}
 
