@@ -10,6 +10,7 @@ import yaml
 
 from dmm.cli import COMMANDS
 from dmm.cli.arguments import Parser
+from dmm.recipes.accelerating import load_few_step_recipe
 from dmm.recipes.recipe import load_recipe
 from dmm.soup.recipe import load_soup_recipe
 
@@ -68,6 +69,13 @@ def test_every_recipe_is_one(page, tmp_path):
         overrides = ["earlier.model=models/merged"] if "earlier" in given else []
         (tmp_path / "models" / "merged").mkdir(parents=True, exist_ok=True)
         assert len(load_recipe(tmp_path / "recipe.yaml", overrides).teachers) == len(given["teachers"])
+
+
+def test_the_few_step_recipe_is_one(tmp_path):
+    (tmp_path / "prompts.txt").touch()
+    (block,) = blocks(ROOT / "docs" / "accelerate.md", "yaml")
+    (tmp_path / "fast.yaml").write_text(block, encoding="utf-8")
+    assert load_few_step_recipe(tmp_path / "fast.yaml", ["model=owner/name"]).guidance == (7.0, 7.0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
