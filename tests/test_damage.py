@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 from safetensors.torch import save_file
+from tiny_families import later_on_disk  # noqa: F401 - a fixture
 
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
@@ -23,6 +24,7 @@ from dmm.recipes.recipe import load_recipe
 from dmm.soup.recipe import load_soup_recipe
 
 NUM_MUTATIONS = 500
+NUM_SLOW = 60  # of what is checked against a whole pipeline's configs
 SEED = 17
 
 NUMBERS = [0, -1, 1, 7, 10**9, 10**15, -(10**15), 10**400, 0.5, -1e-300, 1e308, float("inf"), float("nan")]
@@ -79,10 +81,10 @@ def mutate_bytes(draw: random.Random, data: bytes) -> bytes:
     return bytes(data)
 
 
-def mutations(text: str):
+def mutations(text: str, count: int = NUM_MUTATIONS):
     """A JSON text, mutated again and again: half of it as text, half as what it says."""
     draw = random.Random(SEED)
-    for i in range(NUM_MUTATIONS):
+    for i in range(count):
         yield mutate_bytes(draw, text.encode()) if i % 2 else json.dumps(mutate_value(draw, json.loads(text))).encode()
 
 
@@ -141,6 +143,36 @@ def test_headers_of_weights(sd1_file, tmp_path):
 
     texts = (with_header(data, header) for header in mutations(header_of(data)))
     assert count_refused(file, texts, read) > NUM_MUTATIONS * 0.8
+
+
+def test_headers_of_single_files_whose_tensors_lie_joined(later_on_disk, tmp_path):  # noqa: F811
+    family, folder, whole = later_on_disk
+    file = tmp_path / "model.safetensors"
+    shutil.copy(whole, file)
+    data = file.read_bytes()
+    header = json.loads(header_of(data))
+    prefix = family.text_encoders[-1].original_prefix
+    texts = {name: one for name, one in header.items() if name.startswith(prefix)}
+
+    def files():
+        draw = random.Random(SEED)
+        for _ in range(NUM_SLOW):
+            changed = mutate_value(draw, texts)
+            yield with_header(
+                data, json.dumps({**{k: v for k, v in header.items() if k not in texts}, **changed}).encode()
+            )
+
+    refused = count_refused(file, files(), lambda: check_model(ModelSource(file, config=folder)))
+    assert refused > NUM_SLOW * 0.8
+
+
+def test_indices_of_pipelines_of_every_family(later_on_disk, tmp_path):  # noqa: F811
+    _, whole, _ = later_on_disk
+    folder = tmp_path / "folder"
+    shutil.copytree(whole, folder)
+    file = folder / "model_index.json"
+    texts = mutations(file.read_text(), NUM_SLOW)
+    assert count_refused(file, texts, lambda: check_model(ModelSource(folder))) > NUM_SLOW * 0.3
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,13 @@
 """A tiny random pipeline of every family."""
 
+import pytest
 import torch
 from conftest import MAX_TOKENS, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from dmm.families import FAMILIES
+from dmm.formats.single_file import save_single_file
 
 
 def tiny_sd2(seed: int = 0, prediction_type: str = "v_prediction") -> StableDiffusionPipeline:
@@ -62,3 +66,13 @@ def _with_projection(tokenizer, hidden_size, projection_dim):
 
 TINY = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
 """By the families' names, called with a seed."""
+
+
+@pytest.fixture(scope="session", params=[name for name in TINY if name != "sd1"])
+def later_on_disk(request, tmp_path_factory):
+    """A family but the first, and a model of it as a folder and as a single file; read only."""
+    at = tmp_path_factory.mktemp(request.param)
+    pipe = TINY[request.param]()
+    pipe.save_pretrained(at / "folder")
+    save_single_file(pipe, at / "model.safetensors")
+    return FAMILIES[request.param], at / "folder", at / "model.safetensors"

@@ -13,6 +13,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from helpers import same_weights
 from safetensors.torch import load_file, save_file
+from tiny_families import later_on_disk  # noqa: F401 - a fixture
 
 from dmm.cli import main
 from dmm.errors import UserError
@@ -51,6 +52,21 @@ def test_a_single_file_opens_as_diffusers_opens_it(sd1_file, sd1_folder, tmp_pat
         assert torch.equal(source.read(0, source.num_elements, torch.float32), tensors[key].float().flatten())
     for file in model.files.values():
         file.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_so_it_does_of_every_family(later_on_disk, tmp_path, name, dtype):  # noqa: F811
+    family, folder, whole = later_on_disk
+    tensors = in_dtype(load_file(whole), dtype)
+    path = tmp_path / name
+    torch.save({"state_dict": tensors}, path) if path.suffix == ".ckpt" else save_file(tensors, path)
+    save_file(tensors, tmp_path / "plain.safetensors")
+    opened = open_pipeline(ModelSource(path, config=folder, allow_pickle=True))
+    expected = family.pipeline_class.from_single_file(
+        str(tmp_path / "plain.safetensors"), config=str(folder), local_files_only=True
+    )
+    assert same_weights(opened, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
