@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS
 from helpers import rewrite, same_weights
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tiny_families import later_on_disk  # noqa: F401 - a fixture
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import dmm.formats.configs as configs
@@ -24,6 +25,8 @@ from dmm.pipeline.export import export_all, export_authors, export_style
 from dmm.pipeline.styled import load_pipeline, style_names
 from dmm.soup.make import make_soup
 from dmm.soup.recipe import SoupRecipe
+
+HUB_KEYS = {"sd2": "v2", "sdxl": "xl_base"}
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +139,46 @@ def test_a_wordless_file_follows_its_familys_first_model_on_the_hub(wordless, sd
     (tmp_path / "part" / "unet").mkdir(parents=True)
     with pytest.raises(UserError, match=r"there is no model_index\.json in the part of it that was fetched"):
         open_pipeline(ModelSource(wordless))
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["tokenizers fetched", "tokenizers carried"])
+def test_files_of_every_family_open_by_themselves(later_on_disk, tmp_path, monkeypatch, hub, large):  # noqa: F811
+    family, folder, file = later_on_disk
+    pipe = open_pipeline(ModelSource(folder))
+    if large:
+        monkeypatch.setattr(configs, "_MAX_TOKENIZER", 10)
+        file = tmp_path / "large.safetensors"
+        save_single_file(pipe, file)
+        with pytest.raises(UserError, match="and the hub did not give"):
+            open_pipeline(ModelSource(rewrite(file, tmp_path / "far.safetensors", lambda _: None, _elsewhere(file))))
+        hub[family.hub_id] = folder
+        file = tmp_path / "far.safetensors"
+    opened = open_pipeline(ModelSource(file))
+    assert same_weights(opened, pipe)
+    for tokenizer in family.tokenizers:
+        assert getattr(opened, tokenizer)("a cat").input_ids == getattr(pipe, tokenizer)("a cat").input_ids
+
+
+def _elsewhere(file):
+    return {key: value for key, value in read_header(file).metadata.items() if key != FOLLOWS_KEY}
+
+
+def test_wordless_files_of_every_family_follow_its_first_model_on_the_hub(later_on_disk, tmp_path, hub):  # noqa: F811
+    family, folder, file = later_on_disk
+    wordless = rewrite(file, tmp_path / "wordless.safetensors", lambda tensors: None, metadata={})
+    assert family.hub_id == DIFFUSERS_DEFAULT_PIPELINE_PATHS[HUB_KEYS[family.name]]["pretrained_model_name_or_path"]
+    with pytest.raises(
+        UserError, match=f"the configs and the tokenizer of '{family.hub_id}', and the hub did not give"
+    ):
+        open_pipeline(ModelSource(wordless))
+    hub[family.hub_id] = tmp_path / "part"
+    shutil.copytree(folder, tmp_path / "part")
+    *_, last = family.tokenizers
+    shutil.rmtree(tmp_path / "part" / last)
+    with pytest.raises(UserError, match=f"there is no {last} in the part of it that was fetched"):
+        open_pipeline(ModelSource(wordless))
+    hub[family.hub_id] = folder
+    assert same_weights(open_pipeline(ModelSource(wordless)), open_pipeline(ModelSource(folder)))
 
 
 @pytest.mark.parametrize(
