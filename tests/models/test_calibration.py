@@ -69,6 +69,13 @@ def test_passes_of_a_few_layers_find_the_same(teacher, differences, components):
         torch.testing.assert_close(found.gains, components[name].gains, rtol=1e-4, atol=1e-9)
 
 
+def test_in_half_precision_it_finds_about_the_same(teacher, differences, components):
+    with torch.autocast("cpu", torch.bfloat16):
+        again = dict(calibrated_components(teacher, differences.__getitem__, batches, seed=0))
+    for name, found in again.items():
+        torch.testing.assert_close(found.gains.sum(), components[name].gains.sum(), rtol=0.05, atol=0)
+
+
 def test_what_does_not_differ_is_left_out(teacher, differences):
     some = {name: one if name == "conv_in.weight" else torch.zeros_like(one) for name, one in differences.items()}
     assert [name for name, _ in calibrated_components(teacher, some.__getitem__, batches, seed=0)] == ["conv_in.weight"]

@@ -169,11 +169,13 @@ class _Observer:
         else:
             step = _side_step(*gradient.shape[2:])
             rows = gradient[:, :, ::step, ::step].permute(0, 2, 3, 1).flatten(0, 2)
-        rows = rows.float()
-        self._size += rows.square().mean() * len(rows)
-        if not self._by_output:
-            rows = rows @ self._difference.float().flatten(1)
-        self._backward.addmm_(rows.T, rows)
+        # a hook runs in whatever precision the pass that calls it does
+        with torch.autocast(gradient.device.type, enabled=False):
+            rows = rows.float()
+            self._size += rows.square().mean() * len(rows)
+            if not self._by_output:
+                rows = rows @ self._difference.float().flatten(1)
+            self._backward.addmm_(rows.T, rows)
 
     def components(self) -> Components:
         """Of the difference."""
