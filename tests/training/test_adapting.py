@@ -1,6 +1,10 @@
 """Merges whose styles are adapters: what one style is hangs on no other, and a run goes on to the bit."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,11 +18,13 @@ from PIL import Image
 import dmm
 from dmm.cli import main
 from dmm.families.sd1 import SD1
+from dmm.files.runs import find_run
 from dmm.files.yaml import write_yaml
 from dmm.formats.lora import save_kohya_lora
 from dmm.models.styles import styled_port
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.styled import stock_twin
+from dmm.training.preview import find_preview, open_preview
 from dmm.training.trainer import Trainer
 
 
@@ -100,6 +106,17 @@ def bytes_of(folder, *, of=None):
 def log_of(folder, style):
     lines = (folder / "training" / style / "log.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def adapters_of(pipe):
+    return styled_port(pipe.unet).style_prompts.adapters
+
+
+def is_same(one, other):
+    parts = [(part.up, part.down) for part in one.factors.values()]
+    others = [(part.up, part.down) for part in other.factors.values()]
+    tensors = [tensor for part in parts for tensor in part] + list(one.offsets.values())
+    return all(map(torch.equal, tensors, [*(tensor for part in others for tensor in part), *other.offsets.values()]))
 
 
 def test_a_merge_with_adapters_trains_each_style_on_the_bases_own_weights(run, tmp_path):
@@ -203,3 +220,83 @@ def test_shared_weights_are_trained_too_where_asked(run, tmp_path):
     pipe = dmm.load_pipeline(tmp_path / "merged")
     assert not same_weights(pipe, tiny_pipeline())
     assert sorted(styled_port(pipe.unet).style_prompts.adapters) == ["ink", "photo"]
+
+
+def test_a_run_under_way_paints_with_what_it_has(run, tmp_path, monkeypatch, capsys):
+    folder, step = tmp_path / "stopped", Trainer._step
+
+    def fail(self, number):
+        if self.folder.name == "photo" and number == 3:
+            raise KeyboardInterrupt
+        step(self, number)
+
+    monkeypatch.setattr(Trainer, "_step", fail)
+    assert run(["merge"], folder, [INK, PHOTO]) == 130
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert find_run(folder).told() == "step 2 of 4 of the style 'photo' is saved"
+    found = find_preview(folder)
+    assert (found.styles, found.checkpoint.parent.parent.name) == (["ink", "photo"], "photo")
+    preview, untrained = open_preview(found), adapters_of(dmm.load_pipeline(folder / "untrained"))["photo"]
+    assert main(["generate", str(folder), "a cat", "--output", str(tmp_path / "cat.png")]) == 2
+    assert "`dmm generate --from-checkpoint` paints with what is saved" in capsys.readouterr().err
+    assert run(["merge"], folder, [INK, PHOTO], "--resume") == 0
+    ink, photo = (adapters_of(preview)[style] for style in ("ink", "photo"))
+    # the one was done by then, the other half
+    assert is_same(ink, adapters_of(dmm.load_pipeline(folder))["ink"])
+    assert not is_same(photo, adapters_of(dmm.load_pipeline(folder))["photo"])
+    assert not is_same(photo, untrained)
+    finished = open_preview(find_preview(folder))
+    for style in ("ink", "photo"):
+        assert is_same(adapters_of(finished)[style], adapters_of(dmm.load_pipeline(folder))[style])
+
+
+def test_more_steps_go_on_with_a_finished_run(run, tmp_path, capsys):
+    training = {"steps": 4, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "lr_schedule": "constant"}
+    assert run(["merge"], tmp_path / "whole", [INK], training={**training, "steps": 6}) == 0
+    assert run(["merge"], tmp_path / "more", [INK], training=training) == 0
+    assert run(["merge"], tmp_path / "more", [INK], "--resume", training={**training, "steps": 6}) == 0
+    assert bytes_of(tmp_path / "more") == bytes_of(tmp_path / "whole")
+    assert run(["merge"], tmp_path / "more", [INK], "--resume", training={**training, "steps": 2}) == 2
+    assert "has trained 6 steps already, more than the recipe's training.steps of 2" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from dmm.cli import main
+from dmm.training import adapting
+torch.set_num_threads(1)
+write = adapting.write_calibrated
+def die(found, path):
+    if path.stem == "photo":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(found, path)
+adapting.write_calibrated = die
+main(sys.argv[1:])
+"""
+
+
+def test_killed_while_it_calibrates_it_goes_on_to_the_bit(run, models, tmp_path):
+    folder = tmp_path / "killed"
+    assert run(["merge"], tmp_path / "whole", [INK, PHOTO]) == 0
+    recipe = models / "killed.yaml"
+    recipe.write_text((models / "whole.yaml").read_text())
+    command = [sys.executable, "-c", KILLED, "merge", str(recipe), "--output", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "ACCELERATE_USE_CPU": "true"}
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+    assert [path.stem for path in (folder / "calibration").iterdir()] == ["ink"]
+    assert not (folder / "untrained").exists()
+    assert run(["merge"], folder, [INK, PHOTO], "--resume") == 0
+    assert bytes_of(folder) == bytes_of(tmp_path / "whole")
+
+
+def test_two_processes_train_as_one(run, models, tmp_path):
+    assert run(["merge"], tmp_path / "one", [INK, PHOTO]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dmm"]
+    command = ["merge", str(models / "one.yaml"), "--output", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    ended = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stderr
+    for style in ("ink", "photo"):
+        for one, two in zip(*(log_of(tmp_path / name, style) for name in ("one", "two")), strict=True):
+            assert two["score"] == pytest.approx(one["score"], rel=1e-3)

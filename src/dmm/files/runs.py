@@ -35,10 +35,12 @@ class Run:
     Attributes:
         folder: of the stage that it is in.
         step: of its newest checkpoint; 0 where it has none.
-        num_steps: of the stage.
+        num_steps: of the stage, or of the style.
         is_first_stage: whether a second one comes.
         is_finished: whether its result is there.
         is_acceleration: whether it is a few-step distillation.
+        style: that is being trained, by its folder's name, where each is trained by itself.
+        is_calibrated: whether its styles are adapters that are a merge already.
     """
 
     folder: Path
@@ -47,18 +49,26 @@ class Run:
     is_first_stage: bool
     is_finished: bool
     is_acceleration: bool
+    style: str | None = None
+    is_calibrated: bool = False
 
     @property
     def title(self) -> str:
         """What it is, for people."""
         return "a few-step distillation" if self.is_acceleration else "a merge"
 
+    @property
+    def can_paint(self) -> bool:
+        """Whether there is something to paint with."""
+        return bool(self.step) or self.is_calibrated
+
     def told(self) -> str:
         """How far it has come, to end a sentence."""
         stage = " of its first stage" if self.is_first_stage else ""
         if not self.step:
-            return f"no checkpoint{stage} is saved yet"
-        return f"step {self.step} of {self.num_steps}{stage} is saved"
+            return f"{'its styles are calibrated, and ' if self.is_calibrated else ''}no checkpoint{stage} is saved yet"
+        of_style = "" if self.style is None else f" of the style '{self.style}'"
+        return f"step {self.step} of {self.num_steps}{of_style}{stage} is saved"
 
 
 def find_run(folder: Path) -> Run | None:
@@ -70,16 +80,24 @@ def find_run(folder: Path) -> Run | None:
     if not stages:
         return None
     place = stages[0]
-    training: Any = read_yaml(place / RECIPE)[0].get("training")
+    recipe: Any = read_yaml(place / RECIPE)[0]
+    training = recipe.get("training")
     num_steps = training.get("steps") if isinstance(training, dict) else None
+    num_steps = num_steps if isinstance(num_steps, int) else 0
     found = checkpoints(place / CHECKPOINTS)
+    style = _style_under_way(place)
+    if style is not None:
+        found = checkpoints(place / STYLE_RUNS / style / CHECKPOINTS)
+        num_steps = max(1, round(num_steps * _weight(recipe, style)))
     return Run(
         place,
         step=(step_of(found[-1]) or 0) if found else 0,
-        num_steps=num_steps if isinstance(num_steps, int) else 0,
+        num_steps=num_steps,
         is_first_stage=place == folder / FIRST_STAGE,
         is_finished=has_result(folder) or (folder / FAST).is_file(),
         is_acceleration=place == folder / ACCELERATION,
+        style=style,
+        is_calibrated=(place / UNTRAINED / INDEX).is_file(),
     )
 
 
@@ -106,7 +124,7 @@ def check_finished(folder: Path) -> None:
     go_on = f"`dmm merge {folder / RECIPE} --output {folder} --resume`"
     if run.is_first_stage:  # whose own recipe knows of no second one
         go_on = f"the recipe that it began with, --output {folder} and --resume"
-    paint = "; `dmm generate --from-checkpoint` paints with what is saved" if run.step else ""
+    paint = "; `dmm generate --from-checkpoint` paints with what is saved" if run.can_paint else ""
     raise UserError(f"{folder} is a merge that has not ended: {run.told()}. Go on with {go_on}{paint}.")
 
 
@@ -142,6 +160,23 @@ def _order(folder: Path) -> tuple[int, int] | None:
     """A checkpoint's step, and which save of that step it is."""
     match = re.fullmatch(r"step-(\d{8,})(?:\.(\d+))?", folder.name)
     return (int(match[1]), int(match[2] or 1)) if match else None
+
+
+def _style_under_way(folder: Path) -> str | None:
+    """Of the styles that have checkpoints of their own, the one that was trained last, by its folder's name."""
+    roots = [root for root in folder.glob(f"{STYLE_RUNS}/*/{CHECKPOINTS}") if checkpoints(root)]
+    return max(roots, key=lambda root: root.stat().st_mtime).parent.name if roots else None
+
+
+def _weight(recipe: Any, style: str) -> float:
+    for teacher in recipe.get("teachers") or ():
+        if (
+            isinstance(teacher, dict)
+            and teacher.get("name") == style
+            and isinstance(teacher.get("weight"), int | float)
+        ):
+            return float(teacher["weight"])
+    return 1.0
 
 
 def _is_run(folder: Path) -> bool:

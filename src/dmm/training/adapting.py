@@ -38,7 +38,7 @@ from dmm.models.styles import StylePrompts, style_weights
 from dmm.models.teachers import freeze
 from dmm.models.unfused import set_changes
 from dmm.pipeline.styled import add_styles
-from dmm.recipes.recipe import Recipe
+from dmm.recipes.recipe import Recipe, Teacher
 from dmm.training.batches import Batches, Role
 from dmm.training.building import (
     DTYPES,
@@ -62,7 +62,7 @@ from dmm.training.calibrating import (
     shapes_of,
     write_calibrated,
 )
-from dmm.training.checkpoint import load_checkpoint, newest_checkpoint
+from dmm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from dmm.training.distill import Imitation
 from dmm.training.preflight import Plan
 from dmm.training.preparing import free_memory
@@ -114,7 +114,7 @@ def adapt(run: Run) -> None:
     set_seed(run.recipe.seed)  # a new style's prompt, where there are prompts, is drawn
     prompts = _prompts_of(run.plan, run.new_styles)
     starting, exact = _starting_adapters(run, unet, prompts)
-    prompts.adapters = {**prompts.adapters, **{name: _stored(one, name in exact) for name, one in starting.items()}}
+    prompts.adapters = {**prompts.adapters, **{name: stored(one, name in exact) for name, one in starting.items()}}
     # what is trained may be in half precision: the result has the base's own bits
     trained = copy.deepcopy(unet) if run.recipe.styles.trained == "adapters" else None
     run.plan.subject.put(run.base, unet)
@@ -130,7 +130,7 @@ def adapt(run: Run) -> None:
         for name in [one for one, adapter in starting.items() if one not in exact and adapter.num_parameters]:
             recipe = _of_style(run.recipe, name)
             adapter = _train(run, recipe, trained, prompts, name, starting[name], before)
-            prompts.adapters = {**prompts.adapters, name: _stored(adapter)}
+            prompts.adapters = {**prompts.adapters, name: stored(adapter)}
             before += recipe.training.steps
     on_main(lambda: run.save(None))
 
@@ -283,7 +283,7 @@ def _prompted(run: Run, unet: nn.Module, prompts: StylePrompts, name: str) -> It
         kept.fuse(unet, NOTHING)
 
 
-def _stored(adapter: Adapter, is_own: bool = False) -> Adapter:
+def stored(adapter: Adapter, is_own: bool = False) -> Adapter:
     """As it is written: in half precision, unless that would change a bit of what is the teacher's own."""
     half = adapter.to(torch.float16)
     if is_own and not all(torch.equal(a, b.float()) for a, b in zip(_tensors(adapter), _tensors(half), strict=True)):
@@ -296,10 +296,21 @@ def _tensors(adapter: Adapter) -> list[Tensor]:
 
 
 def _of_style(recipe: Recipe, name: str) -> Recipe:
-    """The recipe of one style's own run: a teacher of more weight gets as many more steps."""
-    (weight,) = (teacher.weight for teacher in recipe.teachers if teacher.name == name)
-    steps = max(1, round(recipe.training.steps * weight))
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"steps": steps})})
+    """The recipe of one style's own run."""
+    (teacher,) = (teacher for teacher in recipe.teachers if teacher.name == name)
+    training = recipe.training.model_copy(update={"steps": steps_of(recipe, teacher)})
+    return recipe.model_copy(update={"training": training})
+
+
+def steps_of(recipe: Recipe, teacher: Teacher) -> int:
+    """How long a style is trained where each is by itself: a teacher of more weight gets as many more steps."""
+    return max(1, round(recipe.training.steps * teacher.weight))
+
+
+def style_folder(folder: Path, recipe: Recipe, name: str) -> Path:
+    """The folder of a style's own run, in that of the merge."""
+    names = [teacher.name for teacher in recipe.teachers]
+    return folder / STYLE_RUNS / file_stems(names)[names.index(name)]
 
 
 def _train(
@@ -313,8 +324,7 @@ def _train(
         before: steps that other styles have taken.
     """
     accelerator, training = run.accelerator, recipe.training
-    (stem,) = (stem for one, stem in zip(run.new_styles, file_stems(run.new_styles), strict=True) if one == name)
-    folder = run.folder / STYLE_RUNS / stem
+    folder = style_folder(run.folder, recipe, name)
     done = _finished(folder / CHECKPOINTS, training.steps, start)
     if done is not None:
         return done
@@ -367,11 +377,23 @@ def _finished(root: Path, steps: int, start: Adapter) -> Adapter | None:
     newest = newest_checkpoint(root)
     if newest is None or step_of(newest) != steps:
         return None
-    tensors = load_checkpoint(newest).tensors
-    state = {**tensors[STUDENT], **tensors.get("ema", {})}
-    trained = TrainedAdapter(start)
-    trained.load_state_dict({key.removeprefix("adapters.0."): tensor for key, tensor in state.items()})
-    return trained.frozen()
+    return adapters_at(load_checkpoint(newest), [start])[0]
+
+
+def adapters_at(checkpoint: Checkpoint, starting: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters that a checkpoint holds, their averages where it has these.
+
+    Args:
+        starting: of the same shapes, in the checkpoint's order.
+    """
+    state = {**checkpoint.tensors[STUDENT], **checkpoint.tensors.get("ema", {})}
+    found = []
+    for i, start in enumerate(starting):
+        prefix, trained = f"adapters.{i}.", TrainedAdapter(start)
+        own = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+        trained.load_state_dict(own)
+        found.append(trained.frozen())
+    return found
 
 
 @torch.no_grad()
@@ -420,6 +442,6 @@ def _train_all(run: Run, unet: nn.Module, prompts: StylePrompts, starting: Mappi
     trainer.train()
     with trainer.averaged():
         set_changes(unet, {})
-        prompts.adapters = {name: _stored(student.adapter(name).to("cpu")) for name in styles}
+        prompts.adapters = {name: stored(student.adapter(name).to("cpu")) for name in styles}
         unet.requires_grad_(False).to("cpu")
         on_main(lambda: run.save(None))

@@ -60,7 +60,7 @@ from dmm.recipes.parts import MAX_SEED
 from dmm.recipes.recipe import Recipe, load_recipe, save_recipe
 from dmm.recipes.stages import first_stage, second_stage
 from dmm.training.adapting import Run as AdapterRun
-from dmm.training.adapting import adapt
+from dmm.training.adapting import adapt, steps_of, style_folder
 from dmm.training.batches import Batches, Role
 from dmm.training.building import build_adversary, build_student, open_teachers, roles_of
 from dmm.training.checkpoint import newest_checkpoint
@@ -390,14 +390,18 @@ def _check_styles(recipe: Recipe, folder: Path) -> None:
 
 def _check_resumable(recipe: Recipe, folder: Path) -> None:
     """Refuse to go on with a run from which a recipe cannot be reached: it would begin anew over its own result."""
-    saved = checkpoints(folder / CHECKPOINTS)
-    trained = (step_of(saved[-1]) or 0) if saved else 0
-    if trained > recipe.training.steps:
-        raise UserError(
-            f"The run in '{folder}' has trained {trained} steps already, more than the recipe's training.steps of "
-            f"{recipe.training.steps}. Raise that, or name another output."
-        )
-    if has_result(folder) and newest_checkpoint(folder / CHECKPOINTS) is None:
+    roots = {folder / CHECKPOINTS: recipe.training.steps}
+    if recipe.styles.trained == "adapters":
+        roots = {style_folder(folder, recipe, one.name) / CHECKPOINTS: steps_of(recipe, one) for one in recipe.teachers}
+    for root, steps in roots.items():
+        saved = checkpoints(root)
+        trained = (step_of(saved[-1]) or 0) if saved else 0
+        if trained > steps:
+            raise UserError(
+                f"The run in '{root.parent}' has trained {trained} steps already, more than the recipe's "
+                f"training.steps of {steps}. Raise that, or name another output."
+            )
+    if has_result(folder) and all(newest_checkpoint(root) is None for root in roots):
         raise UserError(
             f"'{folder}' holds the result of a run whose checkpoints are gone, so that it cannot go on under a changed "
             f"recipe. To train on from the result, begin a new run with --set 'start={folder}' and another --output; "
