@@ -119,10 +119,15 @@ def test_extraction_tells_what_a_lora_cannot_carry(models, tmp_path):
 
 def test_recipes_that_make_no_lora(loras, tmp_path):
     lora = {"name": "a", "lora": str(loras / "a.safetensors")}
+    extract = {"method": "extract", "base": "o/b", "teachers": [{"name": "a", "model": "o/m"}]}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat")
     for keys, message in (
         ({"method": "ties", "teachers": [lora]}, "'ties' is not for LoRAs"),
         ({"method": "extract", "teachers": [lora]}, "takes a base and one teacher"),
         ({"method": "soup", "teachers": [{"name": "a", "model": "o/m"}]}, "made of LoRAs"),
+        ({**extract, "energy": 0.5, "calibration": {"prompts": prompts}}, "give rank, not energy"),
+        ({"method": "soup", "teachers": [lora], "calibration": {"prompts": prompts}}, "for the method 'extract'"),
     ):
         with pytest.raises(ValueError, match=message):
             SoupRecipe(kind="lora", **keys)
@@ -145,3 +150,24 @@ def test_what_a_sum_would_lose_is_refused(loras, tmp_path, config, what):
     with pytest.raises(UserError, match=f"{what}, and only plain LoRAs add up to a LoRA"):
         merged(loras, tmp_path / "soup.safetensors", method="soup", teachers=teachers)
     assert not (tmp_path / "soup.safetensors").exists()
+
+
+def test_a_calibrated_lora_of_as_many_bytes_is_nearer_to_its_model(models, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    calibration = {"prompts": str(tmp_path / "prompts.txt"), "count": 4, "samples": 32, "steps": 2, "guidance": 1}
+    teachers = [{"name": "a", "model": str(models / "a")}]
+    keys = {"kind": "lora", "method": "extract", "base": str(models / "base"), "teachers": teachers, "rank": 2}
+    made = {
+        name: cook(SoupRecipe(**keys, precision="fp32", text_encoder="base", **more), tmp_path / f"{name}.safetensors")
+        for name, more in (("plain", {}), ("calibrated", {"calibration": {**calibration, "size": 16}}))
+    }
+    assert made["calibrated"].num_bytes <= made["plain"].num_bytes
+    assert "calibrated: " in made["calibrated"].notes[0]
+    torch.manual_seed(0)
+    x, t, text = torch.randn(16, 4, 8, 8), torch.arange(16) * 60, torch.randn(16, 6, 16)
+    teacher = open_pipeline(ModelSource(models / "a")).unet(x, t, encoder_hidden_states=text).sample
+    moved = {}
+    for name, one in made.items():
+        unet = open_pipeline(ModelSource(models / "base", loras=((one.path, 1.0),))).unet
+        moved[name] = float((unet(x, t, encoder_hidden_states=text).sample - teacher).square().mean())
+    assert moved["calibrated"] < moved["plain"]

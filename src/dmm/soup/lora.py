@@ -228,15 +228,23 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
             progress(1)
             return factors
 
+        calibrated = _calibrated(recipe)
+        if recipe.calibration is not None:  # what of these it has left out is worth least
+            layers = {name: tensor for name, tensor in layers.items() if not tensor.name.startswith("unet/")}
         with bar("decomposing", len(layers)) as progress:
             tasks = [partial(run, tensor.base, tensor.models[0], progress) for tensor in layers.values() if tensor.base]
             factors = in_threads(tasks, threads)
         changed = [name for name, one in zip(layers, factors, strict=True) if one is not None]
-        if not changed:
+        if not changed and not calibrated:
             raise UserError("The model and its base do not differ in any layer that a LoRA can be on.")
         lost = sum(not torch.equal(_whole(tensor.models[0]), _whole(tensor.base)) for tensor in left if tensor.base)
-        mean = sum(one[1] for one in factors if one) / len(changed)
-        notes = [f"kept {mean:.1%} of a layer's squared difference, on average"]
+        notes = []
+        if calibrated:
+            ranks = [len(one.down) for one in calibrated.values()]
+            notes.append(f"calibrated: {len(ranks)} layers of the UNet got ranks from {min(ranks)} to {max(ranks)}")
+        if changed:
+            mean = sum(one[1] for one in factors if one) / len(changed)
+            notes.append(f"kept {mean:.1%} of a layer's squared difference, on average")
         if lost:
             notes.append(f"{lost} tensors differ that a LoRA does not carry (biases, norms, embeddings, the VAE)")
         names = {label: Path(str(path)).name for label, path in (("base", recipe.base), *_models(recipe))}
@@ -246,7 +254,23 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
         dtype = _DTYPES.get(recipe.precision or "", torch.float16)
         kept = {name: one[0] for name, one in zip(layers, factors, strict=True) if one is not None}
         kind = family.lora_metadata if family else {}
+        kept = {**calibrated, **kept}
         return kept, dtype, kind, found, sources, notes
+
+
+def _calibrated(recipe: SoupRecipe) -> dict[str, Factors]:
+    """The denoiser's layers of a recipe with a calibration, by kohya's names."""
+    if recipe.calibration is None:
+        return {}
+    from dmm.soup.calibrated import calibrated_layers  # here, since plain soups run no models
+
+    layers = {}
+    for name, (part, shape) in calibrated_layers(recipe).items():
+        up = part.up.reshape(*part.up.shape, *(1,) * (len(shape) - 2))
+        layer = kohya_name_of(f"unet.{name.removesuffix('.weight')}")
+        assert layer is not None  # a parameter's own name
+        layers[layer] = Factors(part.down.reshape(len(part.down), *shape[1:]), up)
+    return layers
 
 
 def _models(recipe: SoupRecipe) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from dmm.errors import nearest
 from dmm.recipes.named_model import NamedModel
-from dmm.recipes.parts import Count, Folder, Model, Number, Part, Seed, in_range, read_recipe
+from dmm.recipes.parts import Count, File, Folder, Model, Number, Part, Seed, Whole, in_range, read_recipe
 from dmm.soup.registry import METHODS
 
 MethodName = Literal[
@@ -33,6 +33,25 @@ Share = Annotated[Number, in_range(above=0, most=1)]
 
 class SoupTeacher(NamedModel):
     """A model that goes into the soup: by its name in the ledger, and in ``weights`` and ``blocks``."""
+
+
+class Calibration(Part):
+    """What a LoRA's factors are fitted to: noised pictures that the teacher paints."""
+
+    prompts: File
+    """A text file, one prompt a line."""
+    count: Count = 16
+    """Pictures."""
+    samples: Count = 128
+    """Noised ones, of these pictures."""
+    steps: Annotated[Whole, in_range(least=1, most=1000)] = 25
+    """Of the sampler, DPM-Solver++."""
+    guidance: Annotated[Number, in_range(least=1)] = 7.0
+    """Classifier-free guidance scale; 1 is none."""
+    size: Annotated[Whole, in_range(least=8)] | None = None
+    """Pixels a side; by default the teacher's own."""
+    seed: Seed = 0
+    """Of pictures and noise."""
 
 
 class SoupRecipe(Part):
@@ -71,6 +90,8 @@ class SoupRecipe(Part):
     """Of tensors that some models lack: refuse, take the base's, or merge the models that have them."""
     rank: Count | None = None
     """Of a LoRA that comes out; by default as the energy needs, or the ranks of all that go in."""
+    calibration: Calibration | None = None
+    """Of ``extract``: keep what moves the model's output most, in place of the most of each layer's difference."""
     energy: Share | None = None
     """How much of each layer's squared difference a LoRA that comes out keeps."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
@@ -114,6 +135,8 @@ class SoupRecipe(Part):
             raise ValueError("the method 'extract' makes a LoRA; add 'kind: lora'")
         if self.ema and self.base is None:
             raise ValueError("ema is the base's, and there is none; give it to a teacher, or name a base")
+        if self.calibration is not None and self.method != "extract":
+            raise ValueError("calibration is for the method 'extract'; leave it out")
         if self.kind == "lora":
             return self._check_lora()
         method = METHODS[self.method]
@@ -152,6 +175,11 @@ class SoupRecipe(Part):
                 raise ValueError("'extract' takes a base and one teacher, whose difference becomes a LoRA")
             if (self.rank is None) == (self.energy is None):
                 raise ValueError("'extract' needs to know how large: give one of rank and energy")
+            if self.calibration is not None and self.rank is None:
+                raise ValueError(
+                    "a calibration deals ranks to layers from as many parameters as a rank everywhere has: give rank, "
+                    "not energy"
+                )
         elif any(teacher.lora is None or teacher.model is not None for teacher in self.teachers):
             raise ValueError("a LoRA is made of LoRAs: give every teacher one lora and no model, or use 'extract'")
         return self._check_weights()
