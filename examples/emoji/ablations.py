@@ -6,6 +6,7 @@
     python ablations.py incremental WORK --seeds 3  4 styles; 8; 4 + 4 without regularisation, with it, in two stages
     python ablations.py adding WORK --seeds 3       8 styles; 7, and then one more in a quarter of the steps
     python ablations.py longer WORK --seeds 3       the same in four times as many, with twice as many pictures
+    python ablations.py adapters WORK --quick       adapters by bytes and samples; plain LoRAs of as many bytes
     python ablations.py adversary WORK --seeds 10   whether the adversary's game goes well, seed by seed
 
 Every arm is one `dmm merge` or `dmm add`, of the demo's length or a part or multiple of it, and one `dmm evaluate`;
@@ -31,6 +32,7 @@ from dmm.demo.judge import load_judge
 from dmm.errors import UserError
 from dmm.evaluation.extractor_names import check_count
 from dmm.files.yaml import write_yaml
+from dmm.formats.tensors import read_header
 
 STEPS = story.PAPER["training"]["steps"]
 HEAVY = {"feature": 0.1}
@@ -46,6 +48,9 @@ class Arm:
         start: the arm, by its key, whose model is trained further.
         earlier: the one to whose model the styles are added.
         rate: the learning rate, where it is not the demo's.
+        rank: of adapters; 0: of style prompts, as in the paper.
+        train: what of adapters is trained.
+        plain: the adapters are the experts' differences, decomposed by nothing but themselves.
     """
 
     name: str
@@ -58,6 +63,9 @@ class Arm:
     earlier: str | None = None
     regularization: float = 0.5
     rate: float | None = None
+    rank: int = 0
+    train: str = "adapters"
+    plain: bool = False
 
 
 def samples_arms() -> list[Arm]:
@@ -158,6 +166,20 @@ def adversary_arms() -> list[Arm]:
     return [Arm("+ adversary", "adversary", story.styles(), {**HEAVY, "adversarial": 0.01})]
 
 
+def adapters_arms() -> list[Arm]:
+    names = story.styles()
+    arms = [Arm("rank 0, 9,000 samples", "8-short", names, steps=0.25), Arm("rank 0, 36,000", "8", names)]
+    for rank in (2, 4, 8, 16):
+        few = {"count": 1, "own": 0.0}  # nothing is learnt from them
+        arms += [
+            Arm(f"rank {rank}, plain", f"plain-{rank}", names, data=few, rank=rank, train="none", plain=True),
+            Arm(f"rank {rank}, calibrated", f"rank-{rank}-none", names, rank=rank, train="none"),
+            Arm(f"rank {rank}, 9,000 samples", f"rank-{rank}-short", names, steps=0.25, rank=rank),
+            Arm(f"rank {rank}, 36,000", f"rank-{rank}", names, rank=rank),
+        ]
+    return arms
+
+
 TABLES: dict[str, Callable[[], list[Arm]]] = {
     "samples": samples_arms,
     "losses": losses_arms,
@@ -165,6 +187,7 @@ TABLES: dict[str, Callable[[], list[Arm]]] = {
     "incremental": incremental_arms,
     "adding": adding_arms,
     "longer": longer_arms,
+    "adapters": adapters_arms,
     "adversary": adversary_arms,
 }
 
@@ -195,14 +218,38 @@ def run_arm(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> Pat
     recipe = folder / story.RECIPE
     recipe.write_text(write_yaml(recipe_of(arm, work, seed, options)), encoding="utf-8")
     merged = folder / "merged"
+    if arm.plain and not (merged / "model_index.json").exists():
+        extract_loras(arm, folder, options)
     command = ["add", str(folder_of(work, arm.earlier, seed) / "merged")] if arm.earlier else ["merge"]
     run_dmm(options, [*command, str(recipe), "--output", str(merged), "--resume"])
     if options.num_images and not (folder / "report" / "report.json").exists():
         settings = ["--num-images", str(options.num_images), "--extractor", "judge", "--guidance", "2", "--steps", "15"]
+        settings += ["--quick"] if options.quick else []
         teachers = [f"--teacher={name}={experts()[name]}" for name in all_styles(arm)]
         base = ["--base", str(experts()["base"])]
         run_dmm(options, ["evaluate", str(merged), *teachers, *base, *settings, "--output", str(folder / "report")])
     return folder
+
+
+def extract_loras(arm: Arm, folder: Path, options: argparse.Namespace) -> None:
+    """What LoRA extraction everywhere else makes of the experts, where it has not been made."""
+    base = str(experts()["base"])
+    for teacher in teachers_of(arm):
+        recipe, lora = folder / f"{teacher['name']}.yaml", lora_of(folder, teacher["name"])
+        of_lora = {"model": base, "lora": teacher["lora"]} if "lora" in teacher else {"model": teacher["model"]}
+        told = {"kind": "lora", "method": "extract", "base": base, "rank": arm.rank, "text_encoder": "base"}
+        recipe.write_text(write_yaml({**told, "teachers": [{"name": teacher["name"], **of_lora}]}), encoding="utf-8")
+        if not lora.exists():
+            run_dmm(options, ["soup", str(recipe), "--output", str(lora)])
+
+
+def lora_of(folder: Path, style: str) -> Path:
+    return folder / f"{style}.safetensors"
+
+
+def teachers_of(arm: Arm) -> list[dict[str, str]]:
+    forms, paths = expert_forms(), experts()
+    return [{"name": name, ("lora" if forms[name] == "lora" else "model"): str(paths[name])} for name in arm.styles]
 
 
 def all_styles(arm: Arm) -> list[str]:
@@ -212,13 +259,10 @@ def all_styles(arm: Arm) -> list[str]:
 
 
 def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    forms, paths = expert_forms(), experts()
     steps = round(options.steps * arm.steps)
     recipe: dict[str, Any] = {
-        "base": str(paths["base"]),
-        "teachers": [
-            {"name": name, ("lora" if forms[name] == "lora" else "model"): str(paths[name])} for name in arm.styles
-        ],
+        "base": str(experts()["base"]),
+        "teachers": teachers_of(arm),
         "data": {"synthesize": {"prompts": story.PROMPTS_FILE, **story.DATA, **arm.data}},
         "size": 32,
         "styles": {"rank": 0},
@@ -229,10 +273,18 @@ def recipe_of(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> d
         # of its own in a second stage, or that would draw the first one's noise again
         "seed": seed + (10 if arm.start else 0),
     }
+    if arm.rank:
+        own = round(steps / len(arm.styles))  # of each style, trained by itself
+        recipe["styles"] = {"rank": arm.rank, "train": arm.train}
+        recipe["training"] = {**story.ADAPTERS["training"], "steps": own, "warmup_steps": own // 20}
+    if arm.plain:
+        folder = folder_of(work, arm.key, seed)
+        recipe["teachers"] = [{"name": name, "lora": str(lora_of(folder, name))} for name in arm.styles]
+        recipe["styles"]["samples"] = 1
     if arm.earlier:
         recipe["earlier"] = {"regularization": arm.regularization}
     else:
-        recipe["start"] = "average"
+        recipe["start"] = "base" if arm.rank else "average"
     if arm.start:
         recipe["start"] = str(folder_of(work, arm.start, seed) / "merged")
     if arm.rate:
@@ -253,14 +305,24 @@ def read_report(folder: Path) -> dict[str, Any]:
     return report
 
 
+def share_of(folder: Path) -> float:
+    """The numbers of a style's adapter in per cent of the UNet's, on average."""
+    index = folder / "merged" / "styles" / "adapters.json"
+    if not index.is_file():
+        return 0.0
+    adapters = json.loads(index.read_text(encoding="utf-8"))["adapters"].values()
+    weights = read_header(folder / "merged" / "unet" / "diffusion_pytorch_model.safetensors").tensors.values()
+    return 100 * mean(one["parameters"] for one in adapters) / sum(math.prod(one.shape) for one in weights)
+
+
 def told(values: Sequence[float], form: str = "{:.3f}") -> str:
     """Mean over seeds, and their standard deviation where there are several."""
     spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
     return form.format(mean(values)) + spread
 
 
-def print_table(arms: Sequence[Arm], work: Path, seeds: Sequence[int]) -> None:
-    """For every arm, over seeds."""
+def print_table(arms: Sequence[Arm], work: Path, seeds: Sequence[int], *, quick: bool) -> None:
+    """For every arm, over seeds; without FIDs, which a quick look does without."""
     figures: dict[str, tuple[str, Callable[[dict[str, Any]], float]]] = {
         "FIDt": ("{:.2f}", lambda report: report["fidt"]),
         "its reference": ("{:.2f}", lambda report: report["fidt_reference"]),
@@ -270,10 +332,15 @@ def print_table(arms: Sequence[Arm], work: Path, seeds: Sequence[int]) -> None:
         "its own expert's": ("{:.3f}", lambda report: report["score_error"]["own"]["mean"]),
         "PSNR, dB": ("{:.2f}", lambda report: report["pairwise"]["psnr"]["mean"]["value"]),
     }
-    print("| | " + " | ".join(figures) + " |\n|---" + "|---" * len(figures) + "|")
+    if quick:
+        del figures["FIDt"], figures["its reference"]
+    sizes = ["a style, % of the UNet"] if any(arm.rank for arm in arms) else []
+    print("| | " + " | ".join([*sizes, *figures]) + " |\n|---" + "|---" * len([*sizes, *figures]) + "|")
     for arm in arms:
-        reports = [read_report(folder_of(work, arm.key, seed)) for seed in seeds]
-        cells = [told([read(report) for report in reports], form) for form, read in figures.values()]
+        folders = [folder_of(work, arm.key, seed) for seed in seeds]
+        reports = [read_report(folder) for folder in folders]
+        cells = [told([share_of(folder) for folder in folders], "{:.1f}")] if sizes else []
+        cells += [told([read(report) for report in reports], form) for form, read in figures.values()]
         print(f"| {arm.name} | " + " | ".join(cells) + " |")
 
 
@@ -337,9 +404,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a whole training, of 40 samples each")
     parser.add_argument("--num-images", type=int, default=400, help="of each style; 0: do not evaluate")
+    parser.add_argument("--quick", action="store_true", help="evaluate without FID, on as few pictures as you like")
     parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
-    if options.num_images:  # what evaluations would refuse after hours of training
+    if options.num_images and not options.quick:  # what evaluations would refuse after hours of training
         try:
             check_count(options.num_images, sum(load_judge().config.channels), "judge")
         except UserError as error:
@@ -352,7 +420,7 @@ def main() -> None:
     samples = options.steps * story.PAPER["training"]["batch_size"]
     print(f"{samples:,} samples a merge, {options.num_images} pictures of a style, {len(seeds)} seeds.\n")
     if options.num_images:
-        print_table(arms, options.work, seeds)
+        print_table(arms, options.work, seeds, quick=options.quick)
     if options.table in COMPARED and options.num_images:
         for figure in FIGURES:
             print()
