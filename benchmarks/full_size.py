@@ -4,10 +4,12 @@ The UNet has SD 1.5's configuration (860 M parameters), latents and texts its sh
 changes neither memory nor time. No VAE and no text encoder is there: none runs in the training loop.
 
   python benchmarks/full_size.py                                       two teachers, batch 2, on the CPU: 24 GB do
+  python benchmarks/full_size.py --rank 16                             the same with adapters: 8 GB do
+  python benchmarks/full_size.py --rank 16 --calibrate --samples 16    what comes before: a teacher calibrated
   python benchmarks/full_size.py --width 64                            narrow, to try the script
   python benchmarks/full_size.py --teachers 8 --batch-size 20 --steps 12 --no-gradient-checkpointing      on a GPU
 
-Against 24 GB, for the CPU; a GPU's figures stand for themselves.
+Against 24 GB, with adapters 8 GB, and 12 GB for a calibration, on the CPU; a GPU's figures stand for themselves.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import resource
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -29,17 +32,20 @@ from torch import Tensor
 
 from dmm.families.sd1 import SD1
 from dmm.maths.sharing import share_batch
-from dmm.models.student import StyledStudent
+from dmm.models.adapters import Adapter, Factors
+from dmm.models.calibration import layers_of
+from dmm.models.student import AdaptedStudent, StyledStudent
 from dmm.models.styles import StylePrompts
 from dmm.models.teachers import freeze
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches, Role
+from dmm.training.calibrating import Sample, calibrate
 from dmm.training.distill import Teacher
 from dmm.training.residency import place_teachers
 from dmm.training.trainer import LOG, Trainer
 
 SD15_WIDTH = 320
-LIMIT = 24e9  # bytes
+LIMIT, ADAPTED_LIMIT, CALIBRATION_LIMIT = 24e9, 8e9, 12e9  # bytes
 ACTIVATIONS = 2e9  # bytes, a guess for two samples, with what Python takes
 
 
@@ -119,17 +125,23 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=SD15_WIDTH, help="channels of the first block; a multiple of 32")
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--rank", type=int, default=0, help="of adapters; 0: style prompts")
+    parser.add_argument("--calibrate", action="store_true", help="a teacher, in place of training")
+    parser.add_argument("--samples", type=int, default=16, help="that it is calibrated on")
     args = parser.parse_args()
 
     prefer_to_end_this_process()
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     device = accelerator.device
+    if args.calibrate:
+        sys.exit(calibrate_one(args, accelerator))
     with torch.device("meta"):
         num_parameters = build_unet(args.width, torch.float32, torch.device("meta"), 0).num_parameters()
+    trained = 0 if args.rank else num_parameters
     parts = {
-        "student, float32": 4 * num_parameters,
-        "gradients": 4 * num_parameters,
-        "AdamW's moments": 8 * num_parameters,
+        **({"shared weights, bfloat16": 2 * num_parameters} if args.rank else {"student, float32": 4 * trained}),
+        "gradients": 4 * trained,
+        "AdamW's moments": 8 * trained,
         f"{args.teachers} teachers, bfloat16": 2 * args.teachers * num_parameters,
     }
     expected = sum(parts.values())
@@ -146,7 +158,7 @@ def main() -> None:
             "teachers": [{"name": name, "model": "random/teacher"} for name in names],
             "data": {"dataset": "random/data"},
             "size": args.size,
-            "styles": {"rank": 0},
+            "styles": {"rank": args.rank},
             "training": {
                 **{"steps": args.steps, "batch_size": args.batch_size, "micro_batch_size": args.batch_size},
                 **{"gradient_checkpointing": args.gradient_checkpointing, "compile": args.compile},
@@ -155,9 +167,13 @@ def main() -> None:
             "logging": {"every": 1, "sample_every": None},
         }
     )
-    student = StyledStudent(
-        build_unet(args.width, torch.float32, device, 0), StylePrompts(names, dim=4 * args.width), SD1
-    )
+    student: AdaptedStudent | StyledStudent
+    if args.rank:
+        shared = build_unet(args.width, torch.bfloat16, device, 0)
+        student = AdaptedStudent(shared, {name: some_adapter(shared, args.rank) for name in names})
+    else:
+        shared = build_unet(args.width, torch.float32, device, 0)
+        student = StyledStudent(shared, StylePrompts(names, dim=4 * args.width), SD1)
     teachers = {}
     for index in range(args.teachers):
         unet = freeze(build_unet(args.width, torch.bfloat16, device, 1 + index))
@@ -193,7 +209,51 @@ def main() -> None:
     if device.type == "cuda":
         print(f"{torch.cuda.get_device_name(device)}; reserved {torch.cuda.max_memory_reserved(device) / 1e9:.2f} GB")
     else:
-        sys.exit(0 if peak < LIMIT else f"more than {LIMIT / 1e9:.0f} GB")
+        limit = ADAPTED_LIMIT if args.rank else LIMIT
+        sys.exit(0 if peak < limit else f"more than {limit / 1e9:.0f} GB")
+
+
+def calibrate_one(args: argparse.Namespace, accelerator: Accelerator) -> str | int:
+    """Calibrate a teacher; returns the exit status."""
+    start = freeze(build_unet(args.width, torch.float32, accelerator.device, 0))
+    teacher = freeze(build_unet(args.width, torch.float32, accelerator.device, 0))
+    torch.manual_seed(1)
+    for parameter in teacher.parameters():
+        parameter += 0.1 * parameter.std().nan_to_num() * torch.randn_like(parameter)
+    data, one_by_one = RandomData(args.size), range(args.samples)
+    print(f"built, {peak_bytes(accelerator.device) / 1e9:.2f} GB", flush=True)
+
+    def samples() -> Iterator[Sample]:
+        for index in one_by_one:
+            row = torch.tensor([index % data.num_rows])
+            text = data.conditioning("", row, torch.zeros(1, dtype=torch.bool))
+            x_t, text = (
+                data.latents(row).to(accelerator.device),
+                {name: one.to(accelerator.device) for name, one in text.items()},
+            )
+            yield Sample(x_t, torch.tensor([1000 * index // args.samples], device=accelerator.device), text, text)
+
+    begun = time.monotonic(), time.process_time()
+    with accelerator.autocast():
+        found = calibrate(teacher, start, samples, seed=0, max_rank=8 * (args.rank or 16), own={})
+    seconds, of_cpu = time.monotonic() - begun[0], time.process_time() - begun[1]
+    peak = peak_bytes(accelerator.device)
+    print(f"{len(found.components)} layers on {args.samples} samples: {seconds:.0f} s, {of_cpu:.0f} s of CPU time")
+    print(f"peak memory {peak / 1e9:.2f} GB")
+    is_cpu = accelerator.device.type == "cpu"
+    return f"more than {CALIBRATION_LIMIT / 1e9:.0f} GB" if is_cpu and peak > CALIBRATION_LIMIT else 0
+
+
+def some_adapter(unet: UNet2DConditionModel, rank: int) -> Adapter:
+    """An adapter that nobody trained, of one rank in every layer."""
+    factors = {}
+    for name, layer in layers_of(unet).items():
+        weight = layer.get_parameter("weight")
+        size = min(rank, weight.shape[0], weight[0].numel())
+        up, down = 0.01 * torch.randn(weight.shape[0], size), 0.01 * torch.randn(size, *weight.shape[1:])
+        factors[name] = Factors(up, down)
+    offsets = {name: torch.zeros(one.shape) for name, one in unet.named_parameters() if name not in factors}
+    return Adapter(factors, offsets)
 
 
 def prefer_to_end_this_process() -> None:

@@ -1,6 +1,7 @@
 """What a style costs: time and memory against the stock pipeline on the same weights, measured in pairs in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/styles.py [MERGED] [--pairs N] [--steps N] [--device NAME]
+    OMP_NUM_THREADS=1 python benchmarks/styles.py [MERGED] [--rank R] [--pairs N] [--steps N] [--device NAME]
+    python benchmarks/styles.py --switch --rank 16
 
 Prints, with the target of each, and exits with 1 where one is missed:
 - a denoising run with a style set : the stock pipeline's; the median of paired ratios, with its 95 % interval
@@ -9,7 +10,9 @@ Prints, with the target of each, and exits with 1 where one is missed:
 - switching styles, in milliseconds
 
 MERGED is by default the embedded base with eight style prompts that nobody trained: what they say is of no
-consequence for what they cost. On a CPU, time is the process's own: other work on the machine does not count.
+consequence for what they cost; with --rank, adapters of that rank in every layer. --switch measures instead how long
+it takes to go from one adapter to another in a UNet of SD 1.5's size, bf16, random weights (5 GB of memory). On a CPU,
+time is the process's own: other work on the machine does not count.
 """
 
 import argparse
@@ -23,10 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch.profiler import ProfilerActivity, profile
 
 import dmm.demo
-from dmm.models.styles import StylePrompts
+from dmm.models.adapters import Adapter, Factors
+from dmm.models.adapting import Adaptation
+from dmm.models.calibration import layers_of
+from dmm.models.styles import StylePrompts, styled_port
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.styled import add_styles, load_pipeline, set_style, stock_twin, style_names
 
@@ -37,12 +44,16 @@ WARM_UP = 2
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("merged", nargs="?", help="a merged model with at least two styles")
+    parser.add_argument("--rank", type=int, default=0, help="of adapters; 0: style prompts")
+    parser.add_argument("--switch", action="store_true", help="measure a switch of adapters at full size alone")
     parser.add_argument("--pairs", type=int, default=60)
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of a run")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    styled = open_styled(args.merged).to(args.device)
+    if args.switch:
+        return 0 if measure_switch(args.rank or 16) else 1
+    styled = open_styled(args.merged, args.rank).to(args.device)
     styled.set_progress_bar_config(disable=True)
     stock = stock_twin(styled)
     names = style_names(styled)
@@ -56,6 +67,7 @@ def main() -> int:
     set_style(styled, names[0])
     pairs = [(lambda: denoise(styled, 1), lambda: denoise(stock, 1)) for _ in range(args.pairs)]
     met = [report("a style set : stock", *ratio(pairs, clock), at_most=1.01)]
+    has_adapters = bool(styled_port(styled.unet).style_prompts.adapters)
 
     # in turns, the least of three: whatever a library keeps from its first call counts for nobody
     peaks = [[peak_memory(lambda pipe=pipe: denoise(pipe, 1), args.device) for pipe in (styled, stock)] for _ in "123"]
@@ -72,7 +84,9 @@ def main() -> int:
         denoise(styled, NUM_STYLES)
 
     batches = ratio([(eight_styles, one_style)] * max(1, args.pairs // 3), clock)
-    met.append(report(f"{NUM_STYLES} styles in a batch : one style", *batches, at_most=1.05))
+    met.append(report(f"{NUM_STYLES} styles in a batch : one style", *batches, at_most=1.3 if has_adapters else 1.05))
+    if has_adapters:  # a switch changes all weights: see --switch
+        return 0 if all(met) else 1
 
     switches = [measure(lambda i=i: set_style(styled, names[i % 2]), time.perf_counter) for i in range(200)]
     milliseconds = 1000 * statistics.median(switches)
@@ -82,12 +96,46 @@ def main() -> int:
     return 0 if all(met) else 1
 
 
-def open_styled(merged: str | None) -> Any:
+def measure_switch(rank: int) -> bool:
+    """How long going from one adapter to another takes in a UNet of SD 1.5's size."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    unet = UNet2DConditionModel(
+        sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
+    )
+    torch.set_default_dtype(torch.float32)
+    adapters = {f"style-{i}": some_adapter(unet, rank).to(dtype=torch.float16) for i in range(2)}
+    adaptation, names = Adaptation(), list(adapters)
+    adaptation.choose(unet, names, adapters, names[0])  # the first time it keeps the shared weights, too
+    seconds = [
+        measure(lambda i=i: adaptation.choose(unet, names, adapters, names[i % 2]), time.perf_counter)
+        for i in (1, 2, 3, 4, 5)
+    ]
+    what = f"a switch of adapters of rank {rank}, s ({torch.get_num_threads()} threads, median of {len(seconds)})"
+    return told(what, statistics.median(seconds), at_most=1.0)
+
+
+def some_adapter(unet: Any, rank: int) -> Adapter:
+    """An adapter that nobody trained, small, of one rank in every layer."""
+    factors = {}
+    for name, layer in layers_of(unet).items():
+        weight: Any = layer.weight
+        size = min(rank, weight.shape[0], weight[0].numel())
+        up, down = 0.01 * torch.randn(weight.shape[0], size), 0.01 * torch.randn(size, *weight.shape[1:])
+        factors[name] = Factors(up, down)
+    offsets = {name: torch.zeros(one.shape) for name, one in unet.named_parameters() if name not in factors}
+    return Adapter(factors, offsets)
+
+
+def open_styled(merged: str | None, rank: int) -> Any:
     if merged is not None:
         return load_pipeline(merged)
     pipe = open_pipeline(ModelSource(dmm.demo.experts()["base"]))
     torch.manual_seed(0)
-    add_styles(pipe, StylePrompts([f"style-{i}" for i in range(NUM_STYLES)], dim_of(pipe)))
+    names = [f"style-{i}" for i in range(NUM_STYLES)]
+    prompts = StylePrompts(names, 0 if rank else dim_of(pipe))
+    prompts.adapters = {name: some_adapter(pipe.unet, rank) for name in names} if rank else {}
+    add_styles(pipe, prompts)
     return pipe
 
 
