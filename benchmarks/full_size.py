@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -71,6 +71,10 @@ class RandomData:
     def latents(self, rows: Tensor) -> Tensor:
         """(B, 4, H, W)."""
         return self._latents[rows]
+
+    def shown(self, _rows: Tensor, _styles: Sequence[str]) -> dict[str, Tensor]:
+        """Nothing: the UNet reads no more."""
+        return {}
 
     def conditioning(self, _encoder: str, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         """(B, 77, 768)."""
