@@ -40,7 +40,7 @@ from dmm.models.teachers import freeze
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches, Role
 from dmm.training.calibrating import Sample, calibrate
-from dmm.training.distill import Teacher
+from dmm.training.distill import Imitation, Teacher
 from dmm.training.residency import place_teachers
 from dmm.training.trainer import LOG, Trainer
 
@@ -200,7 +200,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         placed = place_teachers(teachers, device, num_student_bytes=0)
-        Unsaved(accelerator, student, placed, batches, recipe, Path(folder), names).train()
+        lesson = Imitation(placed, recipe.losses.feature)
+        Unsaved(accelerator, student, lesson, batches, recipe, Path(folder), names).train()
         log = [json.loads(line) for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()]
     for entry in log:
         print(f"step {entry['step']}: score {entry['score']:.4f}, feature {entry['feature']:.4f}")
