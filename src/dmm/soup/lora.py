@@ -228,7 +228,7 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
             progress(1)
             return factors
 
-        calibrated = _calibrated(recipe)
+        calibrated = _calibrated(recipe, family)
         if recipe.calibration is not None:  # what of these it has left out is worth least
             layers = {name: tensor for name, tensor in layers.items() if not tensor.name.startswith("unet/")}
         with bar("decomposing", len(layers)) as progress:
@@ -258,7 +258,7 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
         return kept, dtype, kind, found, sources, notes
 
 
-def _calibrated(recipe: SoupRecipe) -> dict[str, Factors]:
+def _calibrated(recipe: SoupRecipe, family: Family | None) -> dict[str, Factors]:
     """The denoiser's layers of a recipe with a calibration, by kohya's names."""
     if recipe.calibration is None:
         return {}
@@ -267,7 +267,7 @@ def _calibrated(recipe: SoupRecipe) -> dict[str, Factors]:
     layers = {}
     for name, (part, shape) in calibrated_layers(recipe).items():
         up = part.up.reshape(*part.up.shape, *(1,) * (len(shape) - 2))
-        layer = kohya_name_of(f"unet.{name.removesuffix('.weight')}")
+        layer = _layer_name(f"unet/{name}", family)
         assert layer is not None  # a parameter's own name
         layers[layer] = Factors(part.down.reshape(len(part.down), *shape[1:]), up)
     return layers
