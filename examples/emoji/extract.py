@@ -9,6 +9,7 @@ expert, 1 the base. What a LoRA does not carry (biases and norms) is missing in 
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,11 +46,12 @@ def main() -> None:
         teacher = {"name": style, "model": str(source.model)}
         for rank in args.ranks:
             errors = {}
-            for name, more in (("plain", {}), ("calibrated", {"calibration": calibration})):
+            kinds: dict[str, dict[str, Any]] = {"plain": {}, "calibrated": {"calibration": calibration}}
+            for name, more in kinds.items():
                 path = args.work / f"{style}-{rank}-{name}.safetensors"
-                recipe = {"kind": "lora", "method": "extract", "base": str(experts()["base"]), "teachers": [teacher]}
+                told: dict[str, Any] = {"base": str(experts()["base"]), "teachers": [teacher], "rank": rank, **more}
                 if not path.exists():
-                    cook(SoupRecipe(**recipe, rank=rank, text_encoder="base", **more), path)
+                    cook(SoupRecipe(kind="lora", method="extract", text_encoder="base", **told), path)
                 lora = ModelSource(base.model, loras=((path, 1.0),))
                 errors[name] = error_of(lora, source, base, style, prompts)
             ratio = errors["calibrated"] / errors["plain"]

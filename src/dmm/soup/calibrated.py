@@ -77,8 +77,13 @@ def _configs(recipe: SoupRecipe, model: str) -> Path | None:
 def _samples(calibration: Calibration, name: str, prompts: list[str], pipeline: Any, device: torch.device) -> Batches:
     """Noised pictures that the teacher has painted."""
     size = calibration.size or _own_size(name, pipeline)
-    settings = {"steps": calibration.steps, "guidance_scale": calibration.guidance, "seed": calibration.seed}
-    synthesis = Synthesis(prompts, calibration.count, **settings)
+    synthesis = Synthesis(
+        prompts,
+        calibration.count,
+        steps=calibration.steps,
+        guidance_scale=calibration.guidance,
+        seed=calibration.seed,
+    )
     return Batches(
         prepare_data(synthesis, pipeline, {name: lambda: pipeline}, size=size),
         [name],
