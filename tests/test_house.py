@@ -18,7 +18,7 @@ FLOORS = (
     ("data", "pipeline"),
     ("training", "soup"),
     ("evaluation", "report", "demo", "planning"),
-    ("cli",),
+    ("app", "cli"),
 )
 HEIGHTS = {wing: height for height, wings in enumerate(FLOORS) for wing in wings}
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "plan": "tell what a merge will take of memory, disk and time",
     "merge": "distil many models into one with all their styles",
     "remove": "take a style out of a merged model",
+    "serve": "open a page in which to paint with a merged model, or to watch a merge",
 }
 
 USAGE = f"""\

@@ -1,5 +1,6 @@
 """Pictures on disk and side by side: PNG files that say what they were made from, and labelled grids."""
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +25,18 @@ def save_png(image: Image.Image, path: Path, parameters: Parameters | None = Non
 
     Raises: UserError: the file exists and may not be overwritten, or cannot be written.
     """
+    with new_file(path, overwrite=overwrite) as temporary:
+        temporary.write_bytes(encode_png(image, parameters))
+
+
+def encode_png(image: Image.Image, parameters: Parameters | None = None) -> bytes:
+    """A picture as the bytes of a PNG, with ``parameters`` in the text chunk of that name."""
     info = PngInfo()
     if parameters is not None:
         info.add_text("parameters", str(parameters))
-    with new_file(path, overwrite=overwrite) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=info)
+    return encoded.getvalue()
 
 
 def grid(

@@ -1,0 +1,137 @@
+"""The model behind the page: what is asked for is painted, with all settings in the picture, or exported."""
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dmm.app.controls import Controls, Shot, list_shots
+from dmm.app.jobs import Job
+from dmm.app.uploads import check_picture
+from dmm.cli.style_options import write_style
+from dmm.errors import UserError
+from dmm.files.outputs import check_file
+from dmm.files.parameters import Parameters, UsedLora
+from dmm.files.pictures import encode_png
+from dmm.pipeline.export import export_style
+from dmm.pipeline.plugins import Start, add_plugins
+from dmm.pipeline.sampling import picture_size, sample
+from dmm.pipeline.styled import style_names
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A picture as the bytes of a PNG that tells how it was made, and what stands under it."""
+
+    png: bytes
+    label: str
+    file_name: str
+
+
+class Painter:
+    """A merged model that paints for everybody who asks, one at a time.
+
+    Args:
+        pipe: a merged model, on its device.
+        model: its name.
+        model_hash: of :func:`dmm.files.parameters.model_hash`.
+        loras: that are on it.
+        exports: the folder that mixes may be written to; None where that was not allowed.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        model: str,
+        model_hash: str | None = None,
+        loras: Sequence[UsedLora] = (),
+        exports: Path | None = None,
+    ) -> None:
+        self.model, self.exports = model, exports
+        self.names = style_names(pipe)
+        self.size = picture_size(pipe)
+        self._pipe, self._model_hash, self._loras = pipe, model_hash, loras
+        self._turn = threading.Lock()
+
+    def paint(self, controls: Controls, image: Path | None = None, mask: Path | None = None) -> Job[list[Painted]]:
+        """A job that paints what the controls ask for.
+
+        Args:
+            image: to begin with; its sides do not matter.
+            mask: white where that is painted anew.
+        Raises: UserError: they ask for what there is not.
+        """
+        shots = list_shots(controls)
+        picture_size(self._pipe, controls.width, controls.height)
+        if mask is not None and image is None:
+            raise UserError("A mask is for an image to begin with: give that too, or take the mask away.")
+        start = None
+        if image is not None:
+            for file in (image, *([mask] if mask else [])):
+                check_picture(file)
+            start = Start(image, controls.strength, mask)
+        return Job(lambda advance: self._paint(controls, shots, start, advance), len(shots), self._turn)
+
+    def export(self, controls: Controls, name: str) -> Job[Path]:
+        """A job that writes the mix as an ordinary checkpoint, in half precision.
+
+        Raises: UserError: that is not allowed, or the file is there already.
+        """
+        if self.exports is None:
+            raise UserError("This server writes nothing: it was started without --exports.")
+        if not re.fullmatch(r"\w[\w-]{0,63}", name):
+            raise UserError("A file's name is of letters, digits, - and _, at most 64.")
+        output = self.exports / f"{name}.safetensors"
+        check_file(output)
+
+        def work(_: Callable[[float], None]) -> Path:
+            export_style(self._pipe, controls.mix, output, dtype=torch.float16)
+            return output
+
+        return Job(work, 1, self._turn)
+
+    def _paint(
+        self, controls: Controls, shots: Sequence[Shot], start: Start | None, advance: Callable[[float], None]
+    ) -> list[Painted]:
+        pipeline, inputs = add_plugins(self._pipe, start=start)
+        size = controls.width, controls.height
+        images = sample(
+            pipeline,
+            [controls.prompt] * len(shots),
+            [shot.seed for shot in shots],
+            styles=[shot.style for shot in shots],
+            inputs=lambda count: inputs(count, size),
+            steps=controls.steps,
+            guidance_scale=controls.guidance,
+            negative_prompt=controls.negative.strip(),
+            width=controls.width,
+            height=controls.height,
+            sampler=controls.sampler,
+            progress=advance,
+        )
+        return [self._told(controls, shot, image, start) for shot, image in zip(shots, images, strict=True)]
+
+    def _told(self, controls: Controls, shot: Shot, image: Any, start: Start | None) -> Painted:
+        style = write_style(shot.style)
+        parameters = Parameters(
+            prompt=controls.prompt,
+            negative_prompt=controls.negative.strip(),
+            steps=controls.steps,
+            sampler=controls.sampler,
+            guidance_scale=controls.guidance,
+            seed=str(shot.seed),
+            width=controls.width,
+            height=controls.height,
+            model=self.model,
+            model_hash=self._model_hash,
+            style=style,
+            loras=self._loras,
+            plugins={"Denoising strength": f"{start.strength:g}"} if start else {},
+        )
+        name = re.sub(r"[^\w.,=-]+", "-", f"{controls.prompt[:40]}-{style}-{shot.seed}").strip("-")
+        return Painted(encode_png(image, parameters), shot.label, f"{name}.png")

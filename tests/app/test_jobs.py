@@ -1,0 +1,80 @@
+"""One at a time, with progress, until cancelled."""
+
+import threading
+import time
+
+import pytest
+
+from dmm.app.jobs import Cancelled, Job
+
+
+def test_a_job_tells_how_far_it_is_then_what_came_of_it():
+    def work(advance):
+        for _ in range(4):
+            advance(0.5)
+            time.sleep(0.02)
+        return "done"
+
+    *shares, result = Job(work, 2, threading.Lock()).watch(every=0.01)
+    assert result == "done"
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] < shares[-1] <= 1
+
+
+def test_a_cancelled_job_ends_at_its_next_step():
+    steps = []
+
+    def work(advance):
+        while True:
+            advance(0.01)
+            steps.append(1)
+            time.sleep(0.01)
+
+    job = Job(work, 1, threading.Lock())
+    watched = job.watch(every=0.01)
+    next(watched)
+    job.cancel()
+    with pytest.raises(Cancelled):
+        list(watched)
+    ended = len(steps)
+    time.sleep(0.05)
+    assert len(steps) == ended
+
+
+def test_who_stops_asking_cancels_and_the_next_one_has_a_turn():
+    turn = threading.Lock()
+
+    def endless(advance):
+        while True:
+            advance(0.0)
+            time.sleep(0.005)
+
+    watched = Job(endless, 1, turn).watch(every=0.01)
+    next(watched)
+    watched.close()
+    assert list(Job(lambda _: 5, 1, turn).watch(every=0.01))[-1] == 5
+
+
+def test_no_two_work_at_once():
+    turn, working, most = threading.Lock(), [], []
+
+    def work(advance):
+        working.append(1)
+        most.append(len(working))
+        time.sleep(0.02)
+        working.pop()
+
+    watchers = [Job(work, 1, turn).watch(every=0.01) for _ in range(3)]
+    for watcher in watchers:
+        next(watcher)
+    for watcher in watchers:
+        list(watcher)
+    assert most == [1, 1, 1]
+
+
+def test_what_the_work_raises_is_raised_to_whoever_watches():
+    def work(advance):
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        list(Job(work, 1, threading.Lock()).watch(every=0.01))
