@@ -128,6 +128,29 @@ def test_controls_are_learnt_on_what_the_base_paints_and_on_what_it_predicts(mer
     assert errors_of(tmp_path / "controls" / "training" / "fields" / "log.jsonl")[-1] < 1
 
 
+def evaluate(folder, output, *options):
+    try:
+        status = main(["evaluate", str(folder), "--output", str(output), "--num-images", "4", *options])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    return json.loads((output / "report.json").read_text())["residual_error"] if status == 0 else status
+
+
+def test_evaluation_tells_how_far_controls_are_from_their_teachers(merge, models, tmp_path, capsys):
+    assert merge(tmp_path / "controls", start="base") == 0
+    found = evaluate(tmp_path / "controls", tmp_path / "report")
+    assert found["by_control"].keys() == {"edges", "fields"}
+    assert 0 < found["mean"]["residuals"] < 0.5
+    assert 0 < found["mean"]["prediction"] < 0.5
+    # a control baked is that control; what guides nothing is as far off as the teacher's own residuals are large
+    assert main(["export", str(tmp_path / "controls"), "--style", "edges", "--output", str(tmp_path / "baked")]) == 0
+    found = evaluate(tmp_path / "controls", tmp_path / "same", "--teacher", f"edges={tmp_path / 'baked'}")
+    assert found["mean"]["residuals"] == pytest.approx(0, abs=1e-6)
+    capsys.readouterr()
+    assert evaluate(tmp_path / "controls", tmp_path / "other", "--teacher", f"pose={models / 'edges'}") == 2
+    assert "There is no control 'pose'; there are edges, fields" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(merge, tmp_path, monkeypatch, rank):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

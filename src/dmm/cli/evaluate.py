@@ -12,6 +12,9 @@ The teachers are those of all styles, as far as the recipes of the merge and of 
 know them; or only those that --teacher names. A stock model can be evaluated too: it paints the same in every style
 (the base, a weighted average), or is the one teacher's (--teacher ink=models/ink).
 
+Of merged ControlNets, DIR gets report.json alone: how far what each control gives to the model is from what its teacher
+gives, on pictures that the base paints.
+
 --quick looks at a few dozen pictures and does without FID and fid_matrix.png, which need many.
 
 Pictures are kept in a cache, by what they were made from: stopped in any way, the same command goes on, and a second
@@ -24,6 +27,7 @@ Examples:
   dmm evaluate merged --prompts coco.txt --teacher ink=models/ink --teacher photo=photo.safetensors --output report
   dmm evaluate merged --prompts coco.txt --mix ink=0.5,photo=0.5 --score clip --score pickscore --output report
   torchrun --nproc-per-node=8 -m dmm evaluate merged --prompts coco.txt --output report
+  dmm evaluate controls --prompts coco.txt --output report                      # merged ControlNets
   dmm compare report other-report --output comparison
 """
 
@@ -35,6 +39,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import add_device, read_scaled_path
+from dmm.cli.evaluate_controls import run_controls
 from dmm.cli.opening import check_there
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
@@ -42,6 +47,7 @@ from dmm.evaluation.extractor_names import NUM_FEATURES, check_count, check_quic
 from dmm.files.cache import cache_folder
 from dmm.files.outputs import check_new_folder
 from dmm.files.prompts import read_prompts
+from dmm.files.runs import holds_net
 from dmm.maths.mixes import check_name
 from dmm.models.style_names import read_style_names
 from dmm.pipeline.samplers import check_multiple, check_settings
@@ -133,6 +139,9 @@ def run(args: argparse.Namespace) -> None:
 
     Raises: UserError: see :func:`dmm.evaluation.evaluate.evaluate`; KeyboardInterrupt: with a word on how to go on.
     """
+    if holds_net(Path(args.model).expanduser()):
+        run_controls(args)
+        return
     with told_once():
         prompts = _check(args)
     from dmm.models.libraries import quiet_libraries

@@ -23,7 +23,7 @@ from dmm.cli.style_options import read_mix, write_style
 from dmm.errors import UserError
 from dmm.files.claims import claimed
 from dmm.files.outputs import check_file, check_new_folder
-from dmm.files.runs import INDEX, NET_INDEX
+from dmm.files.runs import holds_net
 from dmm.maths.mixes import mix_weights
 from dmm.models.style_names import read_style_names
 
@@ -73,11 +73,6 @@ def run(args: argparse.Namespace) -> None:
             raise KeyboardInterrupt("nothing was written") from None
 
 
-def has_control(model: Path) -> bool:
-    """Whether a folder holds merged ControlNets, which are no pipeline."""
-    return (model / NET_INDEX).is_file() and not (model / INDEX).is_file()
-
-
 def _export(args: argparse.Namespace, output: Path) -> None:
     from dmm.models.libraries import quiet_libraries
 
@@ -92,7 +87,7 @@ def _export(args: argparse.Namespace, output: Path) -> None:
 
     start = time.monotonic()
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.precision]
-    if has_control(Path(args.model)):
+    if holds_net(Path(args.model).expanduser()):
         from dmm.pipeline.controls import export_control, load_controls
 
         if not args.style:

@@ -138,13 +138,13 @@ def _told(merged: "Merged") -> str:
         else "a stock Stable Diffusion pipeline, with the styles"
     )
     if merged.was_finished:
-        return f"{folder} is finished already: a {what} {styles}."
+        return f"{folder} is finished already: {what} {styles}."
     kept = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
     paint = f"{folder} --style '{merged.styles[-1]}' PROMPT"
     if merged.is_control:
         paint = f"MODEL PROMPT --controlnet {folder} --control '{merged.styles[-1]}' --control-image FILE"
     return (
-        f"Wrote {folder} in {merged.seconds:.0f} s: a stock {what} {styles}.\n"
+        f"Wrote {folder} in {merged.seconds:.0f} s: {what} {styles}.\n"
         f"  paint:       dmm generate {paint}\n"
         f"  curves:      {folder}/log.jsonl; samples, if any, in {folder}/samples\n"
         f"  checkpoints: {folder}/{CHECKPOINTS}, {kept / 1e9:.2g} GB; remove them once no --resume will need them"

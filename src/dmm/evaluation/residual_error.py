@@ -65,10 +65,9 @@ def residual_errors(
         seed: of these.
         batch_size: samples at a time.
     """
+    batches = [range(num_draws)[start : start + batch_size] for start in range(0, num_draws, batch_size)]
     return {
-        name: _error_of(
-            student, teacher, denoiser, _Draws(data, name, alphas_cumprod, seed), range(0, num_draws, batch_size), num_draws
-        )
+        name: _error_of(student, teacher, denoiser, _Draws(data, name, alphas_cumprod, seed), batches)
         for name, teacher in teachers.items()
     }
 
@@ -100,12 +99,10 @@ class _Draws:
         return x_t, drawn.timesteps, read | self.data.shown(drawn.rows, [self.control] * len(indices))
 
 
-def _error_of(
-    student: Any, teacher: Any, denoiser: Any, draws: _Draws, starts: range, num_draws: int
-) -> ResidualError:
+def _error_of(student: Any, teacher: Any, denoiser: Any, draws: _Draws, batches: Sequence[range]) -> ResidualError:
     sums: list[Tensor] = []
-    for start in starts:
-        x_t, timesteps, read = draws.noised(range(start, min(start + starts.step, num_draws)))
+    for batch in batches:
+        x_t, timesteps, read = draws.noised(batch)
         x_t, timesteps = x_t.to(denoiser.device, denoiser.dtype), timesteps.to(denoiser.device)
         given = arguments({name: value.to(denoiser.device) for name, value in read.items()}, denoiser.dtype)
         theirs = _residuals(teacher, x_t, timesteps, given)

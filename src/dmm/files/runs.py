@@ -106,6 +106,11 @@ def has_result(folder: Path) -> bool:
     return (folder / INDEX).is_file() or (folder / NET_INDEX).is_file()
 
 
+def holds_net(folder: Path) -> bool:
+    """Whether a folder holds a ControlNet, which is no pipeline."""
+    return (folder / NET_INDEX).is_file() and not (folder / INDEX).is_file()
+
+
 def check_finished(folder: Path) -> None:
     """Refuse the folder of a run that has not ended, or of one that has come to a LoRA, where a model is expected.
 
