@@ -84,6 +84,18 @@ def test_a_stock_models_scheduler_says_so_and_any_other_model_is_painted_with_as
     assert notes == []
 
 
+def test_what_is_exported_says_so_too(fast, tmp_path, paint):
+    shutil.copytree(fast, tmp_path / "lcm")
+    config = tmp_path / "lcm" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "LCMScheduler"}))
+    for output in (tmp_path / "ink", tmp_path / "ink.safetensors"):
+        assert main(["export", str(tmp_path / "lcm"), "--style", "ink", "--output", str(output)]) == 0
+        picture, told, notes = paint(output)
+        assert (told["Steps"], told["Sampler"], told["CFG scale"]) == ("4", "LCM", "1")
+        assert len(notes) == 1
+        assert abs(picture - paint(tmp_path / "lcm", "--style", "ink")[0]).max() <= 1
+
+
 def test_a_lora_of_ours_says_so_in_its_header(merged, loras, tmp_path, paint):
     lora = tmp_path / "fast.safetensors"
     save_file(load_file(loras["kohya"]), lora, {KEY: FewSteps("lcm", (7.0, 7.0), 20, 2).written()})

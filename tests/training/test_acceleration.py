@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 
 import dmm
 from dmm.cli import main
+from dmm.errors import UserError
 from dmm.files.few_steps import FewSteps, read_few_steps
 from dmm.files.yaml import write_yaml
 from dmm.formats.tensors import read_header
 from dmm.models.few_step import fast_layers
+from dmm.models.styles import StylePrompts
+from dmm.pipeline.export import export_style
 from dmm.pipeline.removal import remove_style
+from dmm.pipeline.styled import add_styles
 from dmm.training.trainer import Trainer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -154,13 +158,18 @@ def test_a_lora_of_a_merge_with_adapters_trains(accelerate, merged_adapters, tmp
     assert (tmp_path / "lora" / FAST).is_file()
 
 
-def test_a_stock_model_is_accelerated_and_keeps_what_it_is_told(accelerate, sd1_folder, tmp_path):
+def test_a_stock_model_is_accelerated_and_keeps_what_it_is_told(accelerate, sd1_folder, tmp_path, capsys):
     output = tmp_path / "stock"
     assert accelerate(sd1_folder, output, method="lcm", guidance=[2, 6], training={"steps": 1}) == 0
     pipe = StableDiffusionPipeline.from_pretrained(output)
     assert pipe.unet.config.time_cond_proj_dim == 256
     assert (paint(pipe, guidance_scale=2.0) != paint(pipe, guidance_scale=6.0)).any()
     assert read_few_steps(output).guidance_scale == 4.0
+    add_styles(pipe, StylePrompts(["ink"], dim=32))
+    with pytest.raises(UserError, match="told its guidance by a layer that single files have no name for"):
+        export_style(pipe, "ink", tmp_path / "ink.safetensors")
+    assert accelerate(output, tmp_path / "again") == 2
+    assert "was distilled to paint in few steps already" in capsys.readouterr().err
 
 
 def test_a_style_is_removed_of_an_accelerated_merge(finished, tmp_path):
@@ -183,7 +192,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(accelerate, merged
     assert not (tmp_path / "refused").exists()
 
 
-def test_what_is_told_already_and_what_knows_no_first_step_is_refused(accelerate, tmp_path, capsys):
+def test_what_knows_no_first_step_is_refused(accelerate, tmp_path, capsys):
     pipe = tiny_pipeline()
     pipe.scheduler.register_to_config(rescale_betas_zero_snr=True)
     pipe.save_pretrained(tmp_path / "noise")

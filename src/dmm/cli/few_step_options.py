@@ -5,7 +5,7 @@ import copy
 import sys
 from pathlib import Path
 
-from dmm.files.few_steps import STEPS, FewSteps, few_steps_of_header, read_few_steps
+from dmm.files.few_steps import STEPS, FewSteps, few_steps_of_header, few_steps_of_scheduler, read_few_steps
 from dmm.pipeline.samplers import DEFAULT_SAMPLER
 
 DEFAULT_STEPS = 25
@@ -33,7 +33,7 @@ def settle(args: argparse.Namespace, model: Path | None) -> None:
     from dmm.formats.lora import lora_file
     from dmm.formats.tensors import read_header
 
-    few_steps, whose = (read_few_steps(model), args.model) if model is not None and model.is_dir() else (None, "")
+    few_steps, whose = (None if model is None else _of_model(model, args)), args.model
     for path, _ in args.loras:
         file = lora_file(path)
         header = read_header(file, allow_pickle=args.allow_pickle)
@@ -44,6 +44,16 @@ def settle(args: argparse.Namespace, model: Path | None) -> None:
     if few_steps is not None and chosen:
         how = f" ({few_steps.method})" if few_steps.method else ""
         print(f"dmm: note: {whose} paints in few steps{how}: {', '.join(chosen)}", file=sys.stderr)
+
+
+def _of_model(model: Path, args: argparse.Namespace) -> FewSteps | None:
+    from dmm.formats.configs import carried_config
+    from dmm.formats.tensors import read_header
+
+    if model.is_dir():
+        return read_few_steps(model)
+    header = read_header(model, allow_pickle=args.allow_pickle)
+    return few_steps_of_scheduler(carried_config(model, header, "scheduler/scheduler_config.json") or {})
 
 
 def _fill(args: argparse.Namespace, few_steps: FewSteps | None) -> list[str]:

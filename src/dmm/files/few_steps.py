@@ -52,7 +52,12 @@ def read_few_steps(folder: Path) -> FewSteps | None:
     if (folder / FILE).is_file():
         return _parsed(read_json(folder / FILE), str(folder / FILE))
     scheduler = folder / "scheduler" / "scheduler_config.json"
-    name = read_json(scheduler).get("_class_name") if scheduler.is_file() else None
+    return few_steps_of_scheduler(read_json(scheduler)) if scheduler.is_file() else None
+
+
+def few_steps_of_scheduler(config: Mapping[str, Any]) -> FewSteps | None:
+    """What a model's scheduler config says; None of any other model."""
+    name = config.get("_class_name")
     return FewSteps("", (1.0, 1.0), 0, sampler=SAMPLERS[name]) if name in SAMPLERS else None
 
 

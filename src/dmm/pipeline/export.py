@@ -24,6 +24,7 @@ from dmm.formats.tensors import check_finite, read_header, read_tensors, write_t
 from dmm.maths.mixes import Mix
 from dmm.models.adapter_files import file_stems
 from dmm.models.authors import authors_layout, rewrite_file, rewrite_folder
+from dmm.models.few_step import has_index
 from dmm.models.styles import StylePrompts
 from dmm.pipeline.style_loras import StyleLoras, write_style_loras
 from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
@@ -163,6 +164,11 @@ def _source_name(source: str) -> str:
 
 
 def _write_single_file(pipe: Any, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
+    if has_index(denoiser_of(pipe).config):
+        raise UserError(
+            "This model is told its guidance by a layer that single files have no name for. Export a folder; or "
+            "accelerate the model with one guidance, which is in the weights."
+        )
     _check_in(pipe, dtype)
     save_single_file(pipe, path, dtype=dtype, metadata=metadata)
 

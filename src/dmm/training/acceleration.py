@@ -15,9 +15,10 @@ The result comes last, and appears whole or not at all.
 """
 
 import copy
+import inspect
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -249,12 +250,7 @@ def _save(student: FewStepStudent, base: Any, plan: FewStepPlan, few_steps: FewS
     if few_steps.method == "splam":
         bake_index(unet, plan.family, 0.0)  # where paths begin, which is where samplers are
     set_denoiser(base, unet)
-    base.scheduler = LCMScheduler.from_config(
-        base.scheduler.config,
-        original_inference_steps=len(plan.alphas_cumprod) // plan.skip,
-        timestep_spacing="leading",
-        clip_sample=False,
-    )
+    base.scheduler = _scheduler(base.scheduler.config, num_points=len(plan.alphas_cumprod) // plan.skip)
     result = folder / ACCELERATION / _RESULT
     if plan.style_prompts is not None:
         add_styles(base, plan.style_prompts)
@@ -266,6 +262,14 @@ def _save(student: FewStepStudent, base: Any, plan: FewStepPlan, few_steps: FewS
     if recipe.is_file():
         shutil.copyfile(recipe, result / RECIPE)
     put_in_place(folder, f"{ACCELERATION}/{_RESULT}")
+
+
+def _scheduler(config: Mapping[str, Any], *, num_points: int) -> LCMScheduler:
+    """LCM's, on the model's noise schedule; without what the model's own says and this one would only warn of."""
+    known = {name: value for name, value in config.items() if name in inspect.signature(LCMScheduler).parameters}
+    return LCMScheduler(
+        **{**known, "original_inference_steps": num_points, "timestep_spacing": "leading", "clip_sample": False}
+    )
 
 
 def _save_lora(student: FewStepStudent, plan: FewStepPlan, few_steps: FewSteps, path: Path) -> None:
