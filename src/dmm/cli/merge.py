@@ -19,6 +19,7 @@ folder with the styles beside it, which dmm generate DIR --style ink paints with
 on from its last checkpoint with --resume.
 
 Examples:
+  dmm merge --new models                                            # a recipe for what is in that folder
   dmm merge recipe.yaml --output merged
   dmm merge recipe.yaml --output merged --resume
   dmm merge recipe.yaml --output try --set training.steps=100 --set losses.feature=0.1
@@ -35,7 +36,7 @@ from dmm.cli.arguments import add_device
 from dmm.errors import UserError
 from dmm.files.claims import check_unclaimed
 from dmm.files.prompts import read_prompts
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, check_new
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, RECIPE, check_new
 from dmm.recipes.recipe import load_recipe
 from dmm.training.ranks import is_main_process, told_once
 
@@ -46,13 +47,25 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("recipe", metavar="RECIPE.yaml", type=Path, help="what is merged, on what data and how")
-    add_run_arguments(parser)
+    parser.add_argument("recipe", metavar="RECIPE.yaml", type=Path, nargs="?", help="what is merged, on what and how")
+    parser.add_argument(
+        "--new",
+        metavar="FOLDER",
+        type=Path,
+        help="write a recipe for the models and LoRAs in FOLDER, as FOLDER/recipe.yaml or --output, and do no more",
+    )
+    add_run_arguments(parser, may_lack_output=True)
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what every command that trains takes beside its recipe."""
-    parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="of the run and its result")
+def add_run_arguments(parser: argparse.ArgumentParser, *, may_lack_output: bool = False) -> None:
+    """Declare what every command that trains takes beside its recipe.
+
+    Args:
+        may_lack_output: the command does other things, too, and sees itself that there is an output.
+    """
+    parser.add_argument(
+        "--output", metavar="DIR", type=Path, required=not may_lack_output, help="of the run and its result"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on with the run in DIR, or begin one where there is none"
     )
@@ -73,7 +86,30 @@ def run(args: argparse.Namespace) -> None:
 
     Raises: see :func:`train`.
     """
+    if args.new is not None:
+        if args.recipe is not None or args.overrides or args.resume:
+            raise UserError("--new writes a recipe, beside which there is no RECIPE.yaml, --set or --resume.")
+        _write_recipe(args.new, args.output or args.new / RECIPE, overwrite=args.overwrite)
+        return
+    if args.recipe is None or args.output is None:
+        missing = "RECIPE.yaml" if args.recipe is None else "--output DIR"
+        raise UserError(f"{missing} is missing (dmm merge --help tells more).")
     train(args, args.overrides)
+
+
+def _write_recipe(folder: Path, path: Path, *, overwrite: bool) -> None:
+    from dmm.models.libraries import quiet_libraries
+
+    quiet_libraries()
+    from dmm.planning.new_recipe import new_recipe
+
+    recipe, left = new_recipe(folder, path, overwrite=overwrite)
+    for one in left:
+        print(f"left out: {one}")
+    names = ", ".join(teacher.name for teacher in recipe.teachers)
+    print(
+        f"Wrote {path}: {names} on {recipe.base}.\n  plan:  dmm plan {path}\n  merge: dmm merge {path} --output merged"
+    )
 
 
 def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
