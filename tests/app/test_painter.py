@@ -9,7 +9,8 @@ from PIL import Image
 
 from dmm.app import markup
 from dmm.app.controls import STYLES, Controls, restore_controls
-from dmm.app.painter import Painted, Painter
+from dmm.app.painted import Painted
+from dmm.app.painter import Painter
 from dmm.app.uploads import read_sent_parameters
 from dmm.cli import main
 from dmm.errors import UserError
@@ -114,6 +115,14 @@ def test_what_people_type_is_shown_as_they_typed_it():
 def test_serve_refuses_at_once(merged, capsys, options, message):
     assert main(["serve", str(merged), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_serve_takes_a_model_or_a_run(merged, tmp_path, capsys):
+    assert main(["serve"]) == 2
+    assert main(["serve", str(merged), "--run", str(merged)]) == 2
+    assert capsys.readouterr().err.count("one of them") == 2
+    assert main(["serve", "--run", str(tmp_path)]) == 2
+    assert "not the folder of a merge" in capsys.readouterr().err
 
 
 def test_a_stock_model_is_refused(sd1_folder, capsys):

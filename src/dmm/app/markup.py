@@ -7,8 +7,9 @@ anew, without the text that tells how a picture was made.
 import base64
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
-from dmm.app.painter import Painted
+from dmm.app.painted import Painted
 
 STYLE = """
 .dmm-pictures { display: grid; gap: 12px; grid-template-columns: repeat(auto-fill, minmax(var(--side), 1fr)); }
@@ -25,6 +26,13 @@ STYLE = """
   border: 1px dashed var(--block-border-color); border-radius: 8px; padding: 3rem 1rem; text-align: center;
   color: var(--body-text-color-subdued);
 }
+.dmm-chart svg { width: 100%; height: auto; }
+.dmm-chart text { font-size: 13px; fill: var(--body-text-color-subdued); }
+@media (max-width: 600px) { .dmm-chart text { font-size: 26px; } }
+.dmm-chart .tick { stroke: var(--block-border-color); }
+.dmm-chart div { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 13px; }
+.dmm-chart i { display: inline-block; width: 12px; height: 12px; border-radius: 3px; margin-right: 5px; }
+.dmm-samples img { max-width: 100%; border-radius: 8px; }
 footer { display: none !important; }
 """
 EMPTY = '<div class="dmm-empty">What you paint appears here.</div>'
@@ -55,6 +63,12 @@ def note(text: str) -> str:
 def data_url(png: bytes) -> str:
     """A picture as an address that holds it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def sample(file: Path) -> str:
+    """A picture of samples from a merge's folder, with its name."""
+    address = data_url(file.read_bytes())
+    return f'<div class="dmm-samples"><img src="{address}" alt="samples">{note(file.stem)}</div>'
 
 
 def _figure(painted: Painted) -> str:

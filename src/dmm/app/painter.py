@@ -3,7 +3,6 @@
 import re
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from dmm.app.controls import Controls, Shot, list_shots
 from dmm.app.jobs import Job
+from dmm.app.painted import Painted
 from dmm.app.uploads import check_picture
 from dmm.cli.style_options import write_style
 from dmm.errors import UserError
@@ -21,15 +21,6 @@ from dmm.pipeline.export import export_style
 from dmm.pipeline.plugins import Start, add_plugins
 from dmm.pipeline.sampling import picture_size, sample
 from dmm.pipeline.styled import style_names
-
-
-@dataclass(frozen=True)
-class Painted:
-    """A picture as the bytes of a PNG that tells how it was made, and what stands under it."""
-
-    png: bytes
-    label: str
-    file_name: str
 
 
 class Painter:

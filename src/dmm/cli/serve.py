@@ -1,5 +1,7 @@
 """Open a page in which to paint with a merged model: styles on sliders, mixes, strips, all styles side by side.
 
+With --run it is a page that watches a merge: its curves by style, samples, and how long it takes yet.
+
 The page is for this computer alone unless --host says otherwise, which takes --auth. One painting at a time; others
 wait. Nothing is written, but what is sent waits in a temporary folder while the server runs; --exports allows mixes
 to be written into a folder. It needs Gradio: pip install 'dmm[app]'.
@@ -7,6 +9,7 @@ to be written into a folder. It needs Gradio: pip install 'dmm[app]'.
 Examples:
   dmm serve merged
   dmm serve merged --port 8000 --exports exports/
+  dmm serve --run merged
   dmm serve merged --host 0.0.0.0 --auth anna:secret --lora detail.safetensors:0.4
 """
 
@@ -16,6 +19,7 @@ from pathlib import Path
 
 from dmm.cli.opening import add_opening_options, check_opening, open_model, place_model, read_source
 from dmm.errors import UserError
+from dmm.files.runs import find_run
 from dmm.models.style_names import read_style_names
 
 PORT = 7860
@@ -23,7 +27,10 @@ PORT = 7860
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("model", metavar="MERGED", help="a merged model: a folder, a hub id, or a file of the authors")
+    parser.add_argument(
+        "model", metavar="MERGED", nargs="?", help="a merged model: a folder, a hub id, or a file of the authors"
+    )
+    parser.add_argument("--run", metavar="FOLDER", type=Path, help="watch the merge in this folder instead")
     serving = parser.add_argument_group("to whom")
     serving.add_argument("--host", default="127.0.0.1", help="address to serve at (default: this computer alone)")
     serving.add_argument("--port", type=int, default=PORT, help=f"(default: {PORT})")
@@ -40,6 +47,24 @@ def run(args: argparse.Namespace) -> None:
     Raises: UserError: see the options.
     """
     _check(args)
+    if args.run is not None:
+        _watch(args)
+    else:
+        _paint(args)
+
+
+def _watch(args: argparse.Namespace) -> None:
+    from dmm.app.server import serve
+
+    def build() -> object:
+        from dmm.app.watch_page import watch_page
+
+        return watch_page(args.run)
+
+    serve(build, host=args.host, port=args.port, auth=args.auth, told=_tell)
+
+
+def _paint(args: argparse.Namespace) -> None:
     from dmm.models.libraries import quiet_libraries
 
     quiet_libraries()
@@ -76,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
         weights = {name: float(i == 0) for i, name in enumerate(painter.names)}
         return PaintingPage(painter, Controls(width=width, height=height, weights=weights)).blocks
 
-    serve(build, host=args.host, port=args.port, auth=args.auth, told=lambda address: print(f"Open {address}"))
+    serve(build, host=args.host, port=args.port, auth=args.auth, told=_tell)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -84,6 +109,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--port is from 1 to 65535, not {args.port}.")
     if not _is_loopback(args.host) and args.auth is None:
         raise UserError(f"--host {args.host} lets others in: add --auth NAME:PASSWORD.")
+    if (args.run is None) == (args.model is None):
+        raise UserError("Name a merged model to paint with, or a merge to watch with --run; one of them.")
+    if args.run is not None:
+        if find_run(args.run) is None:
+            raise UserError(f"--run {args.run} is not the folder of a merge.")
+        return
     if args.exports is not None and not args.exports.is_dir():
         raise UserError(f"--exports {args.exports}: no such folder. Make it first.")
     if args.from_checkpoint:
@@ -91,6 +122,10 @@ def _check(args: argparse.Namespace) -> None:
     check_opening(args)
     if read_style_names(args.model) == []:
         raise UserError(f"{args.model} is a stock model without styles: name a merged one.")
+
+
+def _tell(address: str) -> None:
+    print(f"Open {address}", flush=True)
 
 
 def _is_loopback(host: str) -> bool:
