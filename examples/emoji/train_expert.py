@@ -82,8 +82,6 @@ def train(args: argparse.Namespace) -> Path:
     latents = encode_views(pipeline.vae, images)
     torch.manual_seed(0)
     if args.lora_rank:
-        # the small SDXL is of no family that opens
-        family = None if args.family == "sdxl" else family_of(pipeline)
         pipeline.unet.requires_grad_(False)
         pipeline.unet.add_adapter(
             LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=list(LORA_TARGETS))
@@ -103,7 +101,7 @@ def train(args: argparse.Namespace) -> Path:
     made.mkdir(exist_ok=True)
     if args.lora_rank:
         file = made / f"{name}.safetensors"
-        save_kohya_lora(file, {"unet": pipeline.unet}, family)
+        save_kohya_lora(file, {"unet": pipeline.unet}, family_of(pipeline))
         return file
     schedule = {"prediction_type": args.prediction_type}
     if args.zero_terminal_snr:  # such a model is sampled from its very last step

@@ -51,7 +51,7 @@ def test_an_interrupted_demo_goes_on(short_story, tmp_path, capsys, monkeypatch)
     merged = []
     monkeypatch.setattr(story, "merge_experts", lambda folder: merged.append(folder))
     monkeypatch.setattr(
-        story, "show", lambda folder, progress: story.Show(folder, 1, story.Verdict(1, 1), story.Verdict(1, 1))
+        story, "show", lambda folder, progress, family: story.Show(folder, 1, story.Verdict(1, 1), story.Verdict(1, 1))
     )
     assert main(["demo", "--output", str(folder)]) == 0
     assert merged == [folder]
@@ -68,7 +68,7 @@ def test_the_papers_merge_is_there_for_the_asking(short_story, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(story, "merge_experts", lambda folder: None)
     monkeypatch.setattr(
-        story, "show", lambda folder, progress: story.Show(folder, 1, story.Verdict(1, 1), story.Verdict(1, 1))
+        story, "show", lambda folder, progress, family: story.Show(folder, 1, story.Verdict(1, 1), story.Verdict(1, 1))
     )
     assert main(["demo", "--paper"]) == 0
     recipe = load_recipe(tmp_path / "dmm-demo-paper" / "recipe.yaml")
@@ -81,3 +81,16 @@ def test_the_demos_merges_are_short_enough_for_two_cores():
     assert samples[0] * 4 <= 9_000  # of the four experts that are no LoRAs
     assert samples[1] <= 40_000
     assert story.DATA["count"] * 8 * story.DATA["steps"] <= 10_000
+
+
+def test_another_familys_experts_are_merged_for_the_asking(short_story, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(story, "merge_experts", lambda folder: None)
+    monkeypatch.setattr(
+        story, "show", lambda folder, progress, family: story.Show(folder, 1, story.Verdict(1, 1), story.Verdict(1, 1))
+    )
+    assert main(["demo", "--family", "sdxl"]) == 0
+    recipe = load_recipe(tmp_path / "dmm-demo-sdxl" / "recipe.yaml")
+    assert [teacher.name for teacher in recipe.teachers] == ["noto", "openmoji"]
+    assert [bool(teacher.all_loras) for teacher in recipe.teachers] == [False, True]
+    assert "Merging 2 experts" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from distill_helpers import NAMES, new_batch, new_teachers, new_unet
 
 from dmm.families.sd1 import SD1
 from dmm.maths.diffusion import convert_prediction
+from dmm.maths.schedules import timesteps_of_equal_power
 from dmm.models.features import BlockTap, unet_blocks
 from dmm.models.student import StyledStudent
 from dmm.models.styles import StylePrompts, styled_port
@@ -136,3 +137,14 @@ def test_a_toy_student_overfits_two_toy_teachers(student):
         optimizer.step()
     last = distill(student, teachers, batch, feature_weight=0.1).terms["score"]
     assert (last < 0.2 * first.mean()).all()
+
+
+def test_a_teacher_of_another_schedule_is_asked_where_its_own_has_equal_signal(student):
+    batch = new_batch(student)
+    betas = torch.linspace(0.001**0.5, 0.02**0.5, 1000) ** 2
+    other = (1 - betas).cumprod(0)
+    unet = freeze(new_unet(1))
+    at = timesteps_of_equal_power(batch.alpha_bar_t, other)
+    said, _ = Teacher(unet, "epsilon", "epsilon", other)(batch, Part(0, slice(None), batch.conditioning))
+    assert said.equal(unet(batch.x_t, at, **batch.conditioning).sample)
+    assert not said.equal(unet(batch.x_t, batch.timesteps, **batch.conditioning).sample)

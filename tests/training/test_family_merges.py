@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers import same_weights
-from tiny_families import TINY
+from tiny_families import TINY, tiny_sdxl
 
 import dmm
 from dmm.cli import main
@@ -23,10 +23,10 @@ def merge(tmp_path_factory):
     folder = tmp_path_factory.mktemp("families")
     (folder / "prompts.txt").write_text("a cat\na dog\n")
 
-    def run(family, output, **changes):
+    def run(family, output, new=None, **changes):
         for seed, name in enumerate(("base", "one", "two")):
             if not (folder / f"{family}-{name}").exists():
-                TINY[family](seed=seed).save_pretrained(folder / f"{family}-{name}")
+                (new or TINY[family])(seed=seed).save_pretrained(folder / f"{family}-{name}")
         recipe = {
             "base": f"{family}-base",
             "teachers": [{"name": name, "model": f"{family}-{name}"} for name in ("one", "two")],
@@ -80,3 +80,20 @@ def test_a_fresh_student_is_its_base_bit_for_bit(merge, family):
     base = open_pipeline(ModelSource(folder.parent / f"{family}-base"))
     assert paint(pipe).equal(paint(base))
     assert same_weights(pipe, base)
+
+
+def zero_snr(seed):
+    return tiny_sdxl(seed, "v_prediction", rescale_betas_zero_snr=True)
+
+
+@pytest.mark.parametrize("velocity", ["two", "base"])
+def test_teachers_of_two_schedules_meet_where_their_signal_is_equal(merge, velocity):
+    def new(seed):
+        is_velocity = seed == {"base": 0, "two": 2}[velocity]
+        return zero_snr(seed) if is_velocity else tiny_sdxl(seed)
+
+    folder = merge(f"mixed-{velocity}", f"out-{velocity}", new, styles=PAPER, losses={"feature": 0.1})
+    pipe = dmm.load_pipeline(folder)
+    told = pipe.scheduler.config  # the base's
+    assert (told.prediction_type == "v_prediction") == bool(told.rescale_betas_zero_snr) == (velocity == "base")
+    assert not paint(pipe, "one").equal(paint(pipe, "two"))

@@ -520,7 +520,7 @@ def wider(pipe):
 
 def other_schedule(pipe):
     pipe.register_modules(
-        scheduler=PNDMScheduler(beta_start=0.001, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True)
+        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.006, beta_schedule="scaled_linear", skip_prk_steps=True)
     )
 
 

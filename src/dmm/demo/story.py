@@ -1,4 +1,4 @@
-"""The story that ``dmm demo`` tells: eight experts become one model, which then paints beside them."""
+"""The story that ``dmm demo`` tells: experts become one model, which then paints beside them."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from dmm.demo.assembly import expert_forms, expert_sources, experts
+from dmm.demo.assembly import COLLECTIONS, expert_forms, expert_sources, experts
 from dmm.demo.judge import Judge, judge_images, load_judge
 from dmm.errors import UserError
 from dmm.files.pictures import grid, save_png
@@ -73,22 +73,29 @@ class Show:
     of_merged: Verdict
 
 
-def styles() -> list[str]:
-    """The experts that are merged: those that the judge knows; a twin of one is left out."""
+def styles(family: str = COLLECTIONS[0]) -> list[str]:
+    """The experts of a family that are merged: those that the judge knows.
+
+    A twin of one that predicts velocity is left out: what adapters begin with are differences of weights, and those of
+    two predictions differ in more than their hands.
+    """
     known: list[str] = load_judge().config.styles
-    return [name for name in experts() if name in known]
+    return [name for name in experts(family) if name in known]
 
 
-def write_recipe(folder: Path, method: Mapping[str, Any] = ADAPTERS) -> Path:
+def write_recipe(folder: Path, method: Mapping[str, Any] = ADAPTERS, *, family: str = COLLECTIONS[0]) -> Path:
     """Write the recipe of the merge, and the prompts that the experts paint for it.
 
     Args:
         folder: is made where it is missing.
         method: :data:`ADAPTERS` or :data:`PAPER`.
+        family: of the experts.
     Returns: the recipe.
     """
-    paths, forms = experts(), expert_forms()
-    teachers = [{"name": name, ("lora" if forms[name] == "lora" else "model"): str(paths[name])} for name in styles()]
+    paths, forms = experts(family), expert_forms(family)
+    teachers = [
+        {"name": name, ("lora" if forms[name] == "lora" else "model"): str(paths[name])} for name in styles(family)
+    ]
     recipe = {
         "base": str(paths["base"]),
         "teachers": teachers,
@@ -136,14 +143,14 @@ def merge_experts(folder: Path) -> None:
         raise UserError(f"The merge ended with status {status}; run dmm demo again to go on.")
 
 
-def show(folder: Path, progress: Callable[[float], object] | None = None) -> Show:
+def show(folder: Path, progress: Callable[[float], object] | None = None, *, family: str = COLLECTIONS[0]) -> Show:
     """Let the experts and the merged model paint :data:`PROMPTS`, from the same noise, into one picture.
 
     Args:
         progress: called with the number of pictures that were painted, which need not be whole.
     Raises: UserError: the picture cannot be written.
     """
-    judge, names, sources = load_judge(), styles(), expert_sources()
+    judge, names, sources = load_judge(), styles(family), expert_sources(family)
     merged = load_pipeline(folder / MERGED)
 
     def paint(pipeline: Any) -> list[Image.Image]:
@@ -163,9 +170,9 @@ def show(folder: Path, progress: Callable[[float], object] | None = None) -> Sho
     return Show(folder / PICTURE, len(PROMPTS) * len(names), *verdicts)
 
 
-def num_pictures() -> int:
+def num_pictures(family: str = COLLECTIONS[0]) -> int:
     """How many pictures :func:`show` paints."""
-    return 2 * len(PROMPTS) * len(styles())
+    return 2 * len(PROMPTS) * len(styles(family))
 
 
 def _judged(judge: Judge, names: list[str], columns: list[list[Image.Image]]) -> Verdict:

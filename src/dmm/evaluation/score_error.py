@@ -19,9 +19,10 @@ from torch import Tensor
 
 from dmm.data.training import STUDENT
 from dmm.families import arguments, denoiser_of
-from dmm.formats.schedules import noise_schedule
+from dmm.formats.schedules import noise_schedule, same_schedules
 from dmm.maths.diffusion import add_noise, convert_prediction
 from dmm.maths.draws import draw
+from dmm.maths.schedules import num_answerable, timesteps_of_equal_power
 from dmm.pipeline.styled import temporary_style
 from dmm.training.batches import CaptionedLatents
 
@@ -78,7 +79,8 @@ def score_error(
     Args:
         student: a pipeline with styles; the one that is set is set again afterwards.
         teachers: pipelines by style.
-        base: the pipeline that the student is measured beside. All are on one device, and of one noise schedule.
+        base: the pipeline that the student is measured beside. All are on one device; the noise
+            schedule is the base's, and a teacher of another is asked where its own has equal signal.
         data: latents that no training has seen, and their captions as the student's and each teacher's text encoder
             read them; captions are never dropped.
         rows: for each style, (M,) int64, on which of the data it is judged.
@@ -97,7 +99,7 @@ def score_error(
     for style, teacher in teachers.items():
         # squared distances to the teacher, by band: the student's and the base's
         sums = torch.zeros(2, num_bands, dtype=torch.float64)
-        drawn = _Draws(data, rows[style], draws_per_row, seed, alphas_cumprod)
+        drawn = _Draws(data, rows[style], draws_per_row, seed, alphas_cumprod, _reach(teacher, base))
         references = keep(style, len(drawn), partial(_say, style, teacher, base, drawn))
         for start in range(0, len(drawn), batch_size):
             span = range(start, min(start + batch_size, len(drawn)))
@@ -129,6 +131,8 @@ class _Noised:
     x_t: Tensor
     timesteps: Tensor
     alpha_bar_t: Tensor
+    alphas_cumprod: Tensor
+    """(T,), of the schedule that they were noised by."""
 
     def epsilon(self, prediction: Tensor, pipeline: Any) -> Tensor:
         """What a pipeline predicts of them as epsilon, float64."""
@@ -145,6 +149,8 @@ class _Draws:
     draws_per_row: int
     seed: int
     alphas_cumprod: Tensor
+    num_timesteps: int
+    """How many of the schedule's, from the first on, the style's teacher can be asked about."""
 
     def __len__(self) -> int:
         return len(self.rows) * self.draws_per_row
@@ -160,7 +166,7 @@ class _Draws:
                 num_own=[[()]],
                 own=(),
                 latent_shape=self.data.latent_shape,
-                num_timesteps=len(self.alphas_cumprod),
+                num_timesteps=self.num_timesteps,
                 caption_dropout=0.0,
             )
             for place in span
@@ -168,7 +174,8 @@ class _Draws:
         timesteps = torch.cat([one.timesteps for one in drawn])
         alpha_bar_t = self.alphas_cumprod[timesteps]
         noise = torch.cat([one.noise for one in drawn])
-        return _Noised(add_noise(self.data.latents(self._rows_of(span)), noise, alpha_bar_t), timesteps, alpha_bar_t)
+        x_t = add_noise(self.data.latents(self._rows_of(span)), noise, alpha_bar_t)
+        return _Noised(x_t, timesteps, alpha_bar_t, self.alphas_cumprod)
 
     def conditioning(self, encoder: str, span: range) -> dict[str, Tensor]:
         """What a UNet reads of their captions."""
@@ -192,6 +199,16 @@ def _predict(pipeline: Any, noised: _Noised, conditioning: Mapping[str, Tensor])
     """What a pipeline's UNet says: (B, C, H, W) float32, on the CPU."""
     unet = denoiser_of(pipeline)
     read = arguments({name: tensor.to(unet.device) for name, tensor in conditioning.items()}, unet.dtype)
-    x_t, timesteps = noised.x_t.to(unet.device, unet.dtype), noised.timesteps.to(unet.device)
-    output: Tensor = unet(x_t, timesteps, **read, return_dict=False)[0]
+    timesteps, own = noised.timesteps, noise_schedule(pipeline.scheduler.config)
+    if not same_schedules(own, noised.alphas_cumprod):
+        timesteps = timesteps_of_equal_power(noised.alpha_bar_t, own)
+    x_t = noised.x_t.to(unet.device, unet.dtype)
+    output: Tensor = unet(x_t, timesteps.to(unet.device), **read, return_dict=False)[0]
     return output.float().cpu()
+
+
+def _reach(teacher: Any, base: Any) -> int:
+    """How many of the base's timesteps, from the first on, a teacher can be asked about."""
+    types = (teacher.scheduler.config.prediction_type, base.scheduler.config.prediction_type)
+    own, asked = (noise_schedule(pipeline.scheduler.config) for pipeline in (teacher, base))
+    return num_answerable(asked, own, needs_signal=types == ("epsilon", "v_prediction"))

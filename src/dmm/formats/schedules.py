@@ -21,6 +21,7 @@ from dmm.formats.building import building, check_config
 from dmm.formats.configs import carried_config
 from dmm.formats.original_layout import V_PREDICTION_MARK, ZERO_SNR_MARK
 from dmm.formats.tensors import Header
+from dmm.maths.schedules import LEAST_SIGNAL
 
 _FILE = "scheduler_config.json"
 _PARTS = (
@@ -117,7 +118,7 @@ def same_schedules(one: Tensor, other: Tensor) -> bool:
 
 def ends_in_noise(schedule: Tensor) -> bool:
     """Whether the last step of a noise schedule leaves nothing of the picture."""
-    return bool(schedule[-1] <= 1e-7)  # Euler's classes write 2**-24 for 0
+    return bool(schedule[-1] <= LEAST_SIGNAL)
 
 
 def marks(config: Mapping[str, Any]) -> dict[str, Tensor]:

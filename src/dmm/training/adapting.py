@@ -29,6 +29,7 @@ from dmm.errors import UserError
 from dmm.families import set_denoiser
 from dmm.files.runs import CALIBRATION, CHECKPOINTS, STYLE_RUNS, UNTRAINED, step_of
 from dmm.formats.lora import LowRank, read_lora
+from dmm.maths.schedules import timesteps_of_equal_power
 from dmm.maths.sharing import Group, share_batch
 from dmm.models.adapter_files import file_stems
 from dmm.models.adapters import NOTHING, Adapter, Factors, KeptWeights
@@ -44,6 +45,7 @@ from dmm.training.building import (
     DTYPES,
     build_adversary,
     encoder_of,
+    num_timesteps_of,
     open_teacher,
     open_teachers,
     roles_of,
@@ -64,7 +66,7 @@ from dmm.training.calibrating import (
 )
 from dmm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from dmm.training.distill import Imitation
-from dmm.training.preflight import Plan
+from dmm.training.preflight import Plan, Reach
 from dmm.training.preparing import free_memory
 from dmm.training.processes import on_all, on_main
 from dmm.training.trainer import STUDENT, Trainer
@@ -207,7 +209,7 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
         name = recipe.teachers[index].name
         if paths[name].is_file():
             continue
-        roles = [Role([0], encoder_of(recipe, name), 1.0)]
+        roles = [Role([0], encoder_of(recipe, name), 1.0, num_timesteps_of(run.plan, index))]
         groups = [Group(0, range(recipe.styles.samples), 1 / recipe.styles.samples)]
         batches = run.new_batches([name], roles)(
             groups=groups,
@@ -215,9 +217,14 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
             seed=(recipe.seed + 1) * _CALIBRATED % 2**32,
         )
 
-        def samples(batches: Batches = batches) -> Iterator[Sample]:
+        reach = run.plan.reach.get(index)
+
+        def samples(batches: Batches = batches, reach: Reach | None = reach) -> Iterator[Sample]:
             for batch in batches.of_step(0):
-                yield Sample(batch.x_t, batch.timesteps, batch.parts[0].conditioning, batch.conditioning)
+                asked = batch.timesteps
+                if reach is not None:
+                    asked = timesteps_of_equal_power(batch.alpha_bar_t, reach.alphas_cumprod.to(asked.device))
+                yield Sample(batch.x_t, asked, batch.parts[0].conditioning, batch.timesteps, batch.conditioning)
 
         opened = run.plan.subject.open(run.plan.teachers[index], name=f"teacher '{name}'")[0]
         teacher = freeze(opened).to(accelerator.device, memory_format=torch.channels_last)
@@ -329,7 +336,8 @@ def _train(
     if done is not None:
         return done
     with _prompted(run, unet, prompts, name):
-        roles = [Role([0], encoder_of(recipe, name), 1.0)]
+        index = run.new_styles.index(name)
+        roles = [Role([0], encoder_of(recipe, name), 1.0, num_timesteps_of(run.plan, index))]
         new_batches = run.new_batches([name], roles)
         set_changes(unet, {})
         with accelerator.autocast():
@@ -337,7 +345,7 @@ def _train(
         set_seed(recipe.seed)
         adversary = build_adversary(recipe, run.plan, run.base, accelerator.device, num_styles=1)
         student = AdaptedStudent(unet, {name: start})
-        teacher = open_teacher(recipe, run.plan, run.new_styles.index(name))
+        teacher = open_teacher(recipe, run.plan, index)
         teacher.unet.to(accelerator.device)
         if watch is not None:
             watch.ask({0: teacher})
@@ -414,7 +422,7 @@ def _train_all(run: Run, unet: nn.Module, prompts: StylePrompts, starting: Mappi
     """Train the shared weights and all adapters together; the pipeline has them in the end."""
     recipe, accelerator = run.recipe, run.accelerator
     styles = list(starting)
-    roles = roles_of(recipe, styles)
+    roles = roles_of(recipe, run.plan, styles)
     new_batches = run.new_batches(styles, roles)
     unet.to(accelerator.device)
     watch = run.new_watch(unet, new_batches, [1] * len(styles), styles)

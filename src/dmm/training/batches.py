@@ -48,11 +48,13 @@ class Role:
         styles: indices of the styles that it teaches; where they are several, a sample's is drawn.
         encoder: whose text encoder it reads, a name of :class:`Data`.
         share: of every batch and of the loss; those of all roles sum to 1.
+        num_timesteps: of the student's, how many from the first on the teacher can be asked about; by default all.
     """
 
     styles: Sequence[int]
     encoder: str
     share: float
+    num_timesteps: int | None = None
 
 
 class Batches:
@@ -126,7 +128,8 @@ class Batches:
             num_timesteps=len(self._alphas_cumprod),
             caption_dropout=self._caption_dropout,
         )
-        alpha_bar_t = self._alphas_cumprod[draws.timesteps]
+        timesteps = self._within_reach(draws.timesteps, teachers)
+        alpha_bar_t = self._alphas_cumprod[timesteps]
         styles = [
             self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
         ]
@@ -146,15 +149,21 @@ class Batches:
         one_hot = torch.nn.functional.one_hot(torch.tensor(styles), len(self._styles))
         return Batch(
             x_t=x_t.to(self._device),
-            timesteps=draws.timesteps.to(self._device),
+            timesteps=timesteps.to(self._device),
             alpha_bar_t=alpha_bar_t.to(self._device),
             style_weights=one_hot.float().to(self._device),
             conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)) | shown,
             loss_weights=torch.tensor(weights, device=self._device),
-            score_weights=self._score_weights[draws.timesteps].to(self._device),
+            score_weights=self._score_weights[timesteps].to(self._device),
             parts=parts,
-            again=self._again(step, indices, draws.timesteps) if self._adversarial else None,
+            again=self._again(step, indices, timesteps) if self._adversarial else None,
         )
+
+    def _within_reach(self, timesteps: Tensor, teachers: Sequence[int]) -> Tensor:
+        """Uniform timesteps, and still uniform among those that each sample's teacher can be asked about."""
+        whole = len(self._alphas_cumprod)
+        reach = torch.tensor([self._roles[teacher].num_timesteps or whole for teacher in teachers])
+        return timesteps * reach // whole
 
     def _again(self, step: int, indices: Sequence[int], timesteps: Tensor) -> Rediffusion:
         later, noise = draw_again(

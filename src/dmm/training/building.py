@@ -57,16 +57,21 @@ def shared_weights(recipe: Recipe, plan: Plan, base: Any, *, average: bool = Tru
     return unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
 
 
-def roles_of(recipe: Recipe, styles: list[str]) -> list[Role]:
+def roles_of(recipe: Recipe, plan: Plan, styles: list[str]) -> list[Role]:
     """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept."""
     num_earlier = len(styles) - len(recipe.teachers)
     shares = shares_of(recipe)
     roles = [
-        Role([num_earlier + i], encoder_of(recipe, teacher.name), share)
+        Role([num_earlier + i], encoder_of(recipe, teacher.name), share, num_timesteps_of(plan, i))
         for i, (teacher, share) in enumerate(zip(recipe.teachers, shares, strict=False))
     ]
     kept = [Role(range(num_earlier), STUDENT, share) for share in shares[len(roles) :]]
     return roles + kept
+
+
+def num_timesteps_of(plan: Plan, teacher: int) -> int | None:
+    """How many of the student's timesteps a teacher can be asked about; None for all."""
+    return plan.reach[teacher].num_timesteps if teacher in plan.reach else None
 
 
 def encoder_of(recipe: Recipe, teacher: str) -> str:
@@ -106,7 +111,9 @@ def open_teacher(recipe: Recipe, plan: Plan, index: int) -> Teacher:
     unet = freeze(opened).to(memory_format=torch.channels_last)
     if recipe.training.compile:
         unet.compile()
-    return Teacher(unet, predicts or plan.prediction_type, plan.prediction_type)
+    reach = plan.reach.get(index)
+    schedule = None if reach is None else reach.alphas_cumprod
+    return Teacher(unet, predicts or plan.prediction_type, plan.prediction_type, schedule)
 
 
 def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:

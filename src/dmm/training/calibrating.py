@@ -38,10 +38,16 @@ class Sample(Noised):
     """B noised samples, as a teacher and as the student reads them.
 
     Attributes:
+        student_timesteps: (B,), where those are the student's.
         student_conditioning: what the student's model reads, by flat names.
     """
 
+    student_timesteps: Tensor
     student_conditioning: Mapping[str, Tensor]
+
+    def as_student(self) -> Noised:
+        """As the student reads them."""
+        return Noised(self.x_t, self.student_timesteps, self.student_conditioning)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ def _measure_curve(
     found: Calibrated, teacher: nn.Module, start: nn.Module, samples: Iterable[Sample]
 ) -> list[tuple[int, float]]:
     """The error of adapters of several sizes, each dealt for this style alone."""
-    asked = [(one, _say(teacher, one, one.conditioning), _say(start, one, one.student_conditioning)) for one in samples]
+    asked = [(one, _say(teacher, one), _say(start, one.as_student())) for one in samples]
     whole = sum(float((of_start - of_teacher).double().square().sum()) for _, of_teacher, of_start in asked)
     costs, shapes = costs_of(start), shapes_of(start)
     kept, curve = KeptWeights(), []
@@ -128,8 +134,7 @@ def _measure_curve(
         ranks = {name: min(count, len(found.components[name].gains)) for name, count in ranks.items()}
         kept.fuse(start, found.adapter(ranks, shapes))
         left = sum(
-            float((_say(start, one, one.student_conditioning) - of_teacher).double().square().sum())
-            for one, of_teacher, _ in asked
+            float((_say(start, one.as_student()) - of_teacher).double().square().sum()) for one, of_teacher, _ in asked
         )
         curve.append((sum(costs[name] * count for name, count in ranks.items()), left / whole))
         if left <= GOOD_ENOUGH * whole or ranks == {name: len(one.gains) for name, one in found.components.items()}:
@@ -138,8 +143,8 @@ def _measure_curve(
     return curve
 
 
-def _say(model: nn.Module, sample: Sample, conditioning: Mapping[str, Tensor]) -> Tensor:
-    output: Tensor = model(sample.x_t, sample.timesteps, **arguments(conditioning), return_dict=False)[0]
+def _say(model: nn.Module, sample: Noised) -> Tensor:
+    output: Tensor = model(sample.x_t, sample.timesteps, **arguments(sample.conditioning), return_dict=False)[0]
     return output.float()
 
 

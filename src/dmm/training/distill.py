@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dmm.families import arguments
 from dmm.maths.diffusion import PredictionType, convert_prediction, rediffuse
 from dmm.maths.losses import adversarial_loss, discriminator_loss, feature_loss, score_loss
+from dmm.maths.schedules import timesteps_of_equal_power
 from dmm.models.discriminator import Discriminator
 from dmm.models.features import BlockTap
 from dmm.models.student import StyledStudent
@@ -92,12 +93,18 @@ class Teacher:
         prediction_type: what it predicts.
         student_prediction_type: what the student predicts. Where the two differ, the teacher's last up block is not
             imitated: its output is on the way to another target.
+        alphas_cumprod: (T,), of its noise schedule, where that is not the student's.
     """
 
     def __init__(
-        self, unet: nn.Module, prediction_type: PredictionType, student_prediction_type: PredictionType
+        self,
+        unet: nn.Module,
+        prediction_type: PredictionType,
+        student_prediction_type: PredictionType,
+        alphas_cumprod: Tensor | None = None,
     ) -> None:
         self.unet = unet
+        self._alphas_cumprod = alphas_cumprod
         self._types = (prediction_type, student_prediction_type)
         self._tap = BlockTap(unet)
 
@@ -105,6 +112,8 @@ class Teacher:
     def __call__(self, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Its prediction of a part of a batch, in the student's type, and its features by block."""
         x_t, timesteps, alpha_bar_t = (value[part.samples] for value in (batch.x_t, batch.timesteps, batch.alpha_bar_t))
+        if self._alphas_cumprod is not None:
+            timesteps = timesteps_of_equal_power(alpha_bar_t, self._alphas_cumprod.to(alpha_bar_t.device))
         dtype = next(self.unet.parameters()).dtype
         with self._tap.catch() as features:
             output = self.unet(x_t.to(dtype), timesteps, **arguments(part.conditioning, dtype), return_dict=False)[0]

@@ -188,7 +188,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
     )
     styles = list(plan.styles)
-    roles = roles_of(recipe, styles)
+    roles = roles_of(recipe, plan, styles)
     if is_uneven(len(roles), accelerator.num_processes) and accelerator.is_main_process:
         _logger.warning(
             "%d teachers on %d processes: some processes have more to do than others, which wait for them.",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
 from dmm.errors import UserError
@@ -14,8 +15,9 @@ from dmm.families import Family, Frame
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_disk, held_bytes
 from dmm.files.prompts import read_prompts
-from dmm.formats.schedules import check_same_schedule, noise_schedule
+from dmm.formats.schedules import check_same_schedule, noise_schedule, same_schedules
 from dmm.maths.diffusion import PredictionType
+from dmm.maths.schedules import num_answerable
 from dmm.maths.sharing import share_batch
 from dmm.models.calibration import layers_of
 from dmm.models.conditioning import check_clip_skip
@@ -33,8 +35,23 @@ from dmm.training.subject import Denoisers, Subject
 UNKNOWN_RANK = 16
 """What a style of a given error is taken to come to, before it is calibrated."""
 
+# the share of the student's timesteps below which a teacher would leave too much untaught
+_LEAST_REACH = 0.8
 # of a UNet's config, what says nothing of what it computes
 _HARMLESS = ("sample_size", "upcast_attention")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a teacher of another noise schedule can be asked about.
+
+    Attributes:
+        alphas_cumprod: (T,), its own schedule.
+        num_timesteps: of the student's, how many from the first on.
+    """
+
+    alphas_cumprod: Tensor
+    num_timesteps: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,7 @@ class Plan:
         provenance: of each style.
         sizes: how many weights take part.
         subject: what of these models is merged.
+        reach: by index, of the teachers whose noise schedule is not the student's.
     """
 
     family: Family
@@ -70,6 +88,7 @@ class Plan:
     provenance: tuple[Provenance, ...]
     sizes: Sizes
     subject: Subject = field(default_factory=Denoisers)
+    reach: Mapping[int, Reach] = field(default_factory=dict)
 
 
 def check_machine(recipe: Recipe, num_processes: int, device: torch.device) -> None:
@@ -100,13 +119,17 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device, *, wit
     sources = tuple(
         teacher_source(teacher, recipe.base, beneath.configs, ema=recipe.ema) for teacher in recipe.teachers
     )
-    teachers = []
+    teachers: list[CheckedModel] = []
+    reach: dict[int, Reach] = {}
     for teacher, source in zip(recipe.teachers, sources, strict=True):
         name = f"teacher '{teacher.name}'"
         checked = check_model(source, family=base.family, name=name)
         with naming(name):
             check_clip_skip(SimpleNamespace(**checked.skeletons), teacher.clip_skip or None)
-        _check_alike(name, checked, base)
+        _check_structure(name, checked, base)
+        found = _reach(name, checked, base)
+        if found is not None:
+            reach[len(teachers)] = found
         teachers.append(checked)
     start = _check_start(recipe, base, teachers)
     earlier = _read_earlier(recipe, base) if recipe.earlier else None
@@ -130,6 +153,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device, *, wit
         styles,
         provenance,
         sizes_of(recipe, base.family, base.skeletons, styles),
+        reach=reach,
     )
 
 
@@ -336,11 +360,15 @@ def _check_start(recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedM
                     f"start is average, but teacher '{teacher.name}' predicts {checked.prediction_type} and the base "
                     f"{base.prediction_type}: only weights of one prediction type can be averaged. Set start to base."
                 )
+            powers, base_powers = (noise_schedule(one.scheduler_config) for one in (checked, base))
+            check_same_schedule(f"start is average, but teacher '{teacher.name}'", powers, "the student's", base_powers)
     if recipe.start in ("base", "average"):
         return None
     source = ModelSource(recipe.start, config=base.configs if Path(recipe.start).is_file() else None)
     checked = check_model(source, family=base.family, name="start")
-    _check_alike("start", checked, base)
+    _check_structure("start", checked, base)
+    powers, base_powers = (noise_schedule(one.scheduler_config) for one in (checked, base))
+    check_same_schedule("start", powers, "the student's", base_powers)
     if checked.prediction_type != base.prediction_type:
         raise UserError(
             f"start: the model predicts {checked.prediction_type}, the base {base.prediction_type}, whose scheduler "
@@ -396,8 +424,8 @@ def _read_start(recipe: Recipe, start: ModelSource | None, styles: Sequence[str]
     return style_prompts
 
 
-def _check_alike(name: str, model: CheckedModel, base: CheckedModel) -> None:
-    """Refuse a model whose UNet has another architecture or another noise schedule than the base's."""
+def _check_structure(name: str, model: CheckedModel, base: CheckedModel) -> None:
+    """Refuse a model whose UNet has another architecture than the base's."""
     ours, theirs = (_structure(one.denoiser) for one in (base, model))
     # what tells families apart first
     for key in dict.fromkeys(["cross_attention_dim", *ours, *theirs]):
@@ -408,13 +436,22 @@ def _check_alike(name: str, model: CheckedModel, base: CheckedModel) -> None:
                 else "Choose teachers of one architecture."
             )
             raise UserError(f"{name}: the UNet has {key} {theirs.get(key)}, the student {ours.get(key)}. {advice}")
-    powers, base_powers = (noise_schedule(one.scheduler_config) for one in (model, base))
-    check_same_schedule(name, powers, "the student's", base_powers)
-    if model.prediction_type == "epsilon" and base.prediction_type == "v_prediction" and (powers == 0).any():
-        raise UserError(
-            f"{name}: it predicts epsilon on a schedule that ends in pure noise, where that says nothing of the "
-            "velocity that the base predicts. Choose teachers that predict v."
-        )
+
+
+def _reach(name: str, model: CheckedModel, base: CheckedModel) -> Reach | None:
+    """What a teacher can be asked about; None of everything, at the student's own timesteps.
+
+    Raises: UserError: its schedule has too few of the student's signal powers.
+    """
+    powers, asked = (noise_schedule(one.scheduler_config) for one in (model, base))
+    needs_signal = (model.prediction_type, base.prediction_type) == ("epsilon", "v_prediction")
+    reach = Reach(powers, num_answerable(asked, powers, needs_signal=needs_signal))
+    if same_schedules(powers, asked) and reach.num_timesteps == len(asked):
+        return None
+    num_too_clean = int((asked > powers[0]).sum())
+    if reach.num_timesteps - num_too_clean < _LEAST_REACH * len(asked):
+        check_same_schedule(name, powers, "the student's", asked)
+    return reach
 
 
 def _structure(unet: Any) -> dict[str, Any]:
