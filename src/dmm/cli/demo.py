@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("run dmm demo again to go on") from None
     print(
-        f"Wrote {shown.picture} in {time.monotonic() - start:.0f} s: for every prompt a row by the {len(names)} experts, "
-        "and one by the model that they were merged into.\n"
+        f"Wrote {shown.picture} in {time.monotonic() - start:.0f} s: for every prompt a row by the {len(names)} "
+        "experts, and one by the model that they were merged into.\n"
         f"Of {shown.num_images} pictures each, the judge finds in the right hand: {shown.of_experts.right_styles} of "
         f"the experts', {shown.of_merged.right_styles} of the merged model's; of the right thing: "
         f"{shown.of_experts.right_concepts} and {shown.of_merged.right_concepts}.\n"
