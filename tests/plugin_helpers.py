@@ -51,7 +51,7 @@ def save_lora(path: Path, seed: int = 7, text_encoder=None) -> Path:
     return path
 
 
-def save_ip_adapter(folder: Path, seed: int = 8, cross_attention_dim: int = 16) -> Path:
+def save_ip_adapter(folder: Path, seed: int = 8, cross_attention_dim: int = 16, unet=None) -> Path:
     """An IP-Adapter's file in the layout of its authors, and the CLIP image encoder that it reads beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -72,7 +72,7 @@ def save_ip_adapter(folder: Path, seed: int = 8, cross_attention_dim: int = 16) 
         "image_proj.norm.weight": torch.ones(cross_attention_dim),
         "image_proj.norm.bias": torch.zeros(cross_attention_dim),
     }
-    unet = tiny_unet()
+    unet = unet or tiny_unet()
     layers = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
     for i, name in enumerate(layers):
         width = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features

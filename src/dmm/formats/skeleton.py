@@ -96,12 +96,11 @@ def from_config(model_class: Any, folder: Path) -> Any:
 
 
 def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family) -> None:
-    size = skeletons["unet"].config.sample_size
+    name = family.denoiser.name
+    size = skeletons[name].config.sample_size
     if not (isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2)):
-        raise UserError(
-            f"{folder / 'unet' / 'config.json'}: its sample_size is {size}; a number, or two, was expected."
-        )
-    unet, vae = (skeletons[name].config for name in ("unet", "vae"))
+        raise UserError(f"{folder / name / 'config.json'}: its sample_size is {size}; a number, or two, was expected.")
+    unet, vae = (skeletons[name].config for name in (name, "vae"))
     # of several text encoders the embeddings are read side by side
     text_width = sum(skeletons[one.name].config.hidden_size for one in family.text_encoders)
     check_paints_from_noise(str(folder), unet.in_channels, vae.latent_channels)
