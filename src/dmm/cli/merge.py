@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING
 from dmm.cli.arguments import add_device
 from dmm.errors import UserError
 from dmm.files.claims import check_unclaimed
+from dmm.files.outputs import held_bytes
 from dmm.files.prompts import read_prompts
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, RECIPE, check_new
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, RECIPE, STYLE_RUNS, check_new
 from dmm.recipes.recipe import load_recipe
 from dmm.training.ranks import is_main_process, told_once
 
@@ -168,20 +169,20 @@ def _say(outlook: "Outlook") -> None:
 
 def _told(merged: "Merged") -> str:
     folder, styles = merged.folder, ", ".join(merged.styles)
-    what = (
-        "a stock ControlNet, with the controls"
-        if merged.is_control
-        else "a stock Stable Diffusion pipeline, with the styles"
-    )
+    what = "ControlNet, with the controls" if merged.is_control else "Stable Diffusion pipeline, with the styles"
     if merged.was_finished:
-        return f"{folder} is finished already: {what} {styles}."
-    kept = sum(file.stat().st_size for file in (folder / CHECKPOINTS).rglob("*") if file.is_file())
+        return f"{folder} is finished already: a stock {what} {styles}."
     paint = f"{folder} --style '{merged.styles[-1]}' PROMPT"
     if merged.is_control:
         paint = f"MODEL PROMPT --controlnet {folder} --control '{merged.styles[-1]}' --control-image FILE"
-    return (
-        f"Wrote {folder} in {merged.seconds:.0f} s: {what} {styles}.\n"
-        f"  paint:       dmm generate {paint}\n"
-        f"  curves:      {folder}/log.jsonl; samples, if any, in {folder}/samples\n"
-        f"  checkpoints: {folder}/{CHECKPOINTS}, {kept / 1e9:.2g} GB; remove them once no --resume will need them"
-    )
+    lines = [
+        f"Wrote {folder} in {merged.seconds:.0f} s: a stock {what} {styles}.",
+        f"  paint:       dmm generate {paint}",
+        f"  curves:      {folder}/log.jsonl; samples, if any, in {folder}/samples",
+    ]
+    # styles that are adapters have been trained one after another, each with checkpoints of its own
+    for where in (CHECKPOINTS, f"{STYLE_RUNS}/*/{CHECKPOINTS}"):
+        if kept := sum(held_bytes(found) for found in folder.glob(where)):
+            what = f"{folder}/{where}, {kept / 1e9:.2g} GB"
+            lines.append(f"  checkpoints: {what}; remove them once no --resume will need them")
+    return "\n".join(lines)
