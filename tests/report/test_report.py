@@ -14,6 +14,7 @@ from dmm.evaluation.evaluate import Evaluation
 from dmm.evaluation.figures import NO_FID
 from dmm.report.compare import compare_reports, write_table
 from dmm.report.files import read_report
+from dmm.report.page import _grid
 from dmm.report.report import write_report
 from dmm.report.verdict import verdict
 
@@ -148,7 +149,16 @@ def test_the_page_begins_with_the_verdict_and_the_models_name(folder):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<title>merged" in page
     assert page.index("merged paints as its teachers do") < page.index("FIDt")
-    assert page.count('<figure class="wide">') == 1
+    # of two styles at their sizes: twice as wide is enough, and no page's width
+    with Image.open(folder / "grid.png") as grid:
+        assert f'style="--most:{2 * grid.width}px"' in page
+    assert '<figure class="wide">' not in page
+
+
+@pytest.mark.parametrize(("width", "kind"), [(300, "<figure>"), (576, "<figure>"), (577, '<figure class="wide">')])
+def test_a_grid_is_as_wide_as_the_page_where_it_has_the_pixels(tmp_path, width, kind):
+    Image.new("RGB", (width, 100)).save(tmp_path / "grid.png")
+    assert _grid(tmp_path / "grid.png", "").startswith(kind)
 
 
 def test_the_page_needs_nothing_beside_it(folder):

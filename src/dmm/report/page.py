@@ -6,6 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dmm.report.verdict import model_name, verdict
 
 _STYLE = """
@@ -20,7 +22,7 @@ p { max-width: 52rem; }
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 figure.wide { width: calc(100vw - 5rem); margin-left: calc(50% - 50vw + 2.5rem); }
 .grow input { position: absolute; opacity: 0; }
-.grow img { width: 100%; display: block; cursor: zoom-in; }
+.grow img { width: min(100%, var(--most)); display: block; cursor: zoom-in; }
 .grow:focus-within img { outline: 2px solid; }
 .grow:has(:checked) { position: fixed; inset: 0; overflow: auto; background: Canvas; z-index: 1; }
 .grow :checked + img { width: max(100%, 2400px); max-width: none; cursor: zoom-out; }
@@ -38,6 +40,7 @@ table.sources td:not(:nth-child(2)) { white-space: nowrap; } table.sources th { 
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 """
+_TEXT_WIDTH = 1152  # pixels, of what the style sheet leaves of 76rem
 
 
 def write_page(figures: Mapping[str, Any], pictures: Path, path: Path) -> None:
@@ -239,9 +242,12 @@ def _picture(path: Path, caption: str) -> str:
 
 
 def _grid(path: Path, caption: str) -> str:
-    """A picture as wide as the page, and wider on a click, which needs no script."""
-    picture = f'<input type="checkbox" aria-label="larger"><img src="{_inlined(path)}" alt="">'
-    return f'<figure class="wide"><label class="grow">{picture}</label><figcaption>{caption}</figcaption></figure>'
+    """A picture as wide as the page, but at most at twice its size, and wider on a click, which needs no script."""
+    with Image.open(path) as image:
+        most = 2 * image.width
+    picture = f'<input type="checkbox" aria-label="larger"><img src="{_inlined(path)}" alt="" style="--most:{most}px">'
+    kind = ' class="wide"' if most > _TEXT_WIDTH else ""
+    return f'<figure{kind}><label class="grow">{picture}</label><figcaption>{caption}</figcaption></figure>'
 
 
 def _inlined(path: Path) -> str:
