@@ -14,6 +14,7 @@ from conftest import tiny_pipeline
 from helpers import same_weights
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dmm
 from dmm.cli import main
@@ -21,6 +22,7 @@ from dmm.families.sd1 import SD1
 from dmm.files.runs import find_run
 from dmm.files.yaml import write_yaml
 from dmm.formats.lora import save_kohya_lora
+from dmm.formats.original_layout import original_names
 from dmm.models.styles import styled_port
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.styled import stock_twin
@@ -41,6 +43,20 @@ def models(sd1_folder, tmp_path_factory):
     torch.manual_seed(3)
     adapted.unet.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q", "conv1"]))
     save_kohya_lora(folder / "lora.safetensors", {"unet": adapted.unet}, SD1)
+    names = original_names({"unet": tiny_pipeline().unet}, SD1)["unet"]
+    spelled = {name: theirs.removeprefix("model.diffusion_model.") for name, theirs in names.items()}
+    flat = {
+        f"lora_unet_{ours.removesuffix('.weight').replace('.', '_')}": (
+            f"lora_unet_{theirs.removesuffix('.weight').replace('.', '_')}"
+        )
+        for ours, theirs in spelled.items()
+        if ours.endswith(".weight")
+    }
+    renamed = {
+        f"{flat[name.split('.')[0]]}.{name.split('.', 1)[1]}": tensor
+        for name, tensor in load_file(folder / "lora.safetensors").items()
+    }
+    save_file(renamed, folder / "original.safetensors")
     images = folder / "images"
     images.mkdir()
     lines = []
@@ -148,8 +164,10 @@ def test_without_training_a_merge_is_nearer_to_its_teachers_the_more_it_may_take
     assert moved[2] < 0.05 * moved[0]  # 16 is the full rank of most layers
 
 
-def test_a_lora_teacher_keeps_its_own_factors_where_they_fit(run, models, sd1_folder, tmp_path):
-    assert run(["merge"], tmp_path / "merged", [LINE, INK], styles={"rank": 4, "samples": 8}) == 0
+@pytest.mark.parametrize("lora", ["lora.safetensors", "original.safetensors"])
+def test_a_lora_teacher_keeps_its_own_factors_where_they_fit(run, models, sd1_folder, tmp_path, lora):
+    line = {**LINE, "lora": lora}
+    assert run(["merge"], tmp_path / "merged", [line, INK], styles={"rank": 4, "samples": 8}) == 0
     assert not (tmp_path / "merged" / "training" / "line").exists()
     ours = stock_twin(dmm.load_pipeline(tmp_path / "merged"), "line")
     teacher = open_pipeline(ModelSource(sd1_folder, loras=((models / "lora.safetensors", 0.5),)))

@@ -254,7 +254,7 @@ def _own_factors(run: Run, index: int) -> dict[str, Factors]:
     changes = [
         (change, scale)
         for path, scale in source.loras
-        for change in read_lora(path, models, allow_pickle=source.allow_pickle)
+        for change in read_lora(path, models, run.plan.family, allow_pickle=source.allow_pickle)
     ]
     factors: dict[str, Factors] = {}
     for change, scale in changes:
