@@ -1,9 +1,11 @@
 """LoRAs of every family, under the names that tools give its layers: merged as diffusers merges them."""
 
+import logging
 import re
 
 import pytest
 import torch
+from conftest import tiny_unet
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -167,13 +169,16 @@ def test_diffusers_reads_those_layouts_alike(family, adapted, tmp_path, layout):
     assert differences(fused(family, path), pipe)[0] <= 1e-6
 
 
-TITLES = {"sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL"}
-
-
 @pytest.mark.parametrize("other", TINY)
-def test_another_familys_is_refused_by_its_name(family, kohya, other):
+def test_another_familys_is_refused_by_its_name(family, kohya, other, caplog):
     if other == family.name:
         return
     pipe = TINY[other]()
-    with pytest.raises(UserError, match=TITLES[family.name]):
+    if "sdxl" not in (other, family.name):
+        # tiny ones of these two are of one shape, real ones are not; the header alone is no ground to refuse
+        with caplog.at_level(logging.WARNING):
+            assert read_lora(kohya, models_of(pipe), FAMILIES[other])
+        assert f"says that it is of {family.title}; all of it fits" in caplog.text
+        pipe.register_modules(unet=tiny_unet((16, 32)))
+    with pytest.raises(UserError, match=f"is of {family.title}"):
         read_lora(kohya, models_of(pipe), FAMILIES[other])

@@ -13,7 +13,7 @@ from dmm.families.family import Component, Family
 from dmm.families.sd1 import SD1
 from dmm.families.sd2 import SD2
 from dmm.families.sdxl import SDXL
-from dmm.families.strangers import LORA_MARKERS, STRANGERS, Stranger
+from dmm.families.strangers import LIKELY_LORA_MARKERS, STRANGERS, SURE_LORA_MARKERS, Stranger
 
 __all__ = [
     "FAMILIES",
@@ -112,6 +112,10 @@ def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | No
         names: of its layers.
         metadata: of its header, in the words of kohya's scripts and of modelspec.
     """
+    names = list(names)
+    for title, marker in SURE_LORA_MARKERS:
+        if any(marker in name for name in names):
+            return title
     architecture, version = metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")
     for family in FAMILIES.values():
         if version.startswith(family.kohya_name):
@@ -124,7 +128,7 @@ def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | No
             and architecture.split("/")[0].split("-")[:3] == one.architecture.split("-")[:3]
         ):
             return one.title
-    return next((title for title, marker in LORA_MARKERS if any(marker in name for name in names)), None)
+    return next((title for title, marker in LIKELY_LORA_MARKERS if any(marker in name for name in names)), None)
 
 
 def denoiser_of(pipeline: Any) -> Any:

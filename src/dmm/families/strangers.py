@@ -23,18 +23,22 @@ class Stranger:
     """Whether a folder of such a class is of this kind, by the configs of its parts."""
 
 
-LORA_MARKERS = (
+SURE_LORA_MARKERS = (
     ("SDXL", "lora_te2_"),
     ("SDXL", "text_encoder_2."),
     ("SDXL", "clip_g."),
-    ("SDXL", "unet_input_blocks_"),
     ("FLUX", "double_blocks"),
     ("SD 3", "joint_blocks"),
+)
+"""Titles of families, and parts of the names of LoRAs' layers that only theirs have, whatever their metadata say."""
+
+LIKELY_LORA_MARKERS = (
+    ("SDXL", "unet_input_blocks_"),
     ("SD 1.x or SD 2.x", "lora_te_"),
     ("SD 1.x or SD 2.x", "down_blocks_0_attentions"),
     ("SD 1.x or SD 2.x", "down_blocks.0.attentions"),
 )
-"""Titles of families, and parts of the names of LoRAs' layers that only theirs have; the surer ones first."""
+"""The same of parts that tell where nothing else does."""
 
 STRANGERS = (
     Stranger("a ControlNet", ("control_model.", "controlnet_")),

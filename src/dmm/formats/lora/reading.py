@@ -126,16 +126,10 @@ def read_lora(
         path: its file, or a folder that diffusers or PEFT saved one to.
         models: the denoiser and the text encoders by component, with weights or on the meta device.
         family: of the model; names of the original layout are known by it.
-    Raises: UserError: see :func:`read_lora_file`; it says that it is of another family; none or not all of its layers
-        are the model's; shapes that do not fit.
+    Raises: UserError: see :func:`read_lora_file`; none or not all of its layers are the model's; shapes that do not
+        fit.
     """
     file = read_lora_file(path, family, allow_pickle=allow_pickle)
-    told = title_of_lora((), file.metadata)
-    if family is not None and told not in (None, family.title):
-        raise UserError(
-            f"{file.path} is a LoRA of {told}, as its metadata say; the model is {family.title}. Pass a LoRA made for "
-            "this one."
-        )
     models = {name: model for name, model in models.items() if name != "vae"}
     known = layers_by_name(models, family)
     if family is not None and any(name not in known for name in file.layers):
@@ -150,6 +144,9 @@ def read_lora(
         except UserError as error:
             title = _other_title(file, family)
             raise UserError(f"{error} It says that it is of {title}.") if title else error from error
+    if title := _other_title(file, family):
+        # names and shapes are facts of the weights; what trainers write beside them is wrong now and then
+        _logger.warning("%s says that it is of %s; all of it fits this model, and is taken.", file.path, title)
     return changes
 
 
