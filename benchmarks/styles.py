@@ -104,7 +104,7 @@ def measure_switch(rank: int) -> bool:
         sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
     )
     torch.set_default_dtype(torch.float32)
-    adapters = {f"style-{i}": some_adapter(unet, rank).to(dtype=torch.float16) for i in range(2)}
+    adapters = {f"style-{i}": some_adapter(unet, rank).to("cpu", torch.float16) for i in range(2)}
     adaptation, names = Adaptation(), list(adapters)
     adaptation.choose(unet, names, adapters, names[0])  # the first time it keeps the shared weights, too
     seconds = [
