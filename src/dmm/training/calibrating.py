@@ -8,7 +8,7 @@ folder, a file a style, so that a run goes on and processes share the work::
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ CURVE = (1, 2, 4, 8, 16, 32, 64, 128)
 """Ranks of uniform adapters of as many bytes, at which a style's error is measured."""
 GOOD_ENOUGH = 0.01
 """The error at which a curve ends."""
+# of what a curve is measured on: positions of latents, and samples, in each of which all are of one timestep
+_MEASURED_POSITIONS, _LEAST_MEASURED = 2**14, 16
 
 # of a layer's components, how many times the rank asked for are kept to be dealt from, and how many at least
 _KEPT, _LEAST_KEPT = 8, 64
@@ -117,7 +119,18 @@ def calibrate(
     offsets = {name: difference(name).cpu() for name in ours if name not in layers}
     offsets = {name: offset for name, offset in offsets.items() if offset.any()}
     calibrated = Calibrated(gains, components, offsets, (), own)
-    return replace(calibrated, curve=_measure_curve(calibrated, teacher, start, samples()))
+    return replace(calibrated, curve=_measure_curve(calibrated, teacher, start, _enough(samples())))
+
+
+def _enough(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """As many of the first ones as an error is measured on: of large latents a few tell as much as many small ones."""
+    num_samples = num_positions = 0
+    for one in samples:
+        yield one
+        num_samples += len(one.x_t)
+        num_positions += one.x_t[:, 0].numel()
+        if num_samples >= _LEAST_MEASURED and num_positions >= _MEASURED_POSITIONS:
+            return
 
 
 @torch.no_grad()
