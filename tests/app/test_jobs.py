@@ -1,11 +1,10 @@
 """One at a time, with progress, until cancelled."""
 
-import threading
 import time
 
 import pytest
 
-from dmm.app.jobs import Cancelled, Job
+from dmm.app.jobs import Cancelled, Desk, Job
 
 
 def test_a_job_tells_how_far_it_is_then_what_came_of_it():
@@ -15,7 +14,7 @@ def test_a_job_tells_how_far_it_is_then_what_came_of_it():
             time.sleep(0.02)
         return "done"
 
-    *shares, result = Job(work, 2, threading.Lock()).watch(every=0.01)
+    *shares, result = Job(work, 2, Desk()).watch(every=0.01)
     assert result == "done"
     assert shares == sorted(shares)
     assert 0 <= shares[0] < shares[-1] <= 1
@@ -30,7 +29,7 @@ def test_a_cancelled_job_ends_at_its_next_step():
             steps.append(1)
             time.sleep(0.01)
 
-    job = Job(work, 1, threading.Lock())
+    job = Job(work, 1, Desk())
     watched = job.watch(every=0.01)
     next(watched)
     job.cancel()
@@ -41,22 +40,39 @@ def test_a_cancelled_job_ends_at_its_next_step():
     assert len(steps) == ended
 
 
-def test_who_stops_asking_cancels_and_the_next_one_has_a_turn():
-    turn = threading.Lock()
+def test_a_closed_desk_cancels_what_is_done_and_what_waits():
+    desk = Desk()
 
     def endless(advance):
         while True:
             advance(0.0)
             time.sleep(0.005)
 
-    watched = Job(endless, 1, turn).watch(every=0.01)
+    watchers = [Job(endless, 1, desk).watch(every=0.01) for _ in range(2)]
+    for watched in watchers:
+        next(watched)
+    desk.is_closed.set()
+    for watched in watchers:
+        with pytest.raises(Cancelled):
+            list(watched)
+
+
+def test_who_stops_asking_cancels_and_the_next_one_has_a_turn():
+    desk = Desk()
+
+    def endless(advance):
+        while True:
+            advance(0.0)
+            time.sleep(0.005)
+
+    watched = Job(endless, 1, desk).watch(every=0.01)
     next(watched)
     watched.close()
-    assert list(Job(lambda _: 5, 1, turn).watch(every=0.01))[-1] == 5
+    assert list(Job(lambda _: 5, 1, desk).watch(every=0.01))[-1] == 5
 
 
 def test_no_two_work_at_once():
-    turn, working, most = threading.Lock(), [], []
+    desk, working, most = Desk(), [], []
 
     def work(advance):
         working.append(1)
@@ -64,7 +80,7 @@ def test_no_two_work_at_once():
         time.sleep(0.02)
         working.pop()
 
-    watchers = [Job(work, 1, turn).watch(every=0.01) for _ in range(3)]
+    watchers = [Job(work, 1, desk).watch(every=0.01) for _ in range(3)]
     for watcher in watchers:
         next(watcher)
     for watcher in watchers:
@@ -77,4 +93,4 @@ def test_what_the_work_raises_is_raised_to_whoever_watches():
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        list(Job(work, 1, threading.Lock()).watch(every=0.01))
+        list(Job(work, 1, Desk()).watch(every=0.01))

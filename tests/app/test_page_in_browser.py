@@ -7,17 +7,12 @@ import base64
 import io
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
 from PIL import Image
+from serving import served
 
 from dmm.cli import main
 from dmm.files.parameters import read_parameters
@@ -39,17 +34,8 @@ def model(merged):
 
 @pytest.fixture(scope="module")
 def address(model):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "dmm", "serve", str(model), "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            assert server.stdout.readline() == f"Open http://127.0.0.1:{port}/\n"
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait(20)
+    with served(model) as (_, port):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -168,20 +154,16 @@ def test_a_painting_can_be_cancelled(page):
     page.wait_for_selector("text=Cancelled.")
 
 
-def test_what_is_too_large_is_refused_early(address):
-    started = time.monotonic()
-    host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}\r\nContent-Length: {10**9}\r\n"
-        head += "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
-        connection.sendall(head.encode())
-        answer = connection.recv(200)
-    assert b" 413 " in answer.splitlines()[0]
-    assert time.monotonic() - started < 10
-
-
-def test_files_of_the_server_are_nobodys_business(address):
-    for path in ("/etc/passwd", "../../../etc/passwd", str(Path(__file__)), "file:///etc/passwd"):
-        with pytest.raises(HTTPError) as refused:
-            urlopen(f"{address}/gradio_api/file={path}")
-        assert refused.value.code in (403, 404)
+def test_a_merge_is_watched(browser, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "recipe.yaml").write_text("training: {steps: 100}\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 10, "time": 1.0, "score": 0.5, "score/ink": 0.5}\n')
+    with served("--run", tmp_path) as (_, port):
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{port}")
+        page.wait_for_selector("text=step 10 of 100")
+        with (tmp_path / "log.jsonl").open("a") as log:
+            log.write('{"step": 20, "time": 21.0, "score": 0.4, "score/ink": 0.4}\n')
+        page.wait_for_selector("text=step 20 of 100; 2 s a step, 3 min left.")
+        assert page.locator("#curves polyline").count() == 1
+        page.close()

@@ -12,17 +12,25 @@ class Cancelled(Exception):  # noqa: N818  (no error: somebody asked for it)
     """Somebody took back what they had asked for."""
 
 
+class Desk:
+    """Where jobs are done, no two of them at once, until it is closed."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.is_closed = threading.Event()
+
+
 class Job(Generic[Result]):
     """Work that tells how far it is, in a thread of its own.
 
     Args:
         work: is given a function to be called with what was done since it was last called.
         total: what that adds up to.
-        turn: held while the work is done, so that no two are.
+        desk: where it is done; once that is closed, it is cancelled.
     """
 
-    def __init__(self, work: Callable[[Callable[[float], None]], Result], total: float, turn: threading.Lock) -> None:
-        self._work, self._total, self._turn = work, total, turn
+    def __init__(self, work: Callable[[Callable[[float], None]], Result], total: float, desk: Desk) -> None:
+        self._work, self._total, self._desk = work, total, desk
         self._done, self._is_cancelled = 0.0, threading.Event()
         self._outcome: queue.SimpleQueue[Result | BaseException] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -57,13 +65,13 @@ class Job(Generic[Result]):
             self._thread.join()
 
     def _advance(self, done: float) -> None:
-        if self._is_cancelled.is_set():
+        if self._is_cancelled.is_set() or self._desk.is_closed.is_set():
             raise Cancelled
         self._done += done
 
     def _run(self) -> None:
         try:
-            with self._turn:
+            with self._desk.turn:
                 self._advance(0.0)
                 self._outcome.put(self._work(self._advance))
         except BaseException as error:

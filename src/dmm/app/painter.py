@@ -1,7 +1,6 @@
 """The model behind the page: what is asked for is painted, with all settings in the picture, or exported."""
 
 import re
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from dmm.app.controls import Controls, Shot, list_shots
-from dmm.app.jobs import Job
+from dmm.app.jobs import Desk, Job
 from dmm.app.painted import Painted
 from dmm.app.uploads import check_picture
 from dmm.cli.style_options import write_style
@@ -47,7 +46,11 @@ class Painter:
         self.names = style_names(pipe)
         self.size = picture_size(pipe)
         self._pipe, self._model_hash, self._loras = pipe, model_hash, loras
-        self._turn = threading.Lock()
+        self._desk = Desk()
+
+    def close(self) -> None:
+        """Cancel what is being painted, and all that waits."""
+        self._desk.is_closed.set()
 
     def paint(self, controls: Controls, image: Path | None = None, mask: Path | None = None) -> Job[list[Painted]]:
         """A job that paints what the controls ask for.
@@ -66,7 +69,7 @@ class Painter:
             for file in (image, *([mask] if mask else [])):
                 check_picture(file)
             start = Start(image, controls.strength, mask)
-        return Job(lambda advance: self._paint(controls, shots, start, advance), len(shots), self._turn)
+        return Job(lambda advance: self._paint(controls, shots, start, advance), len(shots), self._desk)
 
     def export(self, controls: Controls, name: str) -> Job[Path]:
         """A job that writes the mix as an ordinary checkpoint, in half precision.
@@ -84,7 +87,7 @@ class Painter:
             export_style(self._pipe, controls.mix, output, dtype=torch.float16)
             return output
 
-        return Job(work, 1, self._turn)
+        return Job(work, 1, self._desk)
 
     def _paint(
         self, controls: Controls, shots: Sequence[Shot], start: Start | None, advance: Callable[[float], None]

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,17 @@ MAX_WAITING = 16
 
 
 def serve(
-    build: Callable[[], Any], *, host: str, port: int, auth: tuple[str, str] | None, told: Callable[[str], None]
+    build: Callable[[], tuple[Any, Callable[[], None]]],
+    *,
+    host: str,
+    port: int,
+    auth: tuple[str, str] | None,
+    told: Callable[[str], None],
 ) -> None:
     """Serve a page until the process is interrupted.
 
     Args:
-        build: makes Gradio's ``Blocks``; Gradio is imported by then.
+        build: makes Gradio's ``Blocks``, and what ends all work that it has begun; Gradio is imported by then.
         auth: name and password, where they are asked for.
         told: is called with the page's address once it is there.
     Raises: UserError: Gradio is not installed, or the port is taken.
@@ -36,7 +42,7 @@ def serve(
             raise UserError(f"The page needs Gradio ({error}): pip install 'dmm[app]'.") from error
         # Pillow refuses what is more than twice as large, before it is unpacked
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-        blocks = build()
+        blocks, end = build()
         blocks.queue(max_size=MAX_WAITING, api_open=False)
         try:
             _, address, _ = blocks.launch(
@@ -57,6 +63,9 @@ def serve(
             raise UserError(f"Port {port} of {host} cannot be served: {error}. Choose another --port.") from error
         told(str(address))
         try:
-            blocks.block_thread()
+            threading.Event().wait()
+        except KeyboardInterrupt:  # how a server is ended
+            pass
         finally:
+            end()
             blocks.close(verbose=False)

@@ -15,7 +15,9 @@ Examples:
 
 import argparse
 import ipaddress
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dmm.cli.opening import add_opening_options, check_opening, open_model, place_model, read_source
 from dmm.errors import UserError
@@ -56,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
 def _watch(args: argparse.Namespace) -> None:
     from dmm.app.server import serve
 
-    def build() -> object:
+    def build() -> tuple[Any, Callable[[], None]]:
         from dmm.app.watch_page import watch_page
 
-        return watch_page(args.run)
+        return watch_page(args.run), lambda: None
 
     serve(build, host=args.host, port=args.port, auth=args.auth, told=_tell)
 
@@ -84,7 +86,7 @@ def _paint(args: argparse.Namespace) -> None:
     pipe = open_model(args, replace(source, model=path), prompts)
     place_model(args, pipe)
 
-    def build() -> object:
+    def build() -> tuple[Any, Callable[[], None]]:
         from dmm.app.controls import Controls
         from dmm.app.page import PaintingPage
         from dmm.app.painter import Painter
@@ -99,7 +101,7 @@ def _paint(args: argparse.Namespace) -> None:
         )
         width, height = painter.size
         weights = {name: float(i == 0) for i, name in enumerate(painter.names)}
-        return PaintingPage(painter, Controls(width=width, height=height, weights=weights)).blocks
+        return PaintingPage(painter, Controls(width=width, height=height, weights=weights)).blocks, painter.close
 
     serve(build, host=args.host, port=args.port, auth=args.auth, told=_tell)
 
