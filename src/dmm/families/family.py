@@ -81,6 +81,8 @@ class Family:
     """Parts of tensors' names that tell a single file of the original layout."""
     architecture: str
     """What ``modelspec.architecture`` calls it."""
+    v_architecture: str
+    """The same of one that predicts v, which may have a name of its own."""
     kohya_name: str
     """What kohya's scripts call it, in ``ss_base_model_version``."""
     authors: AuthorsLayout | None
@@ -123,6 +125,10 @@ class Family:
     def lora_metadata(self) -> dict[str, str]:
         """What tells, in a LoRA's header, that it is of this family."""
         return {"modelspec.architecture": f"{self.architecture}/lora", "ss_base_model_version": self.kohya_name}
+
+    def architecture_of(self, prediction_type: str | None) -> str:
+        """What ``modelspec.architecture`` calls one that predicts this."""
+        return self.v_architecture if prediction_type == "v_prediction" else self.architecture
 
     def width(self, denoiser: Any) -> int:
         """D, the width of a style term."""

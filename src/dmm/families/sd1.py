@@ -64,6 +64,7 @@ SD1 = Family(
     ),
     markers=("model.diffusion_model.input_blocks.", "cond_stage_model.transformer."),
     architecture="stable-diffusion-v1",
+    v_architecture="stable-diffusion-v1",
     kohya_name="sd_v1",
     authors=_AUTHORS,
     predicts="epsilon",

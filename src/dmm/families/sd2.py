@@ -29,6 +29,7 @@ SD2 = replace(
     owns=lambda config: bool(config.get("use_linear_projection")) and not config.get("addition_embed_type"),
     markers=("cond_stage_model.model.",),
     architecture="stable-diffusion-v2-512",
+    v_architecture="stable-diffusion-v2-768-v",
     kohya_name="sd_v2",
     authors=None,
     predicts=None,

@@ -65,6 +65,7 @@ SDXL = Family(
     owns=lambda config: config.get("addition_embed_type") in ("text_time", _AUTHORS.embed_type),
     markers=("conditioner.embedders.", "diffusion_model.label_emb.", "diffusion_model.add_embedding2."),
     architecture="stable-diffusion-xl-v1-base",
+    v_architecture="stable-diffusion-xl-v1-base",
     kohya_name="sdxl_base_v1-0",
     authors=_AUTHORS,
     predicts="epsilon",

@@ -22,6 +22,10 @@ class Stranger:
     owns: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda _: True
     """Whether a folder of such a class is of this kind, by the configs of its parts."""
 
+    def architecture_of(self, _: str | None) -> str:
+        """See :meth:`dmm.families.Family.architecture_of`."""
+        return self.architecture
+
 
 SURE_LORA_MARKERS = (
     ("SDXL", "lora_te2_"),

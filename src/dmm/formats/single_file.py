@@ -190,7 +190,7 @@ def save_single_file(
         **describe_pipeline(pipeline, path),
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": family.architecture,
+        "modelspec.architecture": family.architecture_of(scheduler.prediction_type),
         "modelspec.prediction_type": _PREDICTION_TO_SPEC[scheduler.prediction_type],
     }
     write_tensors(path, tensors, {**written, **(metadata or {})})

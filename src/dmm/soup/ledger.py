@@ -64,7 +64,7 @@ def describe(
     with_loras = [model for model in plan.teachers if model.loras]
     return {
         **(_describe_configs(plan, output) if plan.layout == "file" else {}),
-        "modelspec.architecture": plan.family.architecture,
+        "modelspec.architecture": plan.family.architecture_of(plan.prediction_type),
         **(
             {"modelspec.prediction_type": _PREDICTIONS.get(plan.prediction_type, plan.prediction_type)}
             if plan.prediction_type
