@@ -62,15 +62,19 @@ def test_an_inpainting_model_is_told_what_works(tmp_path):
             check_model(ModelSource(path))
 
 
-@pytest.mark.parametrize("suffix", ["", ".safetensors"], ids=["folders", "files"])
-def test_inpainting_models_are_averaged_with_each_other_as_told(tmp_path, suffix):
+@pytest.mark.parametrize("made_of", ["", ".safetensors"], ids=["of folders", "of files"])
+@pytest.mark.parametrize("suffix", ["", ".safetensors"], ids=["a folder", "a file"])
+def test_inpainting_models_are_averaged_with_each_other_as_told(tmp_path, made_of, suffix):
     for name in "ab":
         pipe = inpainting_model()
         pipe.save_pretrained(tmp_path / name)
         save_single_file(pipe, tmp_path / f"{name}.safetensors")
-    teachers = [{"name": name, "model": str(tmp_path / f"{name}{suffix}")} for name in "ab"]
+    teachers = [{"name": name, "model": str(tmp_path / f"{name}{made_of}")} for name in "ab"]
+    config = None if suffix or not made_of else str(tmp_path / "a")
     made = make_soup(
-        SoupRecipe(method="soup", teachers=teachers), tmp_path / f"soup{suffix}", digests=Digests(tmp_path / "digests")
+        SoupRecipe(method="soup", teachers=teachers, config=config),
+        tmp_path / f"soup{suffix}",
+        digests=Digests(tmp_path / "digests"),
     ).path
     weights = made if suffix else made / "unet/diffusion_pytorch_model.safetensors"
     name = "model.diffusion_model.input_blocks.0.0.weight" if suffix else "conv_in.weight"

@@ -36,9 +36,11 @@ VARIANT = "fp16"
 _HARMLESS = ("embeddings.position_ids", "logit_scale", "text_projection.weight")
 
 
-def check_configs(folder: Path, family: Family) -> dict[str, Any]:
+def check_configs(folder: Path, family: Family, *, only_names: bool = False) -> dict[str, Any]:
     """Check that a folder is a stock pipeline of a family, by its JSON files alone.
 
+    Args:
+        only_names: see :func:`build_skeletons`.
     Returns: its components' skeletons (see ``build_skeletons``).
     Raises: UserError: no pipeline folder, of another family, or a config that is missing or broken.
     """
@@ -48,7 +50,7 @@ def check_configs(folder: Path, family: Family) -> dict[str, Any]:
         raise _other_family(folder, found, family.title)
     check_classes(index, folder / INDEX, family)
     read_scheduler_config(folder)
-    skeletons = build_skeletons(folder, family)
+    skeletons = build_skeletons(folder, family, only_names=only_names)
     for tokenizer, reader in family.tokenizers.items():
         check_tokenizer(folder / tokenizer, skeletons[reader].config)
     return skeletons

@@ -15,18 +15,19 @@ from dmm.formats.building import building, check_config
 from dmm.formats.detect import check_paints_from_noise
 
 
-def build_skeletons(folder: Path, family: Family) -> dict[str, Any]:
+def build_skeletons(folder: Path, family: Family, *, only_names: bool = False) -> dict[str, Any]:
     """Build each component that has weights, on the meta device.
 
     Args:
         folder: a stock pipeline folder; only its configs are read.
+        only_names: the parts need not paint together: an inpainting UNet, which reads more than latents, will do.
     Returns: models by the components' names.
     Raises: UserError: a config is missing, is not JSON, or describes no model of its class; or the parts do not fit.
     """
     skeletons = {
         component.name: build_skeleton(folder / component.name, component, family) for component in family.components
     }
-    _check_widths(skeletons, folder, family)
+    _check_widths(skeletons, folder, family, only_names=only_names)
     return skeletons
 
 
@@ -95,7 +96,7 @@ def from_config(model_class: Any, folder: Path) -> Any:
     return model_class.from_config(model_class.load_config(folder))
 
 
-def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family) -> None:
+def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family, *, only_names: bool) -> None:
     name = family.denoiser.name
     size = skeletons[name].config.sample_size
     if not (isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2)):
@@ -103,11 +104,12 @@ def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family) ->
     unet, vae = (skeletons[name].config for name in (name, "vae"))
     # of several text encoders the embeddings are read side by side
     text_width = sum(skeletons[one.name].config.hidden_size for one in family.text_encoders)
-    check_paints_from_noise(str(folder), unet.in_channels, vae.latent_channels)
-    for what, found, expected in (
-        ("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text_width),
-        ("reads latent channels (in_channels)", unet.in_channels, vae.latent_channels),
-    ):
+    if not only_names:
+        check_paints_from_noise(str(folder), unet.in_channels, vae.latent_channels)
+    widths = [("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text_width)]
+    if not only_names:
+        widths.append(("reads latent channels (in_channels)", unet.in_channels, vae.latent_channels))
+    for what, found, expected in widths:
         if found != expected:
             raise UserError(
                 f"{folder}: the UNet {what} {found}, the folder's other parts give {expected}. "

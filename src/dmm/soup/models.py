@@ -87,7 +87,7 @@ class Names:
         Raises: UserError: it is no stock folder, or of a family whose layouts we cannot translate.
         """
         family = family_of_folder(config)
-        skeletons = check_configs(config, family)
+        skeletons = check_configs(config, family, only_names=True)
         places = {
             f"{component}/{_with_level(component, ours)}": place
             for component, by_name in original_places(skeletons, family).items()
