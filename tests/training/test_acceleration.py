@@ -203,6 +203,18 @@ def test_what_knows_no_first_step_is_refused(accelerate, tmp_path, capsys):
     assert "predicts epsilon on a schedule that ends in pure noise" in capsys.readouterr().err
 
 
+def test_nothing_is_added_to_what_paints_in_few_steps(finished, sd1_folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    recipe = {
+        "teachers": [{"name": "new", "model": str(sd1_folder)}],
+        "data": {"synthesize": {"prompts": "prompts.txt", "count": 1}},
+        "training": {"precision": "fp32"},
+    }
+    (tmp_path / "more.yaml").write_text(write_yaml(recipe))
+    assert main(["add", str(finished), str(tmp_path / "more.yaml"), "--output", str(tmp_path / "more")]) == 2
+    assert "Add to the merge that it was made of, and accelerate that" in capsys.readouterr().err
+
+
 def test_overwriting_leaves_nothing_of_what_was_there(accelerate, merged, finished, tmp_path):
     folder = tmp_path / "again"
     shutil.copytree(finished, folder)

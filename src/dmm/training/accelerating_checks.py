@@ -10,7 +10,7 @@ from torch import Tensor
 from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
 from dmm.errors import UserError
 from dmm.families import Family
-from dmm.files.few_steps import FewSteps
+from dmm.files.few_steps import FILE, FewSteps
 from dmm.files.outputs import existing_parent
 from dmm.files.prompts import read_prompts
 from dmm.files.runs import ACCELERATION, CHECKPOINTS, checkpoints, step_of
@@ -108,10 +108,9 @@ def _check_batch(batch_size: int, num_styles: int, num_processes: int) -> None:
 
 
 def _check_path(recipe: FewStepRecipe, checked: CheckedModel, schedule: Tensor) -> None:
-    if has_index(checked.denoiser.config):
+    if has_index(checked.denoiser.config) or (checked.path / FILE).is_file():
         raise UserError(
-            f"{checked.path} is told its guidance, so it was distilled to paint in few steps already. Name the model "
-            "that it was distilled from."
+            f"{checked.path} was distilled to paint in few steps already. Name the model that it was distilled from."
         )
     if recipe.skip is not None and 2 * recipe.skip > len(schedule):
         raise UserError(

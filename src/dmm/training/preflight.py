@@ -13,6 +13,7 @@ from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
 from dmm.errors import UserError
 from dmm.families import Family, Frame
 from dmm.files.digest import sha256
+from dmm.files.few_steps import FILE as FEW_STEPS
 from dmm.files.outputs import check_disk, held_bytes
 from dmm.files.prompts import read_prompts
 from dmm.formats.schedules import check_same_schedule, noise_schedule, same_schedules
@@ -380,6 +381,12 @@ def _check_start(recipe: Recipe, base: CheckedModel, teachers: Sequence[CheckedM
 def _read_earlier(recipe: Recipe, merged: CheckedModel) -> StylePrompts:
     """The style prompts of the merged model that is merged further."""
     assert recipe.earlier is not None
+    if (merged.path / FEW_STEPS).is_file():
+        raise UserError(
+            f"{recipe.earlier.model} was distilled to paint in few steps, which a style that is added to it would not "
+            "do. Add to the merge that it was made of, and accelerate that; or accelerate that by a LoRA (`rank`), "
+            "which takes part in styles that are added later, too."
+        )
     style_prompts = read_side_car(merged.path)
     if style_prompts is None:
         raise UserError(
