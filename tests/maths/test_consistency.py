@@ -7,9 +7,9 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from dmm.maths.consistency import (
     clean_and_noise,
     consistent,
-    embed_index,
+    embed_gamma,
+    embed_guidance,
     guide,
-    index_of_gamma,
     path_timesteps,
     sub_path_noise,
     sub_path_point,
@@ -109,11 +109,15 @@ def test_at_time_zero_the_function_is_the_identity_and_later_what_is_predicted()
     torch.testing.assert_close(consistent(x_0, x_t, torch.full((3,), 999)), x_0, rtol=1e-5, atol=1e-5)
 
 
-def test_a_pipeline_without_guidance_embeds_the_end_of_a_sub_path():
+def test_guidance_is_embedded_as_stock_pipelines_do():
     stock = StableDiffusionPipeline.get_guidance_scale_embedding
-    without_guidance = torch.tensor([1.0]) - 1
-    ours = embed_index(index_of_gamma(torch.ones(1)), 256)
-    torch.testing.assert_close(ours, stock(None, without_guidance, embedding_dim=256), rtol=0, atol=0)
-    torch.testing.assert_close(
-        embed_index(torch.tensor([2.5, 7.0]), 64), stock(None, torch.tensor([2.5, 7.0]), embedding_dim=64)
-    )
+    scales = torch.tensor([1.0, 3.5, 8.0])
+    torch.testing.assert_close(embed_guidance(scales, 64), stock(None, scales - 1, embedding_dim=64))
+
+
+def test_where_paths_begin_nothing_is_told_and_near_it_little():
+    told = embed_gamma(torch.tensor([1.0, 0.99, 0.5, 0.0]), 256)
+    assert told.shape == (4, 256)
+    assert told[0].abs().max() == 0
+    assert told[1].norm() < 0.1 * told[2].norm()
+    assert (told[2] - told[3]).norm() > 1

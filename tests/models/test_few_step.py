@@ -6,15 +6,15 @@ from adapter_helpers import some_adapter
 from conftest import STYLE_NAMES, tiny_adapted, tiny_pipeline, tiny_styled, tiny_unet
 
 from dmm.families.sd1 import SD1
-from dmm.maths.consistency import embed_index
+from dmm.maths.consistency import embed_gamma, embed_guidance
 from dmm.models.adapters import Adapter
 from dmm.models.few_step import (
-    INDEX_DIM,
+    TOLD_DIM,
     FewStepStudent,
-    add_index,
-    bake_index,
+    add_told,
+    drop_told,
     fast_layers,
-    has_index,
+    is_told,
     new_fast,
     style_names_of,
 )
@@ -44,10 +44,10 @@ def painted(pipe, style):
 def test_the_start_is_the_merge_to_the_bit_whatever_it_is_told(make):
     expected = painted(make(), "photo")
     pipe = make()
-    add_index(pipe.unet, SD1)
+    add_told(pipe.unet, SD1)
     student = FewStepStudent(pipe.unet, style_prompts_of(pipe), SD1)
-    for index in (None, torch.tensor([0.0, 3.0, 10.0])):
-        assert torch.equal(student(**INPUTS, style_weights=one_hot([1, 1, 1]), index=index), expected)
+    for told in (None, embed_guidance(torch.tensor([1.0, 3.0, 10.0]), TOLD_DIM)):
+        assert torch.equal(student(**INPUTS, style_weights=one_hot([1, 1, 1]), told=told), expected)
 
 
 @pytest.mark.parametrize("make", [tiny_styled, tiny_adapted])
@@ -62,30 +62,31 @@ def test_each_sample_has_its_own_style(make):
 
 
 @torch.no_grad()
-def test_what_is_always_told_can_be_baked():
+def test_without_the_layer_a_model_is_as_where_paths_begin():
     unet = tiny_unet()
     plain = dict(unet.config)
-    add_index(unet, SD1)
-    assert has_index(unet.config)
+    add_told(unet, SD1)
+    assert is_told(unet.config)
     torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.3)
     student = FewStepStudent(unet, None, SD1)
     asked = {**INPUTS, "style_weights": one_hot([0] * 3, 1)}
-    told = {index: student(**asked, index=torch.full((3,), index)) for index in (0.0, 4.0)}
-    assert (told[0.0] - told[4.0]).abs().max() > 0.01
-    bake_index(unet, SD1, 4.0)
-    assert not has_index(unet.config)
+    at_the_beginning, on_the_way = (
+        student(**asked, told=embed_gamma(torch.full((3,), g), TOLD_DIM)) for g in (1.0, 0.3)
+    )
+    assert (at_the_beginning - on_the_way).abs().max() > 0.01
+    drop_told(unet, SD1)
+    assert not is_told(unet.config)
     assert {**unet.config, "time_cond_proj_dim": None} == {**plain, "time_cond_proj_dim": None}
     assert not any("cond_proj" in name for name in unet.state_dict())
-    baked = student(**asked)
-    torch.testing.assert_close(baked, told[4.0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(student(**asked), at_the_beginning)
 
 
 def test_the_layer_is_the_one_that_stock_models_have():
-    stock, ours = tiny_unet(time_cond_proj_dim=INDEX_DIM), tiny_unet()
-    add_index(ours, SD1)
+    stock, ours = tiny_unet(time_cond_proj_dim=TOLD_DIM), tiny_unet()
+    add_told(ours, SD1)
     shapes = [{name: tensor.shape for name, tensor in unet.state_dict().items()} for unet in (stock, ours)]
     assert shapes[0] == shapes[1]
-    assert ours.time_embedding.cond_proj(embed_index(torch.tensor([2.0]), INDEX_DIM)).abs().max() == 0
+    assert ours.time_embedding.cond_proj(embed_guidance(torch.tensor([2.0]), TOLD_DIM)).abs().max() == 0
 
 
 def test_a_fast_lora_has_the_layers_of_lcm_lora():

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 from test_paths import paths
 
 from dmm.families.sd1 import SD1
-from dmm.models.few_step import FewStepStudent, add_index, new_fast
+from dmm.models.few_step import FewStepStudent, add_told, new_fast
 from dmm.models.styles import StylePrompts
 from dmm.models.teachers import freeze
 from dmm.training.few_step import Consistency
@@ -19,7 +19,7 @@ def new_student(seed=0, *, told=False, fast=False):
     torch.manual_seed(seed)
     unet, prompts = tiny_unet(), StylePrompts(("ink", "photo"), dim=32)
     if told:
-        add_index(unet, SD1)
+        add_told(unet, SD1)
     return FewStepStudent(unet, prompts, SD1, fast=new_fast(unet, 2, seed=0) if fast else None)
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from toy import ALPHAS_CUMPROD, STYLES, ToyData
 
+from dmm.maths.consistency import embed_gamma, embed_guidance
 from dmm.maths.sharing import Group
+from dmm.models.few_step import TOLD_DIM
 from dmm.training.paths import Paths
 
 GROUPS = [Group(0, range(6), 1 / 12), Group(1, range(6, 12), 1 / 12)]
@@ -37,7 +39,7 @@ def test_a_step_is_the_same_however_it_is_cut(cut):
     (whole,) = paths().of_step(7)
     parts = list(paths(**cut).of_step(7))
     assert len(parts) == len(paths(**cut))
-    for name in ("x_t", "timesteps", "earlier", "gamma", "guidance", "style_weights", "loss_weights", "index"):
+    for name in ("x_t", "timesteps", "earlier", "gamma", "guidance", "style_weights", "loss_weights", "told"):
         assert torch.equal(getattr(whole, name), all_of(parts, name))
     if "style_by_style" in cut:
         assert all(len(batch.style_weights.unique(dim=0)) == 1 for batch in parts)
@@ -69,14 +71,14 @@ def test_a_style_learns_on_what_was_painted_in_it():
 
 def test_the_student_is_told_gamma_or_guidance_or_nothing():
     (splam,) = paths().of_step(0)
-    torch.testing.assert_close(splam.index, 10 * (1 - splam.gamma))
-    assert splam.index_at_end.tolist() == [0.0] * 12
+    assert torch.equal(splam.told, embed_gamma(splam.gamma, TOLD_DIM))
+    assert splam.told_at_end is None
     assert len(splam.gamma.unique()) == 12
     (lcm,) = paths(draws_gamma=False).of_step(0)
-    assert lcm.index is lcm.index_at_end is None
+    assert lcm.told is lcm.told_at_end is None
     assert lcm.gamma.tolist() == [1.0] * 12
     assert lcm.guidance.tolist() == [2.0] * 12
     (drawn,) = paths(draws_gamma=False, guidance=(3.0, 12.0)).of_step(0)
-    assert torch.equal(drawn.index, drawn.guidance - 1)
-    assert torch.equal(drawn.index_at_end, drawn.index)
+    assert torch.equal(drawn.told, embed_guidance(drawn.guidance, TOLD_DIM))
+    assert torch.equal(drawn.told_at_end, drawn.told)
     assert 3 <= drawn.guidance.min() < drawn.guidance.max() <= 12

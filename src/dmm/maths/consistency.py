@@ -18,8 +18,8 @@ from dmm.maths.diffusion import PredictionType, convert_prediction, predict_x0
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
 """Both as samplers of such models have them: what is trained with others is painted wrongly."""
-MOST_GUIDANCE_INDEX = 10.0
-"""Of gamma = 0, as an index beside which LCM embeds guidance; gamma = 1 has index 0, that of no guidance."""
+MOST_ANGLE = 10.0
+"""In radians, of gamma = 0 at the highest frequency that it is embedded by."""
 
 
 def path_timesteps(num_timesteps: int, skip: int) -> Tensor:
@@ -118,26 +118,37 @@ def consistent(x_0: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
     return _like(c_skip, x_t) * x_t + _like(c_out, x_t) * x_0
 
 
-def index_of_gamma(gamma: Tensor) -> Tensor:
-    """Where gamma is embedded in the place that LCM has for guidance less 1; (B,), in [0, 10].
+def embed_gamma(gamma: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of where on a sub-path a sample is, less those of its beginning; (B, dim) float32.
 
-    Of gamma = 1, at which models paint, it is 0: what stock pipelines embed where guidance is off.
-    """
-    return MOST_GUIDANCE_INDEX * (1 - gamma)
-
-
-def embed_index(index: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of guidance less 1, or of what stands in its place; (B, dim) float32.
+    At gamma = 1 all are 0, so that where paths begin, which is where samplers are, a linear layer of them says nothing.
+    SPLAM's code embeds 10 (1 - gamma) as LCM does guidance, a hundred times as fast: there a neighbour's embedding says
+    nothing of the one at gamma = 1, which is every target's and is never drawn. On the embedded experts that ended in
+    noise.
 
     Args:
-        index: (B,), in [0, 10] or so.
+        gamma: (B,) in [0, 1].
+        dim: even; half are sines.
+    """
+    angles = MOST_ANGLE * (1 - gamma.to(torch.float32))[:, None] * _frequencies(dim, gamma.device)
+    return torch.cat([angles.sin(), angles.cos() - 1], dim=1)
+
+
+def embed_guidance(guidance_scale: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of guidance; (B, dim) float32.
+
+    Args:
+        guidance_scale: (B,); 1 is none.
         dim: even; half are sines.
     Source: as stock pipelines embed guidance for LCM, after the code of VDM (Kingma et al. 2021, arXiv:2107.00630).
     """
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, device=index.device) * -(math.log(10_000.0) / (half - 1)))
-    angles = 1000.0 * index.to(torch.float32)[:, None] * frequencies[None]
+    angles = 1000.0 * (guidance_scale.to(torch.float32) - 1)[:, None] * _frequencies(dim, guidance_scale.device)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def _frequencies(dim: int, device: torch.device) -> Tensor:
+    half = dim // 2
+    return torch.exp(torch.arange(half, device=device) * -(math.log(10_000.0) / (half - 1)))[None]
 
 
 def _roots(power: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The student of few-step distillation: a model in its styles, told where it is, or with a fast LoRA beside it.
 
 What stock models of LCM have for guidance, one more linear layer beside the timestep's frequencies, tells the student
-an index. It starts at zero, so that the student starts as its teacher; and where the index is always the same once
-training is over, what the layer says of it is baked into the bias that follows: the model is an ordinary one again.
+guidance, or where on a sub-path it is. It starts at zero, so that the student starts as its teacher. Of where paths
+begin it says nothing: a model that is asked from there alone, as samplers do, is an ordinary one without it.
 """
 
 import math
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from dmm.families import Family, arguments
-from dmm.maths.consistency import embed_index
 from dmm.models.adapters import NOTHING, Adapter, Factors, mix_adapters
 from dmm.models.calibration import layers_of
 from dmm.models.student import TrainedAdapter
 from dmm.models.styles import StylePrompts, attach_styles, styled_port
 from dmm.models.unfused import changes_of, set_changes
 
-INDEX_DIM = 256
+TOLD_DIM = 256
 """Of sines and cosines; LCM's."""
 MODEL = "model"
 """Stands for the one style of a model that has none."""
@@ -70,7 +69,7 @@ class FewStepStudent(nn.Module):
         timesteps: Tensor,
         conditioning: Mapping[str, Tensor],
         style_weights: Tensor,
-        index: Tensor | None = None,
+        told: Tensor | None = None,
         *,
         with_fast: bool = True,
     ) -> Tensor:
@@ -81,13 +80,13 @@ class FewStepStudent(nn.Module):
             timesteps: (B,).
             conditioning: what the denoiser reads, by flat names.
             style_weights: (B, N), one-hot.
-            index: (B,), that the student is told; None where it has no layer for it.
+            told: (B, :data:`TOLD_DIM`), by the layer for it; None is nothing.
             with_fast: whether the LoRA, where there is one, takes part.
         Returns: (B, C, H, W), of its prediction type.
         """
         styles = style_weights.argmax(1)
-        told = {} if index is None else {"timestep_cond": embed_index(index, INDEX_DIM).to(x_t.dtype)}
-        unet = partial(self.unet, x_t, timesteps, **arguments(conditioning, x_t.dtype), **told, return_dict=False)
+        condition = {} if told is None else {"timestep_cond": told.to(x_t.dtype)}
+        unet = partial(self.unet, x_t, timesteps, **arguments(conditioning, x_t.dtype), **condition, return_dict=False)
         port = styled_port(self.unet)
         if port is not None and self._terms is not None:
             port.term = self._terms.to(x_t.device)[styles]
@@ -161,28 +160,22 @@ def new_fast(unet: nn.Module, rank: int, seed: int) -> Adapter:
     return Adapter(factors, {})
 
 
-def add_index(unet: Any, family: Family) -> None:
-    """Give a denoiser the layer by which it is told an index; it changes nothing yet."""
+def add_told(unet: Any, family: Family) -> None:
+    """Give a denoiser the layer by which it is told something; it changes nothing yet."""
     embedding = _embedding(unet, family)
-    embedding.cond_proj = nn.Linear(INDEX_DIM, embedding.linear_1.in_features, bias=False)
+    embedding.cond_proj = nn.Linear(TOLD_DIM, embedding.linear_1.in_features, bias=False)
     nn.init.zeros_(embedding.cond_proj.weight)
-    unet.register_to_config(time_cond_proj_dim=INDEX_DIM)
+    unet.register_to_config(time_cond_proj_dim=TOLD_DIM)
 
 
-@torch.no_grad()
-def bake_index(unet: Any, family: Family, index: float) -> None:
-    """Take that layer off, and let the denoiser be as if it were always told one index: it is a stock one again."""
-    embedding = _embedding(unet, family)
-    weight = embedding.cond_proj.weight
-    told = weight.double() @ embed_index(torch.tensor([index], device=weight.device), INDEX_DIM)[0].double()
-    bias = embedding.linear_1.bias
-    bias.copy_(bias.double() + embedding.linear_1.weight.double() @ told)
-    embedding.cond_proj = None
+def drop_told(unet: Any, family: Family) -> None:
+    """Take that layer off: the denoiser is a stock one again, as if it were told zeros."""
+    _embedding(unet, family).cond_proj = None
     unet.register_to_config(time_cond_proj_dim=None)
 
 
-def has_index(config: Mapping[str, Any]) -> bool:
-    """Whether a denoiser of this config is told an index."""
+def is_told(config: Mapping[str, Any]) -> bool:
+    """Whether a denoiser of this config is told something."""
     return config.get("time_cond_proj_dim") is not None
 
 

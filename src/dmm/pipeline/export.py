@@ -24,7 +24,7 @@ from dmm.formats.tensors import check_finite, read_header, read_tensors, write_t
 from dmm.maths.mixes import Mix
 from dmm.models.adapter_files import file_stems
 from dmm.models.authors import authors_layout, rewrite_file, rewrite_folder
-from dmm.models.few_step import has_index
+from dmm.models.few_step import is_told
 from dmm.models.styles import StylePrompts
 from dmm.pipeline.style_loras import StyleLoras, write_style_loras
 from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
@@ -164,7 +164,7 @@ def _source_name(source: str) -> str:
 
 
 def _write_single_file(pipe: Any, path: Path, dtype: torch.dtype, metadata: Mapping[str, str]) -> None:
-    if has_index(denoiser_of(pipe).config):
+    if is_told(denoiser_of(pipe).config):
         raise UserError(
             "This model is told its guidance by a layer that single files have no name for. Export a folder; or "
             "accelerate the model with one guidance, which is in the weights."

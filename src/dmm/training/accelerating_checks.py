@@ -17,7 +17,7 @@ from dmm.files.runs import ACCELERATION, CHECKPOINTS, checkpoints, step_of
 from dmm.formats.schedules import ends_in_noise, noise_schedule
 from dmm.maths.diffusion import PredictionType
 from dmm.maths.sharing import share_batch
-from dmm.models.few_step import fast_layers, has_index, style_names_of
+from dmm.models.few_step import fast_layers, is_told, style_names_of
 from dmm.models.side_car import read_side_car
 from dmm.models.styles import StylePrompts
 from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate
@@ -108,7 +108,7 @@ def _check_batch(batch_size: int, num_styles: int, num_processes: int) -> None:
 
 
 def _check_path(recipe: FewStepRecipe, checked: CheckedModel, schedule: Tensor) -> None:
-    if has_index(checked.denoiser.config) or (checked.path / FILE).is_file():
+    if is_told(checked.denoiser.config) or (checked.path / FILE).is_file():
         raise UserError(
             f"{checked.path} was distilled to paint in few steps already. Name the model that it was distilled from."
         )

@@ -42,7 +42,7 @@ from dmm.formats.tensors import check_finite, write_tensors
 from dmm.maths.sharing import share_batch
 from dmm.models.adapter_files import lora_tensors
 from dmm.models.adapters import NOTHING
-from dmm.models.few_step import FewStepStudent, add_index, bake_index, new_fast, style_names_of
+from dmm.models.few_step import FewStepStudent, add_told, drop_told, new_fast, style_names_of
 from dmm.models.teachers import freeze, open_pipeline
 from dmm.models.unfused import set_changes
 from dmm.pipeline.styled import add_styles, save_pipeline, write_stock_folder
@@ -163,7 +163,7 @@ def _run(recipe: FewStepRecipe, plan: FewStepPlan, few_steps: FewSteps, folder: 
         frozen = copy.deepcopy(unet).to(accelerator.device, dtype)
         teacher = freeze(FewStepStudent(frozen, plan.style_prompts, plan.family))
         if told:
-            add_index(unet, plan.family)
+            add_told(unet, plan.family)
     else:
         unet.to(accelerator.device, dtype)
     student = FewStepStudent(unet, plan.style_prompts, plan.family, fast=fast)
@@ -248,7 +248,7 @@ def _save(student: FewStepStudent, base: Any, plan: FewStepPlan, few_steps: FewS
     set_changes(unet, {})
     unet.to("cpu", memory_format=torch.contiguous_format)  # safetensors takes no other
     if few_steps.method == "splam":
-        bake_index(unet, plan.family, 0.0)  # where paths begin, which is where samplers are
+        drop_told(unet, plan.family)  # of where paths begin, which is where samplers are, it says nothing
     set_denoiser(base, unet)
     base.scheduler = _scheduler(base.scheduler.config, num_points=len(plan.alphas_cumprod) // plan.skip)
     result = folder / ACCELERATION / _RESULT

@@ -39,7 +39,7 @@ class Consistency:
         x_gamma = sub_path_point(batch.x_t, x_s, batch.gamma, batch.alpha_bar_t, batch.alpha_bar_s)
         noise_power = sub_path_noise(batch.gamma, batch.alpha_bar_t, batch.alpha_bar_s)
         # last of the three: what styles add to the layers stays for the backward pass
-        output = student(x_gamma, batch.timesteps, batch.conditioning, batch.style_weights, batch.index)
+        output = student(x_gamma, batch.timesteps, batch.conditioning, batch.style_weights, batch.told)
         x_0 = sub_path_x0(output.float(), x_gamma, batch.alpha_bar_t, noise_power, self.prediction_type)
         values = consistency_loss(consistent(x_0, x_gamma, batch.timesteps), target)
         return Distillation((values * batch.loss_weights).sum(), {"consistency": values.detach()})
@@ -60,7 +60,7 @@ class Consistency:
         return add_noise(x_0, noise, batch.alpha_bar_s)
 
     def _target(self, batch: PathBatch, x_s: Tensor, averages: Mapping[str, Tensor]) -> Tensor:
-        asked = (x_s, batch.earlier, batch.conditioning, batch.style_weights, batch.index_at_end)
+        asked = (x_s, batch.earlier, batch.conditioning, batch.style_weights, batch.told_at_end)
         output = functional_call(self.student, dict(averages), asked).float()
         x_0, _ = clean_and_noise(output, x_s, batch.alpha_bar_s, self.prediction_type)
         return consistent(x_0, x_s, batch.earlier)

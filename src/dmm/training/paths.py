@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from dmm.data.training import STUDENT
-from dmm.maths.consistency import index_of_gamma, path_timesteps
+from dmm.maths.consistency import embed_gamma, embed_guidance, path_timesteps
 from dmm.maths.diffusion import add_noise
 from dmm.maths.draws import draw, draw_shares
 from dmm.maths.sharing import Group
+from dmm.models.few_step import TOLD_DIM
 from dmm.training.batches import Data
 from dmm.training.distill import Samples
 
@@ -25,8 +26,8 @@ class PathBatch(Samples):
         gamma: (B,) in [0, 1], where the student begins between the two; 1 is at ``x_t``.
         guidance: (B,) that the teacher is guided with.
         unconditional: what the UNet reads of the empty caption, by flat names.
-        index: (B,) that the student is told; None where it is told nothing.
-        index_at_end: (B,) that its target is told, at s.
+        told: (B, TOLD_DIM), what the student is told; None is nothing.
+        told_at_end: what its target is told, at s.
     """
 
     earlier: Tensor
@@ -34,8 +35,8 @@ class PathBatch(Samples):
     gamma: Tensor
     guidance: Tensor
     unconditional: Mapping[str, Tensor]
-    index: Tensor | None
-    index_at_end: Tensor | None
+    told: Tensor | None
+    told_at_end: Tensor | None
 
 
 class Paths:
@@ -118,11 +119,11 @@ class Paths:
         # the first point has none before it, and is led to where the schedule begins
         earlier = torch.where(draws.timesteps > 0, self._path[(draws.timesteps - 1).clamp(min=0)], 0)
         alpha_bar_t, alpha_bar_s = self._alphas_cumprod[timesteps], self._alphas_cumprod[earlier]
-        index = index_at_end = None
+        told = told_at_end = None
         if self._draws_gamma:
-            index, index_at_end = index_of_gamma(gamma), torch.zeros_like(gamma)
+            told = embed_gamma(gamma, TOLD_DIM).to(self._device)
         elif least < most:
-            index = index_at_end = guidance - 1
+            told = told_at_end = embed_guidance(guidance, TOLD_DIM).to(self._device)
         one_hot = torch.nn.functional.one_hot(torch.tensor(styles), self._num_styles)
         every_caption = torch.ones_like(draws.dropped)
         on_device = self._to_device
@@ -138,8 +139,8 @@ class Paths:
             gamma=gamma.to(self._device),
             guidance=guidance.to(self._device),
             unconditional=on_device(self._data.conditioning(STUDENT, rows, every_caption)),
-            index=None if index is None else index.to(self._device),
-            index_at_end=None if index_at_end is None else index_at_end.to(self._device),
+            told=told,
+            told_at_end=told_at_end,
         )
 
     def _to_device(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
