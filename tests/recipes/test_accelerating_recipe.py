@@ -15,10 +15,10 @@ def load(tmp_path, **changes):
     return load_few_step_recipe(path)
 
 
-def test_defaults_are_the_papers(tmp_path):
+def test_defaults_are_the_papers_but_for_the_method(tmp_path):
     recipe = load(tmp_path)
     training = recipe.training
-    assert (recipe.method, recipe.rank, recipe.guidance) == ("splam", 0, (7.0, 7.0))
+    assert (recipe.method, recipe.rank, recipe.guidance) == ("lcm", 0, (7.0, 7.0))
     assert (training.steps, training.batch_size) == (6000, 8 * 50)
     assert (training.learning_rate, training.ema_decay) == (8e-6, 0.95)
 
@@ -46,12 +46,15 @@ def test_what_is_written_is_read(tmp_path):
     ("changes", "message"),
     [
         ({"method": "splam", "rank": 4}, "a LoRA, which has no place for one; choose lcm, or leave rank out"),
-        ({"guidance": [3, 12]}, "splam, which tells the student something else in that place, cannot do; give one"),
+        (
+            {"method": "splam", "guidance": [3, 12]},
+            "splam, which tells the student something else in that place, cannot do; give one",
+        ),
         ({"rank": 4, "guidance": [3, 12]}, "method lcm, of a LoRA, cannot do; give one number"),
         ({"guidance": [12, 3]}, "expected a number of at least 1, which is no guidance, or two"),
         ({"guidance": "strong"}, "expected a number of at least 1"),
         ({"guidance": 0.5}, "expected a number of at least 1"),
-        ({"method": "lmc"}, "expected 'splam' or 'lcm'"),
+        ({"method": "lmc"}, "expected 'lcm' or 'splam'"),
         ({"training": {"style_learning_rate": 1e-3}}, "a merge's styles are not trained here; leave it out"),
         ({"size": 20}, "expected a multiple of 8"),
         ({"teachers": []}, "there is no such key"),

@@ -44,6 +44,7 @@ def accelerate(tmp_path_factory):
                 "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 2}},
                 "size": 16,
                 "guidance": 2,
+                "method": "lcm" if changes.get("rank") else "splam",
                 "checkpoint": {"every": 2, "keep": 2},
                 "logging": {"every": 1},
                 **changes,

@@ -7,7 +7,7 @@ MERGED itself, frozen, is the teacher: guided, in each of its styles. A recipe s
   guidance: 7                  # that is put into the weights: painting then needs none
   training: {steps: 6000, batch_size: 400, micro_batch_size: 8}
 
-Of methods there are two: splam, by default, and lcm. With rank: 64 a LoRA is trained in place of the weights: it works
+Of methods there are two: lcm, by default, and splam. With rank: 64 a LoRA is trained in place of the weights: it works
 in every style, those that are added later too, and with other tools' LCM samplers. docs/accelerate.md tells of every
 key. All of it is checked before anything large is loaded.
 

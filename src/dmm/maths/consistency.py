@@ -122,9 +122,8 @@ def embed_gamma(gamma: Tensor, dim: int) -> Tensor:
     """Sines and cosines of where on a sub-path a sample is, less those of its beginning; (B, dim) float32.
 
     At gamma = 1 all are 0, so that where paths begin, which is where samplers are, a linear layer of them says nothing.
-    SPLAM's code embeds 10 (1 - gamma) as LCM does guidance, a hundred times as fast: there a neighbour's embedding says
-    nothing of the one at gamma = 1, which is every target's and is never drawn. On the embedded experts that ended in
-    noise.
+    SPLAM's code embeds 10 (1 - gamma) as LCM does guidance, a thousand times as fast: there a neighbour's embedding
+    says nothing of the one at gamma = 1, which is every target's and is never drawn.
 
     Args:
         gamma: (B,) in [0, 1].

@@ -1,6 +1,7 @@
 """The recipe of a few-step distillation: of what model, by what method, on what data.
 
-Defaults are those of DMM §A.3 for DMM-SPLAM, of eight GPUs, and of SPLAM's code where that is silent.
+Defaults are those of DMM §A.3 for DMM-SPLAM, of eight GPUs, and of SPLAM's code where that is silent; but the method
+is LCM's, which learns much in a few steps, where SPLAM's at first unlearns.
 """
 
 from collections.abc import Sequence
@@ -74,9 +75,8 @@ class FewStepRecipe(Part):
 
     model: Model
     """What is accelerated, set by the command: a merged model or any other, a folder, a single file or a hub id."""
-    method: Literal["splam", "lcm"] = "splam"
-    """``splam`` has the student begin anywhere between two points of the teacher's path; ``lcm`` at its points alone.
-    By default lcm where there is a rank."""
+    method: Literal["lcm", "splam"] = "lcm"
+    """``lcm`` has the student begin at points of the teacher's path; ``splam`` anywhere between two of them."""
     rank: Annotated[Whole, in_range(least=0, most=4096)] = 0
     """Of a LoRA that is trained on frozen weights, for all styles; at 0 all weights are."""
     guidance: Annotated[tuple[float, float], BeforeValidator(_range)] = (7.0, 7.0)
@@ -123,10 +123,7 @@ class FewStepRecipe(Part):
         if not isinstance(given, dict) or not given.get("rank"):
             return given
         training = given.get("training", {})
-        filled = {"method": "lcm", **given}
-        if isinstance(training, dict):
-            filled["training"] = {**LORA_TRAINING, **training}
-        return filled
+        return {**given, "training": {**LORA_TRAINING, **training}} if isinstance(training, dict) else given
 
     @model_validator(mode="after")
     def _check_embedded(self) -> Self:
