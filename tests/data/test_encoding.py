@@ -7,7 +7,7 @@ from conftest import MAX_TOKENS, tiny_pipeline, tiny_text_encoder
 from data_helpers import count_calls, noise, write_folder
 from PIL import Image
 
-from dmm.data.encoding import encode_images, encode_latents, encode_texts
+from dmm.data.encoding import decode_latents, encode_images, encode_latents, encode_texts
 from dmm.data.images import ImageFolder
 from dmm.data.rows import SHARD_ROWS
 from dmm.errors import UserError
@@ -50,6 +50,19 @@ def test_a_vae_that_shifts_is_followed(pipeline):
     plain = encode_images(pipeline.vae, images)
     pipeline.vae.register_to_config(shift_factor=0.5)
     assert encode_images(pipeline.vae, images).allclose(plain - 0.5 * 0.18215, atol=1e-6)
+
+
+def test_a_vae_that_overflows_in_float16_never_computes_in_it(pipeline):
+    vae, images = pipeline.vae, [noise(16, 16, 3)]
+    vae.to(torch.float16).to(torch.float32)  # what float16 holds, and nothing else
+    exact = encode_images(vae, images)
+    stored = {name: tensor.clone() for name, tensor in vae.to(torch.float16).state_dict().items()}
+    assert vae.config.force_upcast
+    assert encode_images(vae, images).equal(exact)
+    (decoded,) = decode_latents(vae, exact)
+    assert vae.dtype == torch.float16
+    assert all(tensor.equal(stored[name]) for name, tensor in vae.state_dict().items())
+    assert np.array_equal(np.asarray(decoded), np.asarray(decode_latents(vae.to(torch.float32), exact)[0]))
 
 
 def test_cached_latents_need_no_vae(pipeline, encode):

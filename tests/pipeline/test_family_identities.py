@@ -82,6 +82,11 @@ def test_a_skipped_layer_shows_and_an_empty_negative_prompt_is_what_it_is_withou
     assert not np.array_equal(whole, skipped)
 
 
+def test_wide_and_tall_pictures_are_painted_in_their_sizes(styled):
+    assert paint(styled, width=24, height=16).shape == (16, 24, 3)
+    assert paint(styled, width=16, height=24).shape == (24, 16, 3)
+
+
 def picture(seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 

@@ -569,6 +569,7 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(merge, models, tmp
     assert "losses.noise_weighting is 0.5, which is for a student that predicts epsilon; this base predicts" in told(
         "--set", "losses.noise_weighting=0.5", base=velocity
     )
+    assert "frame: SD 1.x models read nothing of a picture's size; leave it out" in told(frame={"corner": [8, 0]})
     assert "training.precision is fp16, which a CPU does not train in" in told("--set", "training.precision=fp16")
     assert "logging.trackers names wandb, which is not installed" in told("--set", "logging.trackers=[wandb]")
     assert "there is a config, which only a base that is a single file needs" in told(config="base")
