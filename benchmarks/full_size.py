@@ -76,6 +76,11 @@ class RandomData:
         """Nothing: the UNet reads no more."""
         return {}
 
+    @property
+    def sizes(self) -> list[Tensor]:
+        """All rows are of one."""
+        return [torch.arange(self.num_rows)]
+
     def conditioning(self, _encoder: str, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         """(B, 77, 768)."""
         return {"encoder_hidden_states": self._text[rows] * ~dropped[:, None, None]}

@@ -53,6 +53,10 @@ class ToyData:
     def shown(self, rows, styles):
         return {}
 
+    @property
+    def sizes(self):
+        return [torch.arange(self.num_rows)]
+
     def conditioning(self, encoder, rows, dropped):
         assert encoder in ("student", *STYLES)
         return {"encoder_hidden_states": self._text[rows] * ~dropped[:, None, None]}

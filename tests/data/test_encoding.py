@@ -28,7 +28,7 @@ def encode(folder, tmp_path):
     def run(vae, size=16):
         shares = []
         calls = count_calls(vae.encoder)
-        rows = encode_latents(vae, ImageFolder(folder), size, tmp_path / "cache", shares.append)
+        rows = encode_latents(vae, ImageFolder(folder), (size, size), tmp_path / "cache", shares.append)
         return SimpleNamespace(rows=rows, calls=calls, latents=rows.read(torch.arange(3))["latents"], progress=shares)
 
     return run

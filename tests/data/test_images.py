@@ -25,7 +25,7 @@ class OneImage:
 
 
 def loaded(image, size=8, image_format="PNG", **options):
-    return np.asarray(load_image(OneImage(image, image_format, **options), 0, size)).astype(int)
+    return np.asarray(load_image(OneImage(image, image_format, **options), 0, (size, size))).astype(int)
 
 
 def test_a_folder_and_its_subfolders(tmp_path):
@@ -87,7 +87,7 @@ def test_a_damaged_image_is_named(tmp_path, damage):
     path = tmp_path / "0.png"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"0\.png could not be read as a picture") as caught:
-        load_image(ImageFolder(tmp_path), 0, 8)
+        load_image(ImageFolder(tmp_path), 0, (8, 8))
     assert "\n" not in str(caught.value)
 
 

@@ -2,12 +2,17 @@ import gc
 import shutil
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_pipeline, tiny_text_encoder
 from data_helpers import count_calls, noise, write_folder
+from PIL import Image
+from tiny_families import tiny_sdxl
 
 from dmm.data import ImageFolder, Synthesis, prepare_data, rows
+from dmm.data.encoding import encode_images
+from dmm.data.images import load_image
 from dmm.data.rows import Place
 from dmm.data.training import STUDENT
 from dmm.errors import UserError
@@ -53,6 +58,30 @@ def test_rows_are_the_images_and_their_captions(folder, pipeline, tmp_path):
     assert data.latents(rows).equal(torch.cat([data.latents(row[None]) for row in rows]))
     assert near(data.conditioning(STUDENT, rows, kept)["encoder_hidden_states"], embedding(pipeline, captions))
     assert near(data.conditioning("own", rows, kept)["encoder_hidden_states"], embedding(own, captions))
+
+
+def test_pictures_of_several_shapes_are_sorted_and_none_is_stretched(tmp_path):
+    def striped(width, height):
+        return Image.fromarray(np.tile(np.arange(width) // 4 % 2 * 255, (height, 1)).astype(np.uint8)).convert("RGB")
+
+    shapes = [(32, 16), (16, 16), (16, 30), (64, 32)]
+    folder = write_folder(tmp_path / "images", CAPTIONS, lambda index: striped(*shapes[index]))
+    base, buckets = tiny_sdxl(), [(16, 16), (32, 8), (24, 12), (8, 16)]
+    images = ImageFolder(folder)
+    data = prepare(images, base, tmp_path, {}, buckets=buckets)
+    assert [sized.tolist() for sized in data.sizes] == [[2], [1], [0, 3]]
+    kept = torch.zeros(2, dtype=torch.bool)
+    for sized, (width, height) in zip(data.sizes, [(8, 16), (16, 16), (24, 12)], strict=True):
+        expected = encode_images(base.vae, [load_image(images, row, (width, height)) for row in sized.tolist()])
+        assert near(data.latents(sized), expected)
+        assert data.latents(sized).shape[2:] == (height // 2, width // 2)
+        read = data.conditioning(STUDENT, sized, kept[: len(sized)])["added_cond_kwargs.time_ids"]
+        assert read.tolist() == [[height, width, 0, 0, height, width]] * len(sized)
+    # what covers a size as it is stays whole; of what does not, the middle is left, and is not squeezed
+    assert np.array_equal(np.asarray(load_image(images, 0, (32, 16))), np.asarray(striped(32, 16)))
+    assert np.array_equal(np.asarray(load_image(images, 0, (16, 16))), np.asarray(striped(32, 16))[:, 8:24])
+    with pytest.raises(ValueError, match="unpack"):
+        data.latents(torch.tensor([0, 1]))  # of two sizes
 
 
 def test_a_dropped_caption_is_the_empty_one_for_student_and_teacher(folder, pipeline, tmp_path):

@@ -1,6 +1,7 @@
 """Every sample of the global batch is trained on once, and every style counts as much as it should."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,11 +55,12 @@ def test_shares_need_not_be_equal(num_processes):
 
 def test_teachers_weigh_as_the_recipe_says():
     teachers = [Teacher(name=name, model="a/b", weight=weight) for name, weight in {"ink": 3, "clay": 1}.items()]
-    recipe = Recipe(base="a/b", teachers=teachers, data={"images": Path(__file__).parent}, training={"steps": 1})
+    data = {"images": Path(__file__).parent}
+    recipe = Recipe(base="a/b", teachers=teachers, data=data, styles={"rank": 0}, training={"steps": 1})
     assert shares_of(recipe) == [0.75, 0.25]
     kept = Earlier(model="a/b", regularization=0.2)
     assert shares_of(recipe.model_copy(update={"earlier": kept})) == pytest.approx([0.6, 0.2, 0.2])
-    assert [role.share for role in roles_of(recipe, ["ink", "clay"])] == [0.75, 0.25]
+    assert [role.share for role in roles_of(recipe, SimpleNamespace(reach={}), ["ink", "clay"])] == [0.75, 0.25]
 
 
 def test_uneven_shares_are_known():

@@ -86,6 +86,20 @@ def test_with_a_rank_of_0_a_recipe_that_names_nothing_else_has_the_papers_values
     assert (recipe.checkpoint.every, recipe.checkpoint.keep) == (2500, 3)
 
 
+def test_size_may_be_buckets(folder):
+    recipe = load(folder, PLAIN + "size: {buckets: 1024, step: 32}\n")
+    assert (recipe.size, recipe.buckets.step, recipe.buckets.least) == (1024, 32, None)
+    save_recipe(recipe, folder / "saved.yaml")
+    assert load_recipe(folder / "saved.yaml") == recipe
+    assert load(folder, PLAIN + "size: 512\n").buckets is None
+    assert "frame says one size" in mistake(folder, PLAIN + "size: {buckets: 64}\nframe: {corner: [1, 1]}\n")
+    assert "buckets.stepp: there is no such key; did you mean 'step'" in mistake(
+        folder, PLAIN + "size: {buckets: 64, stepp: 8}\n"
+    )
+    painted = PLAIN.replace("{images: pictures}", "{synthesize: {prompts: prompts.txt}}")
+    assert "size has buckets, which are for images" in mistake(folder, painted + "size: {buckets: 64}\n")
+
+
 def test_a_short_run_shows_four_samples_and_a_long_one_many(folder):
     def interval(*overrides):
         return load(folder, PLAIN, *overrides).sample_interval

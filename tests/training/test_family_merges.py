@@ -1,9 +1,13 @@
 """Merges of every family, by the command: with style vectors, and with adapters."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from helpers import same_weights
+from PIL import Image
 from tiny_families import TINY, tiny_sdxl
 
 import dmm
@@ -12,6 +16,7 @@ from dmm.families import FAMILIES
 from dmm.files.yaml import write_yaml
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.sampling import sample
+from dmm.recipes.recipe import load_recipe
 
 PAPER = {"rank": 0, "train": "all"}
 ADAPTERS = {"rank": 2, "train": "adapters", "samples": 8}
@@ -80,6 +85,23 @@ def test_a_fresh_student_is_its_base_bit_for_bit(merge, family):
     base = open_pipeline(ModelSource(folder.parent / f"{family}-base"))
     assert paint(pipe).equal(paint(base))
     assert same_weights(pipe, base)
+
+
+def test_pictures_of_several_shapes_teach_in_turn(merge, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    lines = []
+    for index, size in enumerate([(20, 20), (40, 20), (20, 40), (44, 20)]):
+        pixels = np.random.default_rng(index).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": f"a cat {index}"}) + "\n")
+    (images / "metadata.jsonl").write_text("".join(lines))
+    told = {"data": {"images": str(images)}, "size": {"buckets": 16, "step": 4}}
+    training = {"steps": 4, "batch_size": 4, "precision": "fp32"}
+    folder = merge("sdxl", "buckets", styles=PAPER, training=training, losses={"adversarial": 0.01}, **told)
+    resolved = load_recipe(folder / "recipe.yaml")
+    assert (resolved.size, resolved.buckets.step) == (16, 4)
+    assert not paint(dmm.load_pipeline(folder), "one").equal(paint(dmm.load_pipeline(folder), "two"))
 
 
 def zero_snr(seed):

@@ -103,7 +103,7 @@ def make_from_images(
     digests = images.digests(cache)
 
     def make(rows: range) -> dict[str, Tensor]:
-        found = _made(maker, [load_image(images, row, size) for row in rows])
+        found = _made(maker, [load_image(images, row, (size, size)) for row in rows])
         progress(len(rows))
         return found
 

@@ -21,6 +21,7 @@ from dmm.data.images import READER, CaptionedImages, load_image
 from dmm.data.keys import digest_tensors, digest_text_encoders, digest_vae, key_of
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
+from dmm.maths.buckets import Size
 from dmm.models.conditioning import check_clip_skip, encode_captions, takes_zeros, tokenize
 from dmm.pipeline.samplers import check_multiple
 
@@ -28,7 +29,7 @@ from dmm.pipeline.samplers import check_multiple
 def encode_latents(
     vae: Any,
     images: CaptionedImages,
-    size: int,
+    size: Size,
     cache: Path,
     progress: Callable[[float], object],
     place: Place = ALONE,
@@ -37,16 +38,19 @@ def encode_latents(
 
     Args:
         vae: of the student, on the device it shall run on.
-        size: pixels a side.
+        size: width and height in pixels.
         cache: folder of the cache.
         progress: called with numbers of images, which add up to those that this process sees to.
         place: this process's, among those that share the work; see :func:`dmm.data.rows.cached_rows`.
-    Returns: M rows of ``latents``, (C, size / f, size / f) for a VAE that shrinks by f.
+    Returns: M rows of ``latents``, (C, height / f, width / f) for a VAE that shrinks by f.
     Raises: UserError: the size is no multiple of f, an image is damaged, or the arithmetic overflowed.
     """
-    check_size(vae, size)
+    for side in size:
+        check_size(vae, side)
     vae_digest, image_digests = digest_vae(vae), images.digests(cache)
-    batch_size = max(1, min(64, 4 * 512 * 512 // size**2))
+    batch_size = max(1, min(64, 4 * 512 * 512 // (size[0] * size[1])))
+
+    told = size[0] if size[0] == size[1] else list(size)  # squares are cached by their side
 
     def make(rows: range) -> dict[str, Tensor]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -63,7 +67,7 @@ def encode_latents(
     return cached_rows(
         cache / "latents",
         len(image_digests),
-        lambda rows: key_of(vae=vae_digest, size=size, reader=READER, images=image_digests[rows.start : rows.stop]),
+        lambda rows: key_of(vae=vae_digest, size=told, reader=READER, images=image_digests[rows.start : rows.stop]),
         make,
         progress,
         place,

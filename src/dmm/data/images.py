@@ -14,7 +14,8 @@ from dmm.data.captions import METADATA, read_captions, read_column
 from dmm.data.keys import key_of
 from dmm.errors import UserError
 from dmm.files.outputs import new_file
-from dmm.files.picture_reader import open_picture
+from dmm.files.picture_reader import open_picture, picture_size
+from dmm.maths.buckets import Size, nearest_bucket
 
 READER = 2
 """Raised where images come to be read as other pixels, so that what was cached of them is made again."""
@@ -137,19 +138,60 @@ class ImageDataset:
         return [hashlib.sha256(self.read(index)).hexdigest() for index in range(len(self.captions))]
 
 
-def load_image(images: CaptionedImages, index: int, size: int) -> Image.Image:
-    """Bring an image to the size of training.
-
-    It is read by :func:`dmm.files.picture_reader.open_picture`, shrunk or enlarged until its shorter side fits, with
-    antialiasing, and cut to the middle square.
+class SomeImages:
+    """Some of the images of a set, in an order of their own.
 
     Args:
-        size: pixels a side.
+        rows: which.
+        digests: of the whole set, as that has told them.
+    """
+
+    def __init__(self, images: CaptionedImages, rows: Sequence[int], digests: Sequence[str]) -> None:
+        self._images, self._rows = images, rows
+        self._digests = [digests[row] for row in rows]
+        self.captions: Sequence[str] = [images.captions[row] for row in rows]
+
+    def name(self, index: int) -> str:
+        """What an error calls the image."""
+        return self._images.name(self._rows[index])
+
+    def read(self, index: int) -> bytes:
+        """The image as it is stored."""
+        return self._images.read(self._rows[index])
+
+    def digests(self, _cache: Path) -> list[str]:
+        """Hex sha256 of every image's bytes."""
+        return self._digests
+
+
+def sort_by_shape(images: CaptionedImages, buckets: Sequence[Size]) -> dict[Size, list[int]]:
+    """Which images go to which bucket, by the shapes that their headers tell; buckets of none are left out.
+
+    Raises: UserError: an image is damaged or no image.
+    """
+
+    def bucket_of(index: int) -> Size:
+        size = picture_size(io.BytesIO(images.read(index)), images.name(index))
+        return nearest_bucket(size, buckets)
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(bucket_of, range(len(images.captions))))
+    return {bucket: [row for row, one in enumerate(found) if one == bucket] for bucket in sorted(set(found))}
+
+
+def load_image(images: CaptionedImages, index: int, size: Size) -> Image.Image:
+    """Bring an image to a size of training.
+
+    It is read by :func:`dmm.files.picture_reader.open_picture`, shrunk or enlarged until it covers the size, with
+    antialiasing, and cut to its middle.
+
+    Args:
+        size: width and height in pixels.
     Returns: RGB, 8 bits a channel.
     Raises: UserError: it is damaged or no image.
     """
     image = open_picture(io.BytesIO(images.read(index)), images.name(index))
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
 def _read_memory(memory: Path) -> dict[str, list[Any]]:

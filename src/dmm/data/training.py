@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dmm.data.control_images import SHOWN, Condition
 from dmm.data.encoding import check_size, encode_latents, encode_texts
-from dmm.data.images import CaptionedImages
+from dmm.data.images import CaptionedImages, SomeImages, sort_by_shape
 from dmm.data.rows import ALONE, Place, Rows
 from dmm.data.synthesis import Share, Synthesis, share_out, synthesize
 from dmm.errors import UserError
 from dmm.families import Frame, family_of
 from dmm.files.bars import PartsBar
 from dmm.files.cache import cache_folder
+from dmm.maths.buckets import Size
 from dmm.models.conditioning import num_cut
 
 STUDENT = "student"
@@ -39,39 +40,46 @@ class TrainingData:
     """M latents with captions, embedded as each text encoder does, read at random from disk.
 
     Args:
-        latents: M rows of ``latents``.
+        latents: of each size, which rows have it, (R,) int64, and R rows of ``latents``; each of the M rows is in one.
         texts: by text encoder, U rows of what a UNet reads of a caption; the first is the empty caption.
         caption_of: (M,) int64, which of the U is a row's caption.
         painted: by teacher or other painter, the rows that it painted.
         shown: by ControlNet, M rows of the image that it is shown; of models, nothing.
-        size: what a denoiser reads of the pictures' size, the same of all rows, without their dimension.
+        size: of each of these, what a denoiser reads of the pictures' size, without the rows' dimension.
 
     Attributes:
         num_rows: M.
+        sizes: the rows of each size, (R,) int64.
     """
 
     def __init__(
         self,
-        latents: Rows,
+        latents: Sequence[tuple[Tensor, Rows]],
         texts: Mapping[str, Rows],
         caption_of: Tensor,
         painted: Mapping[str, range],
-        size: Mapping[str, Tensor],
+        size: Sequence[Mapping[str, Tensor]],
         shown: Mapping[str, Rows] = MappingProxyType({}),
     ) -> None:
-        assert len(latents) == len(caption_of)
-        self._latents = latents
+        self.sizes = [rows for rows, _ in latents]
+        assert all(len(rows) == len(stored) for rows, stored in latents)
+        assert torch.equal(torch.cat(self.sizes).sort().values, torch.arange(len(caption_of)))
+        self._latents = [stored for _, stored in latents]
+        self._size_of = torch.empty(len(caption_of), dtype=torch.int64)
+        self._place_of = torch.empty(len(caption_of), dtype=torch.int64)
+        for index, rows in enumerate(self.sizes):
+            self._size_of[rows], self._place_of[rows] = index, torch.arange(len(rows))
         self._texts = dict(texts)
         self._caption_of = caption_of
         self._painted = dict(painted)
         self._shown = dict(shown)
-        self._size = dict(size)
-        self.num_rows = len(latents)
+        self._size = [dict(one) for one in size]
+        self.num_rows = len(caption_of)
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        _, channels, height, width = self.latents(torch.tensor([0])).shape
+        """(C, h, w), of the first size."""
+        _, channels, height, width = self.latents(self.sizes[0][:1]).shape
         return channels, height, width
 
     def rows_of(self, painter: str) -> Tensor:
@@ -83,10 +91,10 @@ class TrainingData:
         """Clean latents.
 
         Args:
-            rows: (B,) int64.
+            rows: (B,) int64, of one size.
         Returns: (B, C, h, w), float32, on the CPU.
         """
-        return self._latents.read(rows)["latents"]
+        return self._latents[self._one_size(rows)].read(self._place_of[rows.cpu()])["latents"]
 
     def conditioning(self, encoder: str, rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
         """What a denoiser reads of the captions, and of the pictures' size.
@@ -98,7 +106,12 @@ class TrainingData:
         Returns: by flat names, such as ``encoder_hidden_states``, (B, T, D); float32, on the CPU.
         """
         texts = self._texts[encoder].read(self._caption_of[rows.cpu()].masked_fill(dropped.cpu(), 0))
-        return texts | {name: of_all.expand(len(rows), *of_all.shape) for name, of_all in self._size.items()}
+        size = self._size[self._one_size(rows)]
+        return texts | {name: of_all.expand(len(rows), *of_all.shape) for name, of_all in size.items()}
+
+    def _one_size(self, rows: Tensor) -> int:
+        (size,) = self._size_of[rows.cpu()].unique().tolist()
+        return int(size)
 
     def shown(self, rows: Tensor, styles: Sequence[str]) -> dict[str, Tensor]:
         """What the teacher of each sample's style reads beside the caption: a ControlNet its image, a model nothing.
@@ -123,6 +136,7 @@ def prepare_data(
     teachers: Mapping[str, Callable[[], Any]],
     *,
     size: int,
+    buckets: Sequence[Size] = (),
     frame: Frame | None = None,
     cache: Path | None = None,
     clip_skips: Mapping[str, int] | None = None,
@@ -140,6 +154,7 @@ def prepare_data(
         teachers: by name, in order, what opens the teacher's pipeline; one is open at a time, and each
             computes on its own device and in its own precision.
         size: pixels a side.
+        buckets: sizes that images are sorted into by their shape, in place of ``size``.
         frame: what the models are told of the pictures' size, where they read one; by default that they never were
             larger.
         cache: folder of the cache, by default the user's.
@@ -192,18 +207,27 @@ def prepare_data(
                     asked = (shares[index], source, size, cache, bar.update, places[index])
                     painted.append(synthesize(pipeline, base.vae, *asked, clip_skip=clip_skip))
             del pipeline  # before the next one is opened
+        sizes = {(size, size): torch.arange(len(captions))}
         if isinstance(source, Synthesis):
-            latents = Rows([shard for rows in painted for shard in rows.shards])
+            stored = [Rows([shard for rows in painted for shard in rows.shards])]
+        elif buckets:
+            digests = source.digests(cache)
+            sizes = {one: torch.tensor(rows) for one, rows in sort_by_shape(source, buckets).items()}
+            stored = [
+                encode_latents(base.vae, SomeImages(source, rows.tolist(), digests), one, cache, bar.update, place)
+                for one, rows in sizes.items()
+            ]
         else:
-            latents = encode_latents(base.vae, source, size, cache, bar.update, place)
+            stored = [encode_latents(base.vae, source, (size, size), cache, bar.update, place)]
+    latents = list(zip(sizes.values(), stored, strict=True))
     shown = {}
     for name, condition in (conditions or {}).items():
         title = f"what {name} is shown"
         with _bar(place.rows(len(captions)), " images", title, show_progress, leave=False) as bar, _naming(name):
-            shown[name] = condition.rows(source, latents, base.vae, size, cache, bar.update, place)
+            shown[name] = condition.rows(source, stored[0], base.vae, size, cache, bar.update, place)
     index_of = {caption: index for index, caption in enumerate(distinct)}
     caption_of = torch.tensor([index_of[caption] for caption in captions])
-    read = family_of(base).read_size(frame or Frame.whole(size, size))
+    read = [family_of(base).read_size(frame or Frame.whole(*one)) for one in sizes]
     return TrainingData(latents, texts, caption_of, of_teacher, read, shown)
 
 

@@ -2,16 +2,20 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from dmm.errors import UserError, note_once
 
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError)
 """What Pillow raises of files that it cannot read."""
+_FIRST_ON_ITS_SIDE = 5
+"""EXIF's orientations from there on have width and height exchanged."""
 _COLOURS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 """Modes of Pillow, by what an ICC profile calls its colour space."""
 
@@ -28,14 +32,29 @@ def open_picture(file: Path | IO[bytes], name: str | None = None) -> Image.Image
     Raises: UserError: missing, damaged or no picture; over Pillow's limit of pixels; of pixels without a known range.
     """
     name = name or f"'{file}'"
+    with _opened(file, name) as opened:
+        image = ImageOps.exif_transpose(opened)
+        image.load()
+        return _on_white(_to_srgb(_to_8_bits(image, name), name), name)
+
+
+def picture_size(file: Path | IO[bytes], name: str | None = None) -> tuple[int, int]:
+    """Width and height of a picture file as a viewer shows it, by its header alone; arguments and errors as above."""
+    with _opened(file, name or f"'{file}'") as opened:
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= _FIRST_ON_ITS_SIDE
+        width, height = opened.size
+        return (height, width) if is_turned else (width, height)
+
+
+@contextmanager
+def _opened(file: Path | IO[bytes], name: str) -> Iterator[Image.Image]:
+    """A picture file, open; within the block, that it cannot be read is a :class:`UserError`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # it is read: the limit is twice as high
             opened = Image.open(file)
         with opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-            return _on_white(_to_srgb(_to_8_bits(image, name), name), name)
+            yield opened
     except UserError:
         raise
     except Image.DecompressionBombError as error:

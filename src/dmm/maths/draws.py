@@ -87,6 +87,17 @@ def _draw_own(generator: np.random.Generator, counts: Sequence[int], shares: Seq
     return -1
 
 
+def draw_size(seed: int, step: int, counts: Sequence[int]) -> int:
+    """Draw which of several sizes all pictures of a step have, each as often as there are pictures of it.
+
+    Args:
+        counts: of the pictures of each size.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=[0, 3 << 62, 0, step]))
+    row = int(generator.integers(sum(counts)))
+    return int(np.searchsorted(np.cumsum(counts), row, side="right"))
+
+
 def draw_again(
     seed: int, step: int, indices: Sequence[int], *, timesteps: Tensor, latent_shape: Sequence[int], num_timesteps: int
 ) -> tuple[Tensor, Tensor]:

@@ -341,6 +341,17 @@ def check_size(size: int | None) -> int | None:
     return size
 
 
+class Buckets(Part):
+    """Sizes of one area and many shapes, into which images are sorted, as kohya's scripts do it; none is stretched."""
+
+    step: Annotated[Whole, in_range(least=1)] = 64
+    """That all sides are multiples of, in pixels."""
+    least: Count | None = None
+    """The shortest side; by default half of ``size``."""
+    most: Count | None = None
+    """The longest side; by default twice ``size``."""
+
+
 class Recipe(Part):
     """A merge."""
 
@@ -363,6 +374,8 @@ class Recipe(Part):
     data: Data
     size: Annotated[Whole, in_range(least=8)] | None = None
     """Of the pictures, in pixels a side, a multiple of 8; by default the base's own."""
+    buckets: Buckets | None = None
+    """Sort images by their shape, in place of cutting them square. ``size: {buckets: 1024}`` says both."""
     frame: Framing = Framing()
     styles: Styles = Styles()
     training: Training = Training()
@@ -418,6 +431,25 @@ class Recipe(Part):
     def watch_interval(self) -> int | None:
         """Steps between two measurements of the score error; None for none."""
         return self.logging.score_error_every
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_buckets_from_size(cls, given: Any) -> Any:
+        size = given.get("size") if isinstance(given, dict) else None
+        if isinstance(size, dict) and "buckets" in size:
+            settings = {name: value for name, value in size.items() if name != "buckets"}
+            return {**given, "size": size["buckets"], "buckets": settings}
+        return given
+
+    @model_validator(mode="after")
+    def _check_buckets(self) -> Self:
+        if self.buckets is None:
+            return self
+        if self.data.synthesize is not None or self.kind != "unet":
+            raise ValueError("size has buckets, which are for images of data.images or data.dataset; name a number")
+        if self.frame != Framing():
+            raise ValueError("frame says one size, but size has buckets, of which each is told its own; leave it out")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmm.data.training import STUDENT, student_in
 from dmm.maths.diffusion import add_noise
-from dmm.maths.draws import draw, draw_again
+from dmm.maths.draws import draw, draw_again, draw_size
 from dmm.maths.sharing import Group
 from dmm.training.distill import Batch, Part, Rediffusion
 
@@ -35,6 +35,10 @@ class Data(CaptionedLatents, Protocol):
 
     def shown(self, rows: Tensor, styles: Sequence[str]) -> dict[str, Tensor]:
         """Further keyword arguments for B rows, as the teachers of their styles read them."""
+
+    @property
+    def sizes(self) -> Sequence[Tensor]:
+        """The rows of each size of latents, (R,) int64."""
 
     def rows_of(self, painter: str) -> Tensor:
         """(R,) int64, the rows that a style's teacher painted, or the student in it: :func:`student_in`."""
@@ -99,8 +103,9 @@ class Batches:
         kinds = [(data.rows_of(style), data.rows_of(student_in(style))) for style in styles]
         self._num_own = [[len(rows) for rows in of_style] for of_style in kinds]
         self._own_rows = [torch.cat(of_style) for of_style in kinds]
-        everything = torch.arange(data.num_rows)
-        self._shared_rows = everything[~torch.isin(everything, torch.cat([rows for _, rows in kinds]))]
+        painted = torch.cat([rows for _, rows in kinds])
+        # by size: all pictures of a step have one
+        self._shared_rows = [rows[~torch.isin(rows, painted)] for rows in data.sizes]
         score_weights = alphas_cumprod.double() ** -noise_weighting
         self._score_weights = (score_weights / score_weights.mean()).float()
         samples = [(group.teacher, index, group.weight) for group in groups for index in group.indices]
@@ -117,14 +122,17 @@ class Batches:
             yield self._build(step, *zip(*samples, strict=True))
 
     def _build(self, step: int, teachers: Sequence[int], indices: Sequence[int], weights: Sequence[float]) -> Batch:
+        counts = [len(rows) for rows in self._shared_rows]
+        shared_rows = self._shared_rows[draw_size(self._seed, step, counts) if len(counts) > 1 else 0]
+        shape = self._data.latents(shared_rows[:1]).shape[1:] if len(counts) > 1 else self._data.latent_shape
         draws = draw(
             self._seed,
             step,
             indices,
-            num_rows=len(self._shared_rows),
+            num_rows=len(shared_rows),
             num_own=[[self._num_own[style] for style in self._roles[teacher].styles] for teacher in teachers],
             own=self._own,
-            latent_shape=self._data.latent_shape,
+            latent_shape=shape,
             num_timesteps=len(self._alphas_cumprod),
             caption_dropout=self._caption_dropout,
         )
@@ -134,7 +142,7 @@ class Batches:
             self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
         ]
         own_rows = [self._own_rows[style][row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0]
-        rows = self._shared_rows[draws.rows]
+        rows = shared_rows[draws.rows]
         rows[draws.own_rows >= 0] = torch.tensor(own_rows, dtype=torch.int64)
         x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
         shown = self._to_device(self._data.shown(rows, [self._styles[style] for style in styles]))
@@ -156,7 +164,7 @@ class Batches:
             loss_weights=torch.tensor(weights, device=self._device),
             score_weights=self._score_weights[timesteps].to(self._device),
             parts=parts,
-            again=self._again(step, indices, timesteps) if self._adversarial else None,
+            again=self._again(step, indices, timesteps, shape) if self._adversarial else None,
         )
 
     def _within_reach(self, timesteps: Tensor, teachers: Sequence[int]) -> Tensor:
@@ -165,13 +173,13 @@ class Batches:
         reach = torch.tensor([self._roles[teacher].num_timesteps or whole for teacher in teachers])
         return timesteps * reach // whole
 
-    def _again(self, step: int, indices: Sequence[int], timesteps: Tensor) -> Rediffusion:
+    def _again(self, step: int, indices: Sequence[int], timesteps: Tensor, shape: Sequence[int]) -> Rediffusion:
         later, noise = draw_again(
             self._seed,
             step,
             indices,
             timesteps=timesteps,
-            latent_shape=self._data.latent_shape,
+            latent_shape=shape,
             num_timesteps=len(self._alphas_cumprod),
         )
         return Rediffusion(later.to(self._device), self._alphas_cumprod[later].to(self._device), noise.to(self._device))

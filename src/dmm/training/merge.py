@@ -88,7 +88,9 @@ _WRITTEN = (
     *(f"{family.controlnet.weights_name}.safetensors" for family in FAMILIES.values()),
 )
 # of a recipe, what a run may not change once it has begun
-_BINDING = ("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "frame", "styles", "seed")
+_BINDING = (
+    *("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "buckets", "frame", "styles", "seed"),
+)
 _NUM_SAMPLE_PROMPTS = 4
 _WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
 

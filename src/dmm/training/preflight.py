@@ -17,6 +17,7 @@ from dmm.files.few_steps import FILE as FEW_STEPS
 from dmm.files.outputs import check_disk, held_bytes
 from dmm.files.prompts import read_prompts
 from dmm.formats.schedules import check_same_schedule, noise_schedule, same_schedules
+from dmm.maths.buckets import Size, bucket_sizes
 from dmm.maths.diffusion import PredictionType
 from dmm.maths.schedules import num_answerable
 from dmm.maths.sharing import share_batch
@@ -117,6 +118,8 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device, *, wit
     _check_noise_weighting(recipe.losses.noise_weighting, base)
     size = recipe.size or own_size(base.path, base.skeletons, base.family)
     check_multiple("size", size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
+    for side in {side for bucket in buckets_of(recipe, size) for side in bucket}:
+        check_multiple("size.step", side, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
     sources = tuple(
         teacher_source(teacher, recipe.base, beneath.configs, ema=recipe.ema) for teacher in recipe.teachers
     )
@@ -168,6 +171,24 @@ def frame_of(recipe: Recipe, size: int, base: CheckedModel) -> Frame:
     if frame != whole and not base.family.read_size(frame):
         raise UserError(f"frame: {base.family.title} models read nothing of a picture's size; leave it out.")
     return frame
+
+
+def buckets_of(recipe: Recipe, size: int) -> list[Size]:
+    """The sizes that the recipe's images are sorted into; none where all are square.
+
+    Raises: UserError: there is none between the shortest and the longest side.
+    """
+    said = recipe.buckets
+    if said is None:
+        return []
+    least, most = said.least or size // 2, said.most or 2 * size
+    sizes = bucket_sizes(size, step=said.step, least=least, most=most)
+    if not sizes:
+        raise UserError(
+            f"size.buckets: no size of {size} x {size} pixels' area has sides from {least} to {most} in steps of "
+            f"{said.step}. Choose others."
+        )
+    return sizes
 
 
 def with_size(recipe: Recipe) -> Recipe:

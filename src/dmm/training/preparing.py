@@ -18,7 +18,7 @@ from dmm.models.styles import StylePrompts, bake
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.recipes.recipe import Recipe
 from dmm.training.building import DTYPES
-from dmm.training.preflight import Plan, open_source, paints_earlier, paints_itself
+from dmm.training.preflight import Plan, buckets_of, open_source, paints_earlier, paints_itself
 from dmm.training.subject import Controls
 
 THE_BASE = "/base"
@@ -55,7 +55,8 @@ def prepare_data_of(
         base,
         _openers(recipe, plan, terms, device, paints=isinstance(source, Synthesis)),
         size=plan.size,
-        frame=plan.frame,
+        buckets=buckets_of(recipe, plan.size),
+        frame=None if recipe.buckets else plan.frame,
         clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
         conditions=plan.subject.conditions if isinstance(plan.subject, Controls) else None,
         place=Place(accelerator.process_index, accelerator.num_processes),
