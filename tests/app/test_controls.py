@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 from conftest import STYLE_NAMES
 
-from dmm.app.controls import OVER_TIME, STRIP, STYLES, Controls, list_shots, read_controls, restore_controls
+from dmm.app.controls import (
+    OVER_TIME,
+    STRIP,
+    STYLES,
+    Controls,
+    list_regions,
+    list_shots,
+    read_controls,
+    restore_controls,
+)
 from dmm.cli.style_options import write_style
 from dmm.errors import UserError
 from dmm.files.parameters import Parameters, read_parameters
@@ -59,9 +68,10 @@ def test_a_style_over_time_that_never_changes_is_none(at, expected):
             "height": 64,
         },
         {"what": OVER_TIME, "other": "clay", "at": 0.35},
+        {"regions": "0.5,0,1,1:clay\n0,0,0.5,0.5:ink=0.5,clay=0.5:a blue dog"},
         {"weights": {"ink": 0.34, "photo": 0.33, "clay": 0.33}},
     ],
-    ids=["first", "settings", "over time", "mix of three"],
+    ids=["first", "settings", "over time", "regions", "mix of three"],
 )
 def test_a_picture_sets_the_controls_that_it_was_made_with(tmp_path, changes):
     from PIL import Image
@@ -79,6 +89,7 @@ def test_a_picture_sets_the_controls_that_it_was_made_with(tmp_path, changes):
         controls.height,
         "merged",
         style=write_style(shot.style),
+        plugins={"Regions": "; ".join(map(str, list_regions(controls)))} if controls.regions else {},
     )
     save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", told)
     present = Controls(prompt="else", steps=5, other=controls.other, at=0.4, weights=dict.fromkeys(STYLE_NAMES, 0.0))
@@ -128,3 +139,22 @@ def test_weights_that_do_not_sum_to_1_are_refused(weights):
 def test_what_a_request_holds_is_read():
     assert read_controls(values_of(FIRST) | {"seed": 3.0, "guidance": "7"}, MIX) == FIRST
     assert isinstance(list_shots(replace(FIRST, what=OVER_TIME, other="clay"))[0].style, StyleSchedule)
+
+
+@pytest.mark.parametrize(
+    ("regions", "message"),
+    [
+        ("/etc/passwd:ink", "is no box"),
+        ("mask.png:ink:a dog", "is no box"),
+        ("0,0,1,1", "is no region"),
+        ("0,0,1,1:oil", "no style 'oil'"),
+        ("0,0,0.5,8:ink", "is no box"),
+        ("0,0,1,1:ink\n" * 17, "At most 16"),
+    ],
+    ids=lambda value: value[:16],
+)
+def test_regions_are_boxes_in_styles_that_there_are(regions, message):
+    with pytest.raises(UserError, match=message):
+        list_regions(replace(FIRST, regions=regions))
+    with pytest.raises(UserError, match="at all times"):
+        list_regions(replace(FIRST, regions="0,0,1,1:ink", what=OVER_TIME, other="clay"))

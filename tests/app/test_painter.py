@@ -1,6 +1,7 @@
 """The page's model paints what `dmm generate` paints, and tells it in the picture."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -61,6 +62,14 @@ def test_pictures_are_those_of_generate_and_set_the_controls_again(painter, merg
             result(painter.paint(restored))[0].png == one.png
             or abs(pixels(result(painter.paint(restored))[0].png) - pixels(one.png)).max() <= 2
         )
+
+
+def test_a_region_has_a_style_of_its_own(painter, merged, tmp_path):
+    (painted,) = result(painter.paint(replace(CONTROLS, count=1, regions="0.5,0,1,1:clay:a dog")))
+    settings = ["--style", "ink=0.7,photo=0.3", "--seed", "2", "--steps", "3", "--guidance", "4"]
+    region = ["--region", "0.5,0,1,1:clay:a dog", "--negative", "blurry", "--output", f"{tmp_path}/own.png"]
+    assert main(["generate", str(merged), "a cat", *settings, *region]) == 0
+    assert abs(pixels(painted.png) - pixels((tmp_path / "own.png").read_bytes())).max() <= 2
 
 
 def test_every_style_is_there(painter):

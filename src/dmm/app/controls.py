@@ -4,10 +4,12 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from dmm.app.mixing import settle
 from dmm.cli.arguments import MAX_SEED, read_seeds
+from dmm.cli.region_options import AskedRegion, read_region
 from dmm.cli.style_options import Style, read_style, write_style
 from dmm.errors import UserError
 from dmm.maths.mixes import mix_weights
@@ -35,6 +37,7 @@ class Controls:
         at: where it comes, as a share of the steps.
         count: pictures, each with a seed of its own; of a strip, its length.
         strength: how much of an image to begin with is painted over.
+        regions: a line each, as ``dmm generate --region`` takes boxes.
     """
 
     prompt: str = ""
@@ -50,6 +53,7 @@ class Controls:
     other: str = ""
     at: float = 0.4
     strength: float = 0.75
+    regions: str = ""
     weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -114,6 +118,29 @@ def list_shots(controls: Controls) -> list[Shot]:
     return shots
 
 
+def list_regions(controls: Controls) -> list[AskedRegion]:
+    """The regions that the controls ask for; elsewhere the mix holds.
+
+    Raises: UserError: a line is none, names a file, or asks for a style that there is not; or what is painted changes
+        style, which regions do not.
+    """
+    regions = []
+    for line in filter(None, map(str.strip, controls.regions.splitlines())):
+        try:
+            region = read_region(line)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"Regions: {error}.") from error
+        if isinstance(region.area, Path):  # files of the server are not for those who ask
+            raise UserError(f"Regions: '{line}' is no box; write x0,y0,x1,y1:STYLE or x0,y0,x1,y1:STYLE:PROMPT.")
+        mix_weights(list(controls.weights), region.style)
+        regions.append(region)
+    if len(regions) > MAX_COUNT:
+        raise UserError(f"At most {MAX_COUNT} regions are painted.")
+    if regions and controls.what == OVER_TIME:
+        raise UserError("With regions, the mix is what holds elsewhere, at all times: paint pictures or a strip.")
+    return regions
+
+
 def restore_controls(told: Mapping[str, str], names: Sequence[str], present: Controls) -> Controls:
     """The controls that a picture was made with.
 
@@ -142,6 +169,7 @@ def restore_controls(told: Mapping[str, str], names: Sequence[str], present: Con
         "width": width,
         "height": height,
         "what": PICTURES,
+        "regions": told.get("Regions", "").replace("; ", "\n"),
     }
     weights = {name: present.weights.get(name, 0.0) for name in names}
     if isinstance(style, StyleSchedule):

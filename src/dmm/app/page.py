@@ -93,6 +93,13 @@ class PaintingPage:
                     type="filepath", format="png", label="Mask: white is painted anew", height=220, sources=["upload"]
                 )
             parts["strength"] = gr.Slider(0.01, 1, first.strength, step=0.01, label="How much is painted over")
+        with gr.Accordion("Regions", open=False):
+            parts["regions"] = gr.Textbox(
+                first.regions,
+                label="Parts in a style of their own, and a prompt, a line each; elsewhere the mix holds",
+                placeholder=f"0.5,0,1,1:{names[-1]}\n0,0.5,0.5,1:{names[0]}:a blue dog",
+                lines=2,
+            )
         with gr.Accordion("Settings of a picture", open=False, elem_id="settings"):
             self._dropped = gr.File(
                 label="Drop a picture that was saved here: all controls become those it was made with",

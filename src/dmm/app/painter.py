@@ -1,16 +1,17 @@
 """The model behind the page: what is asked for is painted, with all settings in the picture, or exported."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dmm.app.controls import Controls, Shot, list_shots
+from dmm.app.controls import Controls, Shot, list_regions, list_shots
 from dmm.app.jobs import Desk, Job
 from dmm.app.painted import Painted
 from dmm.app.uploads import check_picture
+from dmm.cli.region_options import AskedRegion, to_pixels
 from dmm.cli.style_options import write_style
 from dmm.errors import UserError
 from dmm.files.outputs import check_file
@@ -18,7 +19,9 @@ from dmm.files.parameters import Parameters, UsedLora
 from dmm.files.pictures import encode_png
 from dmm.pipeline.export import export_style
 from dmm.pipeline.plugins import Start, add_plugins
+from dmm.pipeline.regions import Region, paint_regions
 from dmm.pipeline.sampling import picture_size, sample
+from dmm.pipeline.style_schedule import StyleSchedule
 from dmm.pipeline.styled import style_names
 
 
@@ -61,6 +64,7 @@ class Painter:
         Raises: UserError: they ask for what there is not.
         """
         shots = list_shots(controls)
+        list_regions(controls)
         picture_size(self._pipe, controls.width, controls.height)
         if mask is not None and image is None:
             raise UserError("A mask is for an image to begin with: give that too, or take the mask away.")
@@ -94,24 +98,32 @@ class Painter:
     ) -> list[Painted]:
         pipeline, inputs = add_plugins(self._pipe, start=start)
         size = controls.width, controls.height
-        images = sample(
-            pipeline,
-            [controls.prompt] * len(shots),
-            [shot.seed for shot in shots],
-            styles=[shot.style for shot in shots],
-            inputs=lambda count: inputs(count, size),
-            steps=controls.steps,
-            guidance_scale=controls.guidance,
-            negative_prompt=controls.negative.strip(),
-            width=controls.width,
-            height=controls.height,
-            sampler=controls.sampler,
-            progress=advance,
-        )
+        settings: dict[str, Any] = {
+            "inputs": lambda count: inputs(count, size),
+            "steps": controls.steps,
+            "guidance_scale": controls.guidance,
+            "negative_prompt": controls.negative.strip(),
+            "width": controls.width,
+            "height": controls.height,
+            "sampler": controls.sampler,
+            "progress": advance,
+        }
+        regions = [_in_pixels(region, *size) for region in list_regions(controls)]
+        if regions:
+            images: Iterable[Any] = (
+                paint_regions(pipeline, regions, controls.prompt, style=shot.style, seed=shot.seed, **settings)
+                for shot in shots
+                if not isinstance(shot.style, StyleSchedule)
+            )
+        else:
+            prompts, seeds = [controls.prompt] * len(shots), [shot.seed for shot in shots]
+            images = sample(pipeline, prompts, seeds, styles=[shot.style for shot in shots], **settings)
         return [self._told(controls, shot, image, start) for shot, image in zip(shots, images, strict=True)]
 
     def _told(self, controls: Controls, shot: Shot, image: Any, start: Start | None) -> Painted:
-        style = write_style(shot.style)
+        style, regions = write_style(shot.style), list_regions(controls)
+        plugins = {"Denoising strength": f"{start.strength:g}"} if start else {}
+        plugins |= {"Regions": "; ".join(map(str, regions))} if regions else {}
         parameters = Parameters(
             prompt=controls.prompt,
             negative_prompt=controls.negative.strip(),
@@ -125,7 +137,12 @@ class Painter:
             model_hash=self._model_hash,
             style=style,
             loras=self._loras,
-            plugins={"Denoising strength": f"{start.strength:g}"} if start else {},
+            plugins=plugins,
         )
         name = re.sub(r"[^\w.,=-]+", "-", f"{controls.prompt[:40]}-{style}-{shot.seed}").strip("-")
         return Painted(encode_png(image, parameters), shot.label, f"{name}.png")
+
+
+def _in_pixels(region: AskedRegion, width: int, height: int) -> Region:
+    assert not isinstance(region.area, Path)  # see list_regions
+    return Region(to_pixels(region.area, width, height), region.style, region.prompt)

@@ -125,11 +125,16 @@ def regions_of(args: argparse.Namespace, names: Sequence[str], width: int, heigh
         if isinstance(asked.area, Path):
             area = open_picture(asked.area).convert("L")
         else:
-            x, y = (width, height) if max(asked.area) <= 1 else (1, 1)
-            x0, y0, x1, y1 = asked.area
-            area = (x0 * x, y0 * y, x1 * x, y1 * y)
+            area = to_pixels(asked.area, width, height)
         regions.append(Region(area, asked.style, asked.prompt))
     return regions
+
+
+def to_pixels(box: Numbers, width: int, height: int) -> Numbers:
+    """A box in pixels, of a picture of that size, whichever it was given in."""
+    x, y = (width, height) if max(box) <= 1 else (1, 1)
+    x0, y0, x1, y1 = box
+    return (x0 * x, y0 * y, x1 * x, y1 * y)
 
 
 def _read_area(text: str) -> Numbers | Path:
