@@ -22,7 +22,8 @@ from dmm.files.digest import sha256
 from dmm.formats.tensors import check_finite, write_tensors
 from drawings import STYLES
 
-LIMIT = 54e6  # bytes
+CONTROLS = "controls"
+LIMIT = 57e6  # bytes, of which the ControlNets take up to 3
 
 
 def store(source: Path, target: Path) -> None:
@@ -134,7 +135,9 @@ def publish(work: Path, family: str, collection: Collection) -> None:
     """Replace a family's folder of the package."""
     base, experts = work / f"{collection.prefix}base", work / f"{collection.prefix}experts"
     folder = WEIGHTS / family
-    shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name != CONTROLS:  # those are published by themselves
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.copytree(base, folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
     forget_path(folder / "configs" / "vae" / "config.json")
     for tokenizer in folder.glob("configs/*/tokenizer.json"):
@@ -155,7 +158,7 @@ def publish(work: Path, family: str, collection: Collection) -> None:
             "weights": store_components(source, name, folder, own_text_encoder=name in collection.own_text_encoder),
             "scheduler": collection.schedulers.get(name, EPSILON),
         }
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and CONTROLS not in path.parts]
     shared = [WEIGHTS / "vae.safetensors", *(path for path in (WEIGHTS / "judge").rglob("*") if path.is_file())]
     digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
     digests |= {f"../{path.relative_to(WEIGHTS).as_posix()}": sha256(path) for path in sorted(shared)}

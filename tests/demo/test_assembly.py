@@ -45,7 +45,8 @@ def test_what_is_stored_fits():
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     assert size(WEIGHTS / "sdxl") < 14e6
-    assert size(WEIGHTS) - size(WEIGHTS / "sdxl") < 40e6
+    assert size(WEIGHTS / "sd1" / "controls") < 3e6
+    assert size(WEIGHTS) - size(WEIGHTS / "sdxl") - size(WEIGHTS / "sd1" / "controls") < 40e6
 
 
 def test_a_family_without_experts_is_told(cache):

@@ -1,5 +1,6 @@
-"""The embedded experts, their judge, and the story that ``dmm demo`` tells with them."""
+"""The embedded experts, their ControlNets and their judge, and the story that ``dmm demo`` tells with them."""
 
 from dmm.demo.assembly import expert_sources, experts
+from dmm.demo.controls import controls
 
-__all__ = ["expert_sources", "experts"]
+__all__ = ["controls", "expert_sources", "experts"]

@@ -10,6 +10,7 @@ import json
 import secrets
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,14 +43,7 @@ def experts(family: str = COLLECTIONS[0], *, cache: Path | None = None) -> dict[
     """
     plan = _plan(family)
     folder = (cache or platformdirs.user_cache_path("dmm")) / f"experts-{sha256(WEIGHTS / family / PLAN)[:12]}"
-    if not _is_whole(folder):
-        try:
-            _assemble(WEIGHTS / family, plan, folder)
-        except OSError as error:
-            raise UserError(
-                f"The embedded experts could not be written to '{folder}': {error.strerror}. "
-                "Free some space there, or set XDG_CACHE_HOME to another folder."
-            ) from error
+    assembled(folder, lambda building: _assemble(WEIGHTS / family, plan, building))
     return {name: folder / expert["path"] for name, expert in plan["experts"].items()}
 
 
@@ -83,6 +77,47 @@ def _plan(family: str) -> dict[str, Any]:
     return plan
 
 
+def assembled(folder: Path, assemble: Callable[[Path], None]) -> None:
+    """Have a folder of the cache hold what is put together once, whole; what does not match its record is mended.
+
+    Args:
+        assemble: fills a new folder.
+    Raises: UserError: the cache cannot be written.
+    """
+    if _is_whole(folder):
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")  # tempfile's would be its owner's only
+        building.mkdir()
+        try:
+            assemble(building)
+            files = sorted(path for path in building.rglob("*") if path.is_file())
+            record = {path.relative_to(building).as_posix(): sha256(path) for path in files}
+            (building / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+            # another process may have been faster: what stands there by then is as good if it is whole
+            if not _is_whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"The embedded models could not be written to '{folder}': {error.strerror}. "
+            "Free some space there, or set XDG_CACHE_HOME to another folder."
+        ) from error
+
+
+def check_stored(stored: Path, files: Mapping[str, str]) -> None:
+    """Check the sha256 of stored files, by their paths below a folder.
+
+    Raises: UserError: one is damaged.
+    """
+    for path, digest in files.items():
+        if sha256(stored / path) != digest:
+            raise UserError(f"'{stored / path}' is damaged: its sha256 is not the recorded one. Install dmm again.")
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -91,25 +126,10 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _assemble(stored: Path, plan: dict[str, Any], folder: Path) -> None:
-    for path, digest in plan["files"].items():
-        if sha256(stored / path) != digest:
-            raise UserError(f"'{stored / path}' is damaged: its sha256 is not the recorded one. Install dmm again.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f".experts-{secrets.token_hex(4)}")  # tempfile's would be its owner's only
-    building.mkdir()
-    try:
-        for expert in plan["experts"].values():
-            _FORMS[expert["form"]](stored, expert, building)
-        files = sorted(path for path in building.rglob("*") if path.is_file())
-        record = {path.relative_to(building).as_posix(): sha256(path) for path in files}
-        (building / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        # another process may have been faster: what stands there by then is as good if it is whole
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            building.rename(folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def _assemble(stored: Path, plan: dict[str, Any], building: Path) -> None:
+    check_stored(stored, plan["files"])
+    for expert in plan["experts"].values():
+        _FORMS[expert["form"]](stored, expert, building)
 
 
 def _assemble_folder(stored: Path, expert: dict[str, Any], root: Path) -> None:
