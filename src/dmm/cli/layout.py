@@ -92,7 +92,7 @@ def stack(layout: Layout, names: list[str], first: str) -> Layout:
     for i, name in enumerate(names):
         for row, start in enumerate(starts):
             cells += [len(names) * count + i, *(i * count + cell for cell in layout.cells[start : start + width])]
-            labels.append(f"{name}: {layout.row_labels[row]}")
+            labels.append(f"{name}: {layout.row_labels[row]}".removesuffix(": "))
     return Layout(width + 1, cells, labels, [first, *layout.column_labels] if layout.column_labels else [])
 
 
