@@ -1,5 +1,6 @@
 """Batches of a training step: draws made on stored latents and texts, noised, and cut into micro-batches."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -61,6 +62,24 @@ class Role:
     num_timesteps: int | None = None
 
 
+def cut(groups: Sequence[Group], micro_batch_size: int) -> list[list[tuple[int, int, float]]]:
+    """The samples of a step in micro-batches: each sample's teacher, index in the global batch, and loss weight.
+
+    Where every teacher has enough samples to fill one, a micro-batch has one teacher, which then computes all of it at
+    once: parts of a few samples each leave a GPU idle. Else teachers share micro-batches, so that these are full.
+    """
+    by_teacher = [[(group.teacher, index, group.weight) for index in group.indices] for group in groups]
+    if min(map(len, by_teacher), default=0) < micro_batch_size:
+        samples = [sample for of_teacher in by_teacher for sample in of_teacher]
+        return [samples[start : start + micro_batch_size] for start in range(0, len(samples), micro_batch_size)]
+    cuts = []
+    for of_teacher in by_teacher:
+        count = -(-len(of_teacher) // micro_batch_size)
+        places = [len(of_teacher) * place // count for place in range(count + 1)]
+        cuts += [of_teacher[first:last] for first, last in itertools.pairwise(places)]
+    return cuts
+
+
 class Batches:
     """All that a process trains on, by step.
 
@@ -108,9 +127,7 @@ class Batches:
         self._shared_rows = [rows[~torch.isin(rows, painted)] for rows in data.sizes]
         score_weights = alphas_cumprod.double() ** -noise_weighting
         self._score_weights = (score_weights / score_weights.mean()).float()
-        samples = [(group.teacher, index, group.weight) for group in groups for index in group.indices]
-        starts = range(0, len(samples), micro_batch_size)
-        self._micro_batches = [samples[start : start + micro_batch_size] for start in starts]
+        self._micro_batches = cut(groups, micro_batch_size)
 
     def __len__(self) -> int:
         """How many micro-batches a step has."""
