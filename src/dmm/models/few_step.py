@@ -98,7 +98,7 @@ class FewStepStudent(nn.Module):
 
     @property
     def has_adapters(self) -> bool:
-        """Whether its styles do: batches of one style only are then a third of the work."""
+        """Whether its styles do: batches of one style only are then less work."""
         return bool(self._adapters)
 
     def _adapted(self, unet: partial[tuple[Tensor]], styles: Tensor, *, with_fast: bool) -> Tensor:
