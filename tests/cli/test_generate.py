@@ -66,7 +66,7 @@ def test_one_picture_says_what_it_was_made_from(generate, tmp_path, sd1_folder, 
     said = capsys.readouterr()
     assert said.out.startswith("Wrote cat.png: a picture of 24 x 16 pixels")
     assert "pictures/s" in said.err
-    assert "1.0/1" in said.err
+    assert "1/1" in said.err
 
 
 def test_a_folder_gets_one_file_each_the_same_as_alone(generate, tmp_path):

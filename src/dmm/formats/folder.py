@@ -74,8 +74,9 @@ def tell_folder(folder: Path) -> Family | Stranger:
     """
     index = _read_index(folder)
     parts = [name for name, part in index.items() if isinstance(part, list) and part[0] is not None]
-    files = {name: folder / name / "config.json" for name in parts}
-    configs = {name: read_json(file) if file.is_file() else {} for name, file in files.items()}
+    # only those that lie there are looked into: an index may name anything, a path elsewhere or one of no bounds
+    files = {path.parent.name: path for path in folder.glob("*/config.json")}
+    configs = {name: read_json(files[name]) if name in files else {} for name in parts}
     return family_of_class(str(index.get("_class_name")), configs)
 
 
