@@ -241,7 +241,8 @@ def calibrate_one(args: argparse.Namespace, accelerator: Accelerator) -> str | i
                 data.latents(row).to(accelerator.device),
                 {name: one.to(accelerator.device) for name, one in text.items()},
             )
-            yield Sample(x_t, torch.tensor([1000 * index // args.samples], device=accelerator.device), text, text)
+            timesteps = torch.tensor([1000 * index // args.samples], device=accelerator.device)
+            yield Sample(x_t, timesteps, text, timesteps, text)
 
     begun = time.monotonic(), time.process_time()
     with accelerator.autocast():

@@ -105,6 +105,11 @@ class RandomData:
         """Nothing."""
         return {}
 
+    @property
+    def sizes(self) -> list[Tensor]:
+        """All rows are of one."""
+        return [torch.arange(self.num_rows)]
+
     def conditioning(self, _encoder: str, rows: Tensor, _dropped: Tensor) -> dict[str, Tensor]:
         """Of B rows."""
         return {name: one[rows] for name, one in self._told.items()}

@@ -1,7 +1,7 @@
 """``dmm plan``: figures before a merge, that hold while it runs; what to change where it does not fit."""
 
 import json
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -149,11 +149,14 @@ def test_gradient_checkpointing_takes_less_memory_and_more_arithmetic(folder, ch
 
 
 def test_a_plan_takes_less_memory_than_500_megabytes_and_tells_what_the_demo_takes(tmp_path):
-    # in a process of its own, whose peak is its own
+    # its own peak as the system has it: what getrusage says of a process begins with its parent's
     path = write_recipe(tmp_path, PAPER)
-    command = [sys.executable, "-m", "dmm", "plan", str(path), "--device", "cpu", "--json"]
+    code = "import sys; from pathlib import Path; from dmm.cli import main; main(sys.argv[1:]); "
+    code += "status = Path('/proc/self/status'); print(status.read_text() if status.exists() else '', file=sys.stderr)"
+    command = [sys.executable, "-c", code, "plan", str(path), "--device", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     plan = json.loads(done.stdout)
     assert plan["samples"]["training"] == 36_000
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    assert peak < 550e6
+    if sys.platform == "linux":
+        peak = re.search(r"VmHWM:\s*(\d+) kB", done.stderr)
+        assert int(peak[1]) * 1024 < 550e6

@@ -23,7 +23,8 @@ def samples(num=4, side=8):
     for _ in range(num):
         text = {"encoder_hidden_states": torch.randn(4, 6, 16, generator=generator)}
         x_t = torch.randn(4, 4, side, side, generator=generator)
-        yield Sample(x_t, torch.randint(0, 1000, (4,), generator=generator), text, text)
+        timesteps = torch.randint(0, 1000, (4,), generator=generator)
+        yield Sample(x_t, timesteps, text, timesteps, text)
 
 
 @pytest.fixture(scope="module")
