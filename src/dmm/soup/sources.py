@@ -108,15 +108,14 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Turned:
-    """A matrix, transposed. It is read whole for every slice: those that layouts turn are small."""
+class _Made:
+    """A tensor that is made of one other.
+
+    Attributes:
+        kept: the other, as the model's own class has it.
+    """
 
     kept: Source
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """After it is turned."""
-        return self.kept.shape[::-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -132,6 +131,16 @@ class Turned:
     def path(self) -> Path:
         """Of the file."""
         return self.kept.path
+
+
+@dataclass(frozen=True)
+class Turned(_Made):
+    """A matrix, transposed. It is read whole for every slice: those that layouts turn are small."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """After it is turned."""
+        return self.kept.shape[::-1]
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Some elements, flattened."""
@@ -139,36 +148,19 @@ class Turned:
 
 
 @dataclass(frozen=True)
-class Changed:
+class Changed(_Made):
     """A layer's weight or bias with LoRAs on it.
 
     Attributes:
-        kept: as the model's own class has it.
         changes: and how strongly.
     """
 
-    kept: Source
     changes: tuple[tuple[LoraChange, float], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """That of what is changed."""
         return self.kept.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In the file."""
-        return self.kept.dtype
-
-    @property
-    def num_elements(self) -> int:
-        """How many."""
-        return self.kept.num_elements
-
-    @property
-    def path(self) -> Path:
-        """Of the file."""
-        return self.kept.path
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Some elements, flattened; a slice of a LoRA's product is computed from the rows that it takes."""
