@@ -199,7 +199,7 @@ def test_the_result_holds_the_average_of_the_students_weights(finished):
 def test_a_finished_run_is_left_alone(finished, merge, capsys):
     before = result_of(finished)
     assert merge(finished, "--resume") == 0
-    told = f"{finished} is finished already: a stock Stable Diffusion pipeline, with the styles {', '.join(NAMES)}.\n"
+    told = f"{finished} is finished already: a stock diffusers pipeline, with the styles {', '.join(NAMES)}.\n"
     assert capsys.readouterr().out.endswith(told)
     assert merge(finished) == 2
     assert f"'{finished}' holds a merge. Name another output, or add --overwrite" in capsys.readouterr().err

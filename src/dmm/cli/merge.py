@@ -169,7 +169,7 @@ def _say(outlook: "Outlook") -> None:
 
 def _told(merged: "Merged") -> str:
     folder, styles = merged.folder, ", ".join(merged.styles)
-    what = "ControlNet, with the controls" if merged.is_control else "Stable Diffusion pipeline, with the styles"
+    what = "ControlNet, with the controls" if merged.is_control else "diffusers pipeline, with the styles"
     if merged.was_finished:
         return f"{folder} is finished already: a stock {what} {styles}."
     paint = f"{folder} --style '{merged.styles[-1]}' PROMPT"
