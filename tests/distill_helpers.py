@@ -2,7 +2,9 @@
 
 import torch
 from conftest import tiny_unet
+from toy import ALPHAS_CUMPROD
 
+from dmm.maths.processes import VariancePreserving
 from dmm.models.teachers import freeze
 from dmm.training.distill import Batch, Part, Teacher
 
@@ -37,10 +39,11 @@ def new_batch(student, seed=0, per_teacher=4):
     return Batch(
         x_t=torch.randn(shape, generator=generator),
         timesteps=torch.randint(1000, (size,), generator=generator),
-        alpha_bar_t=torch.rand(size, generator=generator) * 0.9 + 0.05,
+        levels=torch.rand(size, generator=generator) * 0.9 + 0.05,
         style_weights=torch.eye(2).repeat_interleave(per_teacher, 0),
         conditioning={"encoder_hidden_states": text},
         loss_weights=torch.full((size,), 1 / size),
         score_weights=torch.ones(size),
         parts=parts,
+        process=VariancePreserving(ALPHAS_CUMPROD),
     )

@@ -17,6 +17,7 @@ from diffusers import DDPMScheduler
 
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
+from dmm.maths.processes import VariancePreserving
 from dmm.maths.sharing import share_batch
 from dmm.models.discriminator import Discriminator
 from dmm.models.student import StyledStudent
@@ -110,7 +111,7 @@ def toy_trainer(folder, recipe, student=None, **settings):
         STYLES,
         roles,
         groups=groups,
-        alphas_cumprod=ALPHAS_CUMPROD,
+        process=VariancePreserving(ALPHAS_CUMPROD),
         caption_dropout=training.caption_dropout,
         micro_batch_size=training.micro_batch_size,
         seed=recipe.seed,

@@ -35,7 +35,7 @@ def batch_to_judge(student, seed=0):
     batch = new_batch(student, seed)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(batch.x_t.shape, generator=generator)
-    again = Rediffusion(batch.timesteps, batch.alpha_bar_t / 2, noise)
+    again = Rediffusion(batch.timesteps, batch.levels / 2, noise)
     return dataclasses.replace(batch, again=again)
 
 

@@ -22,6 +22,7 @@ from dmm.data.training import STUDENT, student_in
 from dmm.errors import UserError
 from dmm.families.sd1 import SD1
 from dmm.files.yaml import write_yaml
+from dmm.maths.processes import VariancePreserving
 from dmm.maths.sharing import share_batch
 from dmm.models.student import StyledStudent, grow, shrink
 from dmm.models.styles import StylePrompts
@@ -400,7 +401,7 @@ def test_the_students_pictures_of_a_style_are_that_styles_alone():
         roles,
         groups=share_batch(400, [0.5, 0.5], 1, 0),
         own=(0.25, 0.5),
-        alphas_cumprod=ALPHAS_CUMPROD,
+        process=VariancePreserving(ALPHAS_CUMPROD),
         caption_dropout=0.1,
         micro_batch_size=400,
         seed=0,

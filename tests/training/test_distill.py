@@ -7,10 +7,11 @@ import pytest
 import torch
 from distill_helpers import NAMES, new_batch, new_teachers, new_unet
 
+from dmm.families.anatomy import unet_blocks
 from dmm.families.sd1 import SD1
 from dmm.maths.diffusion import convert_prediction
 from dmm.maths.schedules import timesteps_of_equal_power
-from dmm.models.features import BlockTap, unet_blocks
+from dmm.models.features import BlockTap
 from dmm.models.student import StyledStudent
 from dmm.models.styles import StylePrompts, styled_port
 from dmm.models.teachers import freeze
@@ -87,12 +88,13 @@ def test_each_sample_is_compared_with_its_own_teacher(student):
         alone = Batch(
             x_t=batch.x_t[part.samples],
             timesteps=batch.timesteps[part.samples],
-            alpha_bar_t=batch.alpha_bar_t[part.samples],
+            levels=batch.levels[part.samples],
             style_weights=batch.style_weights[part.samples],
             conditioning={name: value[part.samples] for name, value in batch.conditioning.items()},
             loss_weights=batch.loss_weights[part.samples],
             score_weights=batch.score_weights[part.samples],
             parts=[Part(part.teacher, slice(0, 4), part.conditioning)],
+            process=batch.process,
         )
         single = distill(student, teachers, alone, feature_weight=0.1)
         for term, values in single.terms.items():
@@ -112,7 +114,7 @@ def test_a_velocity_teacher_is_converted_and_its_last_block_left_out(student):
     call = (batch, Part(0, slice(None), batch.conditioning))
     prediction, features = velocity(*call)
     raw = velocity.unet(batch.x_t, batch.timesteps, **batch.conditioning).sample
-    expected = convert_prediction(raw, batch.x_t, batch.alpha_bar_t, "v_prediction", "epsilon")
+    expected = convert_prediction(raw, batch.x_t, batch.levels, "v_prediction", "epsilon")
     torch.testing.assert_close(prediction, expected)
     depth = len(student.unet.config.block_out_channels)
     assert set(epsilon(*call)[1]) - set(features) == {f"up_blocks.{depth - 1}"}
@@ -144,7 +146,7 @@ def test_a_teacher_of_another_schedule_is_asked_where_its_own_has_equal_signal(s
     betas = torch.linspace(0.001**0.5, 0.02**0.5, 1000) ** 2
     other = (1 - betas).cumprod(0)
     unet = freeze(new_unet(1))
-    at = timesteps_of_equal_power(batch.alpha_bar_t, other)
+    at = timesteps_of_equal_power(batch.levels, other)
     said, _ = Teacher(unet, "epsilon", "epsilon", other)(batch, Part(0, slice(None), batch.conditioning))
     assert said.equal(unet(batch.x_t, at, **batch.conditioning).sample)
     assert not said.equal(unet(batch.x_t, batch.timesteps, **batch.conditioning).sample)

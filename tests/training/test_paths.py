@@ -53,7 +53,7 @@ def test_steps_lead_from_point_to_point_of_the_path_and_the_first_to_its_end():
                 assert t % 20 == 19
                 assert s == max(t - 20, 0)
                 seen.add(t)
-            assert torch.equal(batch.alpha_bar_t, ALPHAS_CUMPROD[batch.timesteps])
+            assert torch.equal(batch.levels, ALPHAS_CUMPROD[batch.timesteps])
             assert torch.equal(batch.alpha_bar_s, ALPHAS_CUMPROD[batch.earlier])
     assert seen == set(range(19, 1000, 20))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from toy import ALPHAS_CUMPROD, STYLES, ToyData, toy_teachers
 
+from dmm.maths.processes import VariancePreserving
 from dmm.maths.sharing import share_batch
 from dmm.training.batches import Batches, Role
 from dmm.training.residency import TakingTurns, place_teachers
@@ -20,7 +21,7 @@ def ask(teacher, index, device):
         STYLES,
         roles,
         groups=groups,
-        alphas_cumprod=ALPHAS_CUMPROD,
+        process=VariancePreserving(ALPHAS_CUMPROD),
         caption_dropout=0.0,
         micro_batch_size=4,
         seed=0,

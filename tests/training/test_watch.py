@@ -8,6 +8,7 @@ from conftest import tiny_unet
 from toy import ALPHAS_CUMPROD, STYLES, ToyData, toy_student, toy_teachers
 
 from dmm.families.sd1 import SD1
+from dmm.maths.processes import VariancePreserving
 from dmm.maths.sharing import share_batch
 from dmm.models.student import StyledStudent
 from dmm.models.styles import StylePrompts
@@ -25,7 +26,7 @@ def new_watch(prediction_type="epsilon"):
     roles = [Role([i], name, 0.5) for i, name in enumerate(STYLES)]
     settings = {"caption_dropout": 0.0, "micro_batch_size": 6, "seed": 7, "device": torch.device("cpu")}
     groups = share_batch(16, [0.5, 0.5], 1, 0)
-    batches = Batches(ToyData(), STYLES, roles, groups=groups, alphas_cumprod=ALPHAS_CUMPROD, **settings)
+    batches = Batches(ToyData(), STYLES, roles, groups=groups, process=VariancePreserving(ALPHAS_CUMPROD), **settings)
     torch.manual_seed(0)
     watch = Watch(batches, tiny_unet(), prediction_type, list(STYLES))
     watch.ask(toy_teachers())

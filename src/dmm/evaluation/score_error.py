@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from dmm.data.training import STUDENT
-from dmm.families import arguments, denoiser_of
-from dmm.formats.schedules import noise_schedule, same_schedules
-from dmm.maths.diffusion import add_noise, convert_prediction
+from dmm.families import ask, denoiser_of, family_of
+from dmm.formats.schedules import noise_schedule, predicted, process_of, same_schedules
 from dmm.maths.draws import draw
+from dmm.maths.processes import Process
 from dmm.maths.schedules import num_answerable, timesteps_of_equal_power
 from dmm.pipeline.styled import temporary_style
 from dmm.training.batches import CaptionedLatents
@@ -92,27 +92,27 @@ def score_error(
             teachers and base, which do not change with the student, it need not be asked twice.
     Raises: ValueError: a band has no samples, or base and teacher say the same in it.
     """
-    alphas_cumprod = noise_schedule(base.scheduler.config)
-    num_timesteps = len(alphas_cumprod)
+    process = process_of(base.scheduler.config, family_of(base))
+    num_timesteps = len(process.levels)
     edges = torch.tensor([num_timesteps * band // num_bands for band in range(num_bands + 1)])
     by_style, by_band = {}, {}
     for style, teacher in teachers.items():
         # squared distances to the teacher, by band: the student's and the base's
         sums = torch.zeros(2, num_bands, dtype=torch.float64)
-        drawn = _Draws(data, rows[style], draws_per_row, seed, alphas_cumprod, _reach(teacher, base))
+        drawn = _Draws(data, rows[style], draws_per_row, seed, process, _reach(teacher, base))
         references = keep(style, len(drawn), partial(_say, style, teacher, base, drawn))
         for start in range(0, len(drawn), batch_size):
             span = range(start, min(start + batch_size, len(drawn)))
             said, noised = references(span), drawn.noised(span)
             with temporary_style(student, style):
                 said["student"] = _predict(student, noised, drawn.conditioning(STUDENT, span))
-            epsilon = {
-                name: noised.epsilon(said[name], pipeline)
+            compared = {
+                name: noised.compared(said[name], pipeline)
                 for name, pipeline in (("student", student), ("teacher", teacher), ("base", base))
             }
-            bands = torch.bucketize(noised.timesteps, edges[1:], right=True)
+            bands = torch.bucketize(noised.steps, edges[1:], right=True)
             for i, name in enumerate(("student", "base")):
-                sums[i].index_add_(0, bands, (epsilon[name] - epsilon["teacher"]).square().flatten(1).sum(1))
+                sums[i].index_add_(0, bands, (compared[name] - compared["teacher"]).square().flatten(1).sum(1))
         if not (sums[1] > 0).all():
             raise ValueError(
                 f"'{style}': in a band of timesteps nothing was drawn, or base and teacher say the same; raise "
@@ -126,18 +126,21 @@ def score_error(
 
 @dataclass(frozen=True)
 class _Noised:
-    """Latents, noised: x_t (B, C, H, W) float32, its timesteps (B,) and their alpha_bar (B,)."""
+    """Latents, noised: x_t (B, C, H, W) float32, its steps (B,), and the process that noised them."""
 
     x_t: Tensor
-    timesteps: Tensor
-    alpha_bar_t: Tensor
-    alphas_cumprod: Tensor
-    """(T,), of the schedule that they were noised by."""
+    steps: Tensor
+    process: Process
 
-    def epsilon(self, prediction: Tensor, pipeline: Any) -> Tensor:
-        """What a pipeline predicts of them as epsilon, float64."""
-        prediction_type = pipeline.scheduler.config.prediction_type
-        return convert_prediction(prediction.double(), self.x_t.double(), self.alpha_bar_t, prediction_type, "epsilon")
+    @property
+    def levels(self) -> Tensor:
+        """(B,), of noise."""
+        return self.process.levels[self.steps]
+
+    def compared(self, prediction: Tensor, pipeline: Any) -> Tensor:
+        """What a pipeline predicts of them, as such are compared: as epsilon, or a flow's velocity; float64."""
+        types: Any = (predicted(pipeline.scheduler.config), self.process.measured_as)
+        return self.process.convert(prediction.double(), self.x_t.double(), self.levels, *types)
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class _Draws:
     rows: Tensor
     draws_per_row: int
     seed: int
-    alphas_cumprod: Tensor
+    process: Process
     num_timesteps: int
     """How many of the schedule's, from the first on, the style's teacher can be asked about."""
 
@@ -171,11 +174,10 @@ class _Draws:
             )
             for place in span
         ]
-        timesteps = torch.cat([one.timesteps for one in drawn])
-        alpha_bar_t = self.alphas_cumprod[timesteps]
+        steps = torch.cat([one.timesteps for one in drawn])
         noise = torch.cat([one.noise for one in drawn])
-        x_t = add_noise(self.data.latents(self._rows_of(span)), noise, alpha_bar_t)
-        return _Noised(x_t, timesteps, alpha_bar_t, self.alphas_cumprod)
+        x_t = self.process.add_noise(self.data.latents(self._rows_of(span)), noise, self.process.levels[steps])
+        return _Noised(x_t, steps, self.process)
 
     def conditioning(self, encoder: str, span: range) -> dict[str, Tensor]:
         """What a UNet reads of their captions."""
@@ -198,17 +200,17 @@ def _say(style: str, teacher: Any, base: Any, drawn: _Draws, span: range) -> dic
 def _predict(pipeline: Any, noised: _Noised, conditioning: Mapping[str, Tensor]) -> Tensor:
     """What a pipeline's UNet says: (B, C, H, W) float32, on the CPU."""
     unet = denoiser_of(pipeline)
-    read = arguments({name: tensor.to(unet.device) for name, tensor in conditioning.items()}, unet.dtype)
-    timesteps, own = noised.timesteps, noise_schedule(pipeline.scheduler.config)
-    if not same_schedules(own, noised.alphas_cumprod):
-        timesteps = timesteps_of_equal_power(noised.alpha_bar_t, own)
-    x_t = noised.x_t.to(unet.device, unet.dtype)
-    output: Tensor = unet(x_t, timesteps.to(unet.device), **read, return_dict=False)[0]
-    return output.float().cpu()
+    read = {name: tensor.to(unet.device) for name, tensor in conditioning.items()}
+    timesteps = noised.process.timesteps[noised.steps]
+    if not family_of(pipeline).is_flow:  # those of one flow are asked at one sigma, whatever their shifts
+        own = noise_schedule(pipeline.scheduler.config)
+        if not same_schedules(own, noised.process.levels):
+            timesteps = timesteps_of_equal_power(noised.levels, own)
+    return ask(unet, noised.x_t.to(unet.device), timesteps.to(unet.device), read, unet.dtype).float().cpu()
 
 
 def _reach(teacher: Any, base: Any) -> int:
     """How many of the base's timesteps, from the first on, a teacher can be asked about."""
-    types = (teacher.scheduler.config.prediction_type, base.scheduler.config.prediction_type)
+    types = (predicted(teacher.scheduler.config), predicted(base.scheduler.config))
     own, asked = (noise_schedule(pipeline.scheduler.config) for pipeline in (teacher, base))
     return num_answerable(asked, own, needs_signal=types == ("epsilon", "v_prediction"))

@@ -7,7 +7,11 @@ the same. :data:`FAMILIES` holds those that open; the others are told apart and 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dmm.errors import UserError
+from dmm.families.anatomy import UNET, Anatomy
 from dmm.families.conditioning import Frame, arguments
 from dmm.families.family import Component, Family
 from dmm.families.sd1 import SD1
@@ -22,7 +26,9 @@ __all__ = [
     "Family",
     "Frame",
     "Stranger",
+    "anatomy_of",
     "arguments",
+    "ask",
     "denoiser_of",
     "family_of",
     "family_of_class",
@@ -134,6 +140,32 @@ def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | No
 def denoiser_of(pipeline: Any) -> Any:
     """What an open pipeline denoises with: its UNet, or whatever its family calls it."""
     return getattr(pipeline, family_of(pipeline).denoiser.name)
+
+
+def anatomy_of(denoiser: Any) -> Anatomy:
+    """How a denoiser is asked: as its class's family has it; ControlNets, and other modules, as UNets are."""
+    found = (family.anatomy for family in FAMILIES.values() if isinstance(denoiser, family.denoiser.model_class))
+    return next(found, UNET)
+
+
+def ask(
+    denoiser: Any,
+    x_t: Tensor,
+    timesteps: Tensor,
+    conditioning: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What a denoiser predicts.
+
+    Args:
+        x_t: (B, C, H, W).
+        timesteps: (B,), from 0 to 1000.
+        conditioning: what it reads, by flat names.
+        dtype: that it is asked in, by default in that of ``x_t`` and of what it reads.
+    Returns: (B, C, H, W).
+    """
+    given = arguments(conditioning, dtype)
+    return anatomy_of(denoiser).ask(denoiser, x_t if dtype is None else x_t.to(dtype), timesteps, given)
 
 
 def text_encoders_of(pipeline: Any) -> list[Any]:

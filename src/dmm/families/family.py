@@ -6,7 +6,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from dmm.families.anatomy import UNET, Anatomy
 from dmm.families.conditioning import Frame
+from dmm.maths.diffusion import PredictionType
+from dmm.maths.flow import Density
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,25 @@ class Family:
     """What a single file predicts that does not say it: ``epsilon``, or None where only its configs tell."""
     hub_id: str
     """Of the model whose configs and tokenizer a single file follows that says nothing itself: diffusers' choice."""
+    _: KW_ONLY
+    anatomy: Anatomy = UNET
+    """How its denoiser is asked, and what is caught of it."""
+    density: Density | None = None
+    """Of a family that is trained by rectified flow, how its sigmas are drawn, before the scheduler's shift."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # by its name: other processes of a run know the same families
         return _family_named, (self.name,)
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether its models are trained by rectified flow; else they keep variance."""
+        return self.density is not None
+
+    @property
+    def prediction_types(self) -> tuple[PredictionType, ...]:
+        """What its models may predict."""
+        return ("flow_prediction",) if self.is_flow else ("epsilon", "v_prediction")
 
     @property
     def denoiser(self) -> Component:

@@ -49,7 +49,7 @@ def check_configs(folder: Path, family: Family, *, only_names: bool = False) -> 
     if found is not family:
         raise _other_family(folder, found, family.title)
     check_classes(index, folder / INDEX, family)
-    read_scheduler_config(folder)
+    read_scheduler_config(folder, family)
     skeletons = build_skeletons(folder, family, only_names=only_names)
     for tokenizer, reader in family.tokenizers.items():
         check_tokenizer(folder / tokenizer, skeletons[reader].config)

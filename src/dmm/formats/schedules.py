@@ -16,11 +16,14 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.families import Family
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_config
 from dmm.formats.configs import carried_config
 from dmm.formats.original_layout import V_PREDICTION_MARK, ZERO_SNR_MARK
 from dmm.formats.tensors import Header
+from dmm.maths.flow import Density, quantiles, shifted
+from dmm.maths.processes import Process, RectifiedFlow, VariancePreserving
 from dmm.maths.schedules import LEAST_SIGNAL
 
 _FILE = "scheduler_config.json"
@@ -33,10 +36,12 @@ STOCK = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, 
 """What every tool takes a single file's schedule for."""
 
 
-def read_scheduler_config(folder: Path) -> dict[str, Any]:
+def read_scheduler_config(folder: Path, family: Family | None = None) -> dict[str, Any]:
     """Read the scheduler config of a stock folder.
 
-    Raises: UserError: it is missing or broken, or of a scheduler that adds noise in another way than by betas.
+    Args:
+        family: of the folder's model, which tells what way of adding noise is expected; by default either.
+    Raises: UserError: it is missing or broken, or of a scheduler that adds noise in another way than the family.
     """
     path = folder / "scheduler" / _FILE
     config = read_json(path)
@@ -44,10 +49,13 @@ def read_scheduler_config(folder: Path) -> dict[str, Any]:
     scheduler = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if scheduler is None:
         raise UserError(f"{path} names the scheduler '{name}', which diffusers does not have. Save the folder again.")
-    if not _takes(scheduler, "beta_start") or config.get("use_flow_sigmas"):
+    if not (is_flow(config) or _takes(scheduler, "beta_start")) or (family and is_flow(config) != family.is_flow):
+        way = "is not" if family is None or not family.is_flow else "is"
         raise UserError(
-            f"{path} names a {name} for models that are trained in another way, as by flow matching, and this one is "
-            "not. Put the scheduler_config.json of its base model in that place."
+            f"{path} names a {name} for models that are trained in another way, "
+            f"{'by noise of many steps' if way == 'is' else 'as by flow matching'}, and this one "
+            f"{'is by flow matching' if way == 'is' else 'is not'}. Put the scheduler_config.json of its base model in "
+            "that place."
         )
     check_config(config, path, scheduler)
     noise_schedule(config, str(path))
@@ -69,7 +77,7 @@ def open_scheduler(config: Mapping[str, Any]) -> Any:
 
 
 def noise_schedule(config: Mapping[str, Any], where: str = "The scheduler config") -> Tensor:
-    """The cumulative signal power at every timestep, (T,), that a model's scheduler config tells of.
+    """The signal power at every timestep, (T,), that a model's scheduler config tells of: of a flow, the line's.
 
     Args:
         where: the config's file, as the error's first words.
@@ -78,6 +86,9 @@ def noise_schedule(config: Mapping[str, Any], where: str = "The scheduler config
     try:
         if int(config.get("num_train_timesteps", 0)) > _MAX_STEPS:
             raise ValueError(f"num_train_timesteps is more than {_MAX_STEPS}")
+        if is_flow(config):  # one for all shifts: models are told sigma, whatever they are asked at most
+            num_steps = int(config.get("num_train_timesteps", 1000))
+            return (1 - (torch.arange(num_steps) + 1) / num_steps).square()
         alphas_cumprod: Tensor = DDPMScheduler.from_config(config).alphas_cumprod
         told = alphas_cumprod.ndim == 1 and len(alphas_cumprod) > 0 and bool(alphas_cumprod.isfinite().all())
         fault = "" if told else "not every step has a finite one"
@@ -86,6 +97,30 @@ def noise_schedule(config: Mapping[str, Any], where: str = "The scheduler config
     if fault:
         raise UserError(f"{where} tells of no noise schedule: {fault}. Get another copy, or the base model's.")
     return alphas_cumprod
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler config is of a model that was trained by rectified flow."""
+    return str(config.get("_class_name")).startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+
+
+def predicted(config: Mapping[str, Any]) -> Any:
+    """What a model with this scheduler config predicts, in diffusers' words."""
+    return "flow_prediction" if is_flow(config) else str(config.get("prediction_type", "epsilon"))
+
+
+def process_of(config: Mapping[str, Any], family: Family) -> Process:
+    """How latents are noised for a model, each step drawn as often as when it was trained.
+
+    Args:
+        config: of its scheduler.
+        family: the model's.
+    """
+    if not is_flow(config):
+        return VariancePreserving(noise_schedule(config))
+    density: Density = family.density or "uniform"
+    sigmas = quantiles(int(config.get("num_train_timesteps", 1000)), density)
+    return RectifiedFlow(shifted(sigmas, float(config.get("shift") or 1.0)))
 
 
 def check_same_schedule(name: str, schedule: Tensor, other: str, other_schedule: Tensor) -> None:
@@ -123,7 +158,9 @@ def ends_in_noise(schedule: Tensor) -> bool:
 
 def marks(config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The empty tensors by which a single file of a model with this scheduler config says what loaders look for."""
-    found = []
+    found: list[str] = []
+    if is_flow(config):
+        return {}
     if config.get("prediction_type") == "v_prediction":
         found.append(V_PREDICTION_MARK)
     if ends_in_noise(noise_schedule(config)):
@@ -133,6 +170,8 @@ def marks(config: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def untold_by_marks(config: Mapping[str, Any]) -> str | None:
     """What other tools will not know of a single file with this schedule, for people; None where they know all."""
+    if is_flow(config):
+        return None
     schedule = noise_schedule(config)
     zero = ends_in_noise(schedule)
     assumed = noise_schedule({**STOCK, "rescale_betas_zero_snr": zero})

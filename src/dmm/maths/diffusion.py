@@ -12,7 +12,8 @@ from typing import Literal
 
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "flow_prediction"]
+"""What models predict; the last is the velocity of :mod:`dmm.maths.flow`, which nothing here converts."""
 
 
 def add_noise(x_0: Tensor, noise: Tensor, alpha_bar_t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dmm.families import arguments
+from dmm.families import ask
 from dmm.maths.low_rank import Components, input_components, output_components
 
 MAX_POSITIONS = 1024
@@ -102,12 +102,7 @@ def _run(teacher: nn.Module, observers: Sequence["_Observer"], batches: Iterable
                 observer.num_samples += len(batch.x_t)
             with torch.enable_grad():
                 # frozen weights ask for no gradient; the inputs carry it to every layer
-                output = teacher(
-                    batch.x_t.detach().requires_grad_(),
-                    batch.timesteps,
-                    **arguments(batch.conditioning),
-                    return_dict=False,
-                )[0]
+                output = ask(teacher, batch.x_t.detach().requires_grad_(), batch.timesteps, batch.conditioning)
                 direction = torch.randn(output.shape, generator=generator).to(output)
                 (output * direction).sum().backward()
     finally:

@@ -3,9 +3,9 @@
 Classes 0 to N - 1 are the teachers, N to 2 N - 1 the student in their styles (DMM §3.3, §A.2). What the
 paper leaves open is decided so:
 
-- The backbone is the base UNet's down blocks and middle block, frozen; the head alone is trained. A frozen
-  backbone cannot be led astray by a young student, costs neither gradients nor optimizer state, and what it
-  makes of an image need be computed once for both of a step's updates.
+- The backbone is the first half of the base's denoiser, a UNet's down blocks and middle block, frozen; the head
+  alone is trained. A frozen backbone cannot be led astray by a young student, costs neither gradients nor optimizer
+  state, and what it makes of an image need be computed once for both of a step's updates.
 - It reads the caption that the student reads, as the base's text encoder does, and dropped where the student's is.
 - The clean latents that it judges are diffused again to a timestep s that is drawn uniformly from t on, t being
   where the student and the teacher predicted them (see :func:`dmm.maths.diffusion.rediffuse`): what it sees, and
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmm.families import arguments
+from dmm.families import anatomy_of, arguments
 from dmm.models.teachers import freeze
 
 
@@ -38,10 +38,12 @@ class Discriminator(nn.Module):
 
     def __init__(self, unet: Any, num_styles: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         super().__init__()
-        self.backbone = _cut(unet, dtype)
+        anatomy = anatomy_of(unet)
+        self.backbone = freeze(copy.deepcopy(anatomy.cut(unet)).to(dtype))
+        self._look = anatomy.look
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = build_head(unet.config.block_out_channels[-1], num_styles)
+            self.head = build_head(anatomy.width(unet), num_styles)
 
     def look(self, x_s: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """What the head judges of noised latents.
@@ -53,8 +55,7 @@ class Discriminator(nn.Module):
         Returns: (B, C_mid, H_mid, W_mid).
         """
         dtype = next(self.backbone.parameters()).dtype
-        seen: Tensor = self.backbone(x_s.to(dtype), timesteps, **arguments(conditioning, dtype), return_dict=False)[0]
-        return seen
+        return self._look(self.backbone, x_s.to(dtype), timesteps, arguments(conditioning, dtype))
 
     def judge_frozen(self, seen: Tensor) -> Tensor:
         """The head's logits, (B, 2 N), with no gradient to its weights: what the student is trained against."""
@@ -84,11 +85,3 @@ def build_head(channels: int, num_styles: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(width, 2 * num_styles),
     )
-
-
-def _cut(unet: Any, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy of a UNet that ends after its middle block."""
-    kept = copy.copy(unet)
-    kept._modules = dict(unet._modules)
-    kept.up_blocks, kept.conv_norm_out, kept.conv_out = nn.ModuleList(), None, nn.Identity()
-    return freeze(copy.deepcopy(kept).to(dtype))

@@ -1,4 +1,4 @@
-"""The outputs of a UNet's blocks, caught as they pass: what feature imitation compares (DMM eq. 10)."""
+"""The outputs of a denoiser's blocks, caught as they pass: what feature imitation compares (DMM eq. 10)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,22 +6,25 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dmm.families import anatomy_of
+from dmm.families.anatomy import Block
+
 
 class BlockTap:
-    """Hooks on every down block, the mid block and every up block of a UNet.
+    """Hooks on the blocks of a denoiser: of a UNet every down block, the mid block and every up block.
 
     Args:
-        unet: a diffusers UNet with ``down_blocks``, ``mid_block`` and ``up_blocks``.
+        denoiser: of any family, or a ControlNet.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, denoiser: Any) -> None:
         self._caught: dict[str, Tensor] | None = None
-        for name, block in unet_blocks(unet).items():
-            block.register_forward_hook(self._hook(name))
+        for name, block in anatomy_of(denoiser).blocks(denoiser).items():
+            block.module.register_forward_hook(self._hook(name, block))
 
     @contextmanager
     def catch(self) -> Iterator[Mapping[str, Tensor]]:
-        """Within the block, a call of the UNet fills the mapping: block name to output, (B, C, H, W)."""
+        """Within the block, a call of the denoiser fills the mapping: block name to what is the picture's, (B, ...)."""
         caught: dict[str, Tensor] = {}
         self._caught = caught
         try:
@@ -29,18 +32,9 @@ class BlockTap:
         finally:
             self._caught = None
 
-    def _hook(self, name: str) -> Any:
+    def _hook(self, name: str, block: Block) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if self._caught is not None:
-                # down blocks also return what the skip connections carry
-                self._caught[name] = output[0] if isinstance(output, tuple) else output
+                self._caught[name] = block.pick(output)
 
         return hook
-
-
-def unet_blocks(unet: Any) -> dict[str, nn.Module]:
-    """Every down block, the mid block and every up block, by name; a ControlNet has no up blocks."""
-    blocks: dict[str, nn.Module] = {f"down_blocks.{i}": block for i, block in enumerate(unet.down_blocks)}
-    blocks["mid_block"] = unet.mid_block
-    blocks |= {f"up_blocks.{i}": block for i, block in enumerate(getattr(unet, "up_blocks", ()))}
-    return blocks

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dmm.errors import UserError
-from dmm.families import Family, arguments
+from dmm.families import Family, ask
 from dmm.maths.mixes import check_name
 from dmm.models.adapters import Adapter, Factors
 from dmm.models.features import BlockTap
@@ -103,7 +103,7 @@ class StyledStudent(nn.Module):
         port.term = self.style_prompts(style_weights)
         try:
             with self._tap.catch() as features:
-                prediction = self.unet(x_t, timesteps, **arguments(conditioning, x_t.dtype), return_dict=False)[0]
+                prediction = ask(self.unet, x_t, timesteps, conditioning, x_t.dtype)
         finally:
             port.term = None
         return StudentOutput(prediction, dict(features))
@@ -177,7 +177,7 @@ class AdaptedStudent(nn.Module):
         # they stay until the next call: where activations are computed again, that is in the backward pass
         set_changes(self.unet, changes_of([one.adapter() for one in self._trained()], index))
         with self._tap.catch() as features:
-            prediction = self.unet(x_t, timesteps, **arguments(conditioning, x_t.dtype), return_dict=False)[0]
+            prediction = ask(self.unet, x_t, timesteps, conditioning, x_t.dtype)
         return StudentOutput(prediction, dict(features))
 
     def adapter(self, name: str) -> Adapter:

@@ -21,7 +21,7 @@ from dmm.formats.ema import choose_weights
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, family_of_folder, open_folder, weight_files
 from dmm.formats.lora import LoraChange, fuse_lora, lora_file, read_lora
 from dmm.formats.pickles import PICKLE_SUFFIXES
-from dmm.formats.schedules import open_scheduler, read_scheduler_config
+from dmm.formats.schedules import open_scheduler, predicted, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.tensors import check_finite, read_header
 from dmm.formats.vae import check_vae, fetch_vae, open_vae
@@ -131,14 +131,15 @@ def check_model(source: ModelSource, *, family: Family | None = None, name: str 
         vae = None if source.vae is None else _locate_vae(source.vae)
         if vae is not None:
             check_vae(vae, skeletons, family, allow_pickle=source.allow_pickle)
-        found = source.prediction_type or scheduler_config.get("prediction_type", "epsilon")
-        prediction_type = next((known for known in PREDICTION_TYPES if known == found), None)
+        found = source.prediction_type or predicted(scheduler_config)
+        prediction_type = next((known for known in family.prediction_types if known == found), None)
         if prediction_type is None:
             raise UserError(
-                f"{path}: its scheduler's prediction type is '{found}'; one of {', '.join(PREDICTION_TYPES)} was "
-                "expected. Models of other prediction types cannot be merged."
+                f"{path}: its prediction type is '{found}'; {' or '.join(family.prediction_types)} was expected of "
+                f"{family.title}. Models of other prediction types cannot be merged."
             )
-        scheduler_config["prediction_type"] = prediction_type
+        if not family.is_flow:  # whose schedulers have no such setting: there is one only
+            scheduler_config["prediction_type"] = prediction_type
         return CheckedModel(
             family, path, configs, skeletons, scheduler_config, prediction_type, loras, vae, tuple(files)
         )

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmm.families import Family
-from dmm.families.conditioning import Frame, arguments
+from dmm.families import Family, ask
+from dmm.families.conditioning import Frame
+from dmm.maths.processes import VariancePreserving
 from dmm.models.adapters import Adapter, Factors
 from dmm.models.calibration import layers_of
 from dmm.models.discriminator import Discriminator
@@ -115,8 +116,7 @@ def trace_calibration(recipe: Recipe, shapes: Shapes, *, num_samples: int, on_gp
         batch = _batch(shapes, num_samples, 1, with_adversary=False)
         teacher = freeze(copy.deepcopy(shapes.denoiser))
     with Meter() as meter, Imitated(half_of(recipe), on_gpu=on_gpu):
-        given = arguments(batch.conditioning)
-        output = teacher(batch.x_t.requires_grad_(), batch.timesteps, **given, return_dict=False)[0]
+        output = ask(teacher, batch.x_t.requires_grad_(), batch.timesteps, batch.conditioning)
         torch.autograd.backward([output.sum()])
     return _traced(meter, num_samples)
 
@@ -128,9 +128,8 @@ def trace_forward(recipe: Recipe, shapes: Shapes, *, num_samples: int, on_gpu: b
     with META:
         batch = _batch(shapes, num_samples, 1, with_adversary=False)
         teacher = freeze(copy.deepcopy(shapes.denoiser).to(dtype))
-        given = arguments(batch.conditioning, dtype)
     with Meter() as meter, Imitated(None, on_gpu=on_gpu):
-        teacher(batch.x_t.to(dtype), batch.timesteps, **given, return_dict=False)
+        ask(teacher, batch.x_t, batch.timesteps, batch.conditioning, dtype)
     return _traced(meter, num_samples)
 
 
@@ -197,7 +196,8 @@ def _batch(shapes: Shapes, num_samples: int, num_styles: int, *, with_adversary:
     return Batch(
         x_t=x_t,
         timesteps=timesteps,
-        alpha_bar_t=each,
+        levels=each,
+        process=VariancePreserving(each),
         style_weights=torch.empty(num_samples, num_styles),
         conditioning=conditioning,
         loss_weights=each,

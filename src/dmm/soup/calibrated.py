@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dmm.data import Synthesis, prepare_data
 from dmm.errors import UserError
-from dmm.families import denoiser_of
+from dmm.families import denoiser_of, family_of
 from dmm.files.prompts import read_prompts
-from dmm.formats.schedules import noise_schedule
+from dmm.formats.schedules import process_of
 from dmm.maths.low_rank import Components, deal_ranks
 from dmm.maths.sharing import Group
 from dmm.models.calibration import Noised, calibrated_components
@@ -89,7 +89,7 @@ def _samples(calibration: Calibration, name: str, prompts: list[str], pipeline: 
         [name],
         [Role([0], name, 1.0)],
         groups=[Group(0, range(calibration.samples), 1 / calibration.samples)],
-        alphas_cumprod=noise_schedule(pipeline.scheduler.config),
+        process=process_of(pipeline.scheduler.config, family_of(pipeline)),
         caption_dropout=CAPTION_DROPOUT,
         micro_batch_size=_MICRO_BATCH,
         seed=calibration.seed,

@@ -223,7 +223,7 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
             for batch in batches.of_step(0):
                 asked = batch.timesteps
                 if reach is not None:
-                    asked = timesteps_of_equal_power(batch.alpha_bar_t, reach.alphas_cumprod.to(asked.device))
+                    asked = timesteps_of_equal_power(batch.levels, reach.alphas_cumprod.to(asked.device))
                 yield Sample(batch.x_t, asked, batch.parts[0].conditioning, batch.timesteps, batch.conditioning)
 
         opened = run.plan.subject.open(run.plan.teachers[index], name=f"teacher '{name}'")[0]

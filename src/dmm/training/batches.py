@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dmm.data.training import STUDENT, student_in
-from dmm.maths.diffusion import add_noise
 from dmm.maths.draws import draw, draw_again, draw_size
+from dmm.maths.processes import Process
 from dmm.maths.sharing import Group
 from dmm.training.distill import Batch, Part, Rediffusion
 
@@ -88,13 +88,13 @@ class Batches:
         styles: names, in the order of the student's style prompts.
         roles: of the teachers, by index.
         groups: this process's part of every global batch.
-        alphas_cumprod: (T,), the student's noise schedule.
+        process: that noises latents, the student's.
         micro_batch_size: samples, at most, of one batch.
         seed: of everything random.
         device: where the batches are wanted.
         own: the shares of each style's samples that its own teacher painted, and that the student painted in it before
             it was trained; the others are of everything else.
-        noise_weighting: p, by which the scores of a sample at timestep t weigh alpha_bar_t^-p over its mean.
+        noise_weighting: see :meth:`dmm.maths.processes.Process.score_weights`.
         adversarial: draw, too, how a discriminator's images are diffused.
     """
 
@@ -105,7 +105,7 @@ class Batches:
         roles: Sequence[Role],
         *,
         groups: Sequence[Group],
-        alphas_cumprod: Tensor,
+        process: Process,
         caption_dropout: float,
         micro_batch_size: int,
         seed: int,
@@ -115,7 +115,7 @@ class Batches:
         adversarial: bool = False,
     ) -> None:
         self._data, self._roles, self._styles = data, roles, list(styles)
-        self._alphas_cumprod = alphas_cumprod
+        self._process, self._num_steps = process, len(process.levels)
         self._caption_dropout, self._seed, self._device = caption_dropout, seed, device
         self._adversarial = adversarial
         self._own = own
@@ -125,8 +125,7 @@ class Batches:
         painted = torch.cat([rows for _, rows in kinds])
         # by size: all pictures of a step have one
         self._shared_rows = [rows[~torch.isin(rows, painted)] for rows in data.sizes]
-        score_weights = alphas_cumprod.double() ** -noise_weighting
-        self._score_weights = (score_weights / score_weights.mean()).float()
+        self._score_weights = process.score_weights(noise_weighting)
         self._micro_batches = cut(groups, micro_batch_size)
 
     def __len__(self) -> int:
@@ -150,18 +149,18 @@ class Batches:
             num_own=[[self._num_own[style] for style in self._roles[teacher].styles] for teacher in teachers],
             own=self._own,
             latent_shape=shape,
-            num_timesteps=len(self._alphas_cumprod),
+            num_timesteps=self._num_steps,
             caption_dropout=self._caption_dropout,
         )
-        timesteps = self._within_reach(draws.timesteps, teachers)
-        alpha_bar_t = self._alphas_cumprod[timesteps]
+        steps = self._within_reach(draws.timesteps, teachers)
+        levels = self._process.levels[steps]
         styles = [
             self._roles[teacher].styles[drawn] for teacher, drawn in zip(teachers, draws.styles.tolist(), strict=True)
         ]
         own_rows = [self._own_rows[style][row] for style, row in zip(styles, draws.own_rows, strict=True) if row >= 0]
         rows = shared_rows[draws.rows]
         rows[draws.own_rows >= 0] = torch.tensor(own_rows, dtype=torch.int64)
-        x_t = add_noise(self._data.latents(rows), draws.noise, alpha_bar_t)
+        x_t = self._process.add_noise(self._data.latents(rows), draws.noise, levels)
         shown = self._to_device(self._data.shown(rows, [self._styles[style] for style in styles]))
         parts = []
         for teacher in dict.fromkeys(teachers):
@@ -174,32 +173,34 @@ class Batches:
         one_hot = torch.nn.functional.one_hot(torch.tensor(styles), len(self._styles))
         return Batch(
             x_t=x_t.to(self._device),
-            timesteps=timesteps.to(self._device),
-            alpha_bar_t=alpha_bar_t.to(self._device),
+            timesteps=self._process.timesteps[steps].to(self._device),
+            levels=levels.to(self._device),
+            process=self._process,
             style_weights=one_hot.float().to(self._device),
             conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)) | shown,
             loss_weights=torch.tensor(weights, device=self._device),
-            score_weights=self._score_weights[timesteps].to(self._device),
+            score_weights=self._score_weights[steps].to(self._device),
             parts=parts,
-            again=self._again(step, indices, timesteps, shape) if self._adversarial else None,
+            again=self._again(step, indices, steps, shape) if self._adversarial else None,
         )
 
-    def _within_reach(self, timesteps: Tensor, teachers: Sequence[int]) -> Tensor:
-        """Uniform timesteps, and still uniform among those that each sample's teacher can be asked about."""
-        whole = len(self._alphas_cumprod)
+    def _within_reach(self, steps: Tensor, teachers: Sequence[int]) -> Tensor:
+        """Uniform steps, and still uniform among those that each sample's teacher can be asked about."""
+        whole = self._num_steps
         reach = torch.tensor([self._roles[teacher].num_timesteps or whole for teacher in teachers])
-        return timesteps * reach // whole
+        return steps * reach // whole
 
-    def _again(self, step: int, indices: Sequence[int], timesteps: Tensor, shape: Sequence[int]) -> Rediffusion:
+    def _again(self, step: int, indices: Sequence[int], steps: Tensor, shape: Sequence[int]) -> Rediffusion:
         later, noise = draw_again(
             self._seed,
             step,
             indices,
-            timesteps=timesteps,
+            timesteps=steps,
             latent_shape=shape,
-            num_timesteps=len(self._alphas_cumprod),
+            num_timesteps=self._num_steps,
         )
-        return Rediffusion(later.to(self._device), self._alphas_cumprod[later].to(self._device), noise.to(self._device))
+        told, levels = self._process.timesteps[later], self._process.levels[later]
+        return Rediffusion(told.to(self._device), levels.to(self._device), noise.to(self._device))
 
     def _to_device(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self._device) for name, value in conditioning.items()}

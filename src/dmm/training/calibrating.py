@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmm.families import arguments
+from dmm.families import ask
 from dmm.files.outputs import new_file
 from dmm.formats.tensors import read_header, read_tensors, write_tensors
 from dmm.maths.low_rank import Components, deal_ranks
@@ -157,8 +157,7 @@ def _measure_curve(
 
 
 def _say(model: nn.Module, sample: Noised) -> Tensor:
-    output: Tensor = model(sample.x_t, sample.timesteps, **arguments(sample.conditioning), return_dict=False)[0]
-    return output.float()
+    return ask(model, sample.x_t, sample.timesteps, sample.conditioning).float()
 
 
 def num_kept(styles: Styles) -> int:

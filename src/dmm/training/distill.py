@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dmm.families import arguments
-from dmm.maths.diffusion import PredictionType, convert_prediction, rediffuse
+from dmm.families import ask
+from dmm.maths.diffusion import PredictionType
 from dmm.maths.losses import adversarial_loss, discriminator_loss, feature_loss, score_loss
+from dmm.maths.processes import Process
 from dmm.maths.schedules import timesteps_of_equal_power
 from dmm.models.discriminator import Discriminator
 from dmm.models.features import BlockTap
@@ -40,12 +41,12 @@ class Rediffusion:
 
     Attributes:
         timesteps: (B,), at least those of the batch.
-        alpha_bar: (B,), signal power there.
+        levels: (B,), of noise there.
         noise: (B, C, H, W).
     """
 
     timesteps: Tensor
-    alpha_bar: Tensor
+    levels: Tensor
     noise: Tensor
 
 
@@ -56,7 +57,7 @@ class Samples:
     Attributes:
         x_t: (B, C, H, W).
         timesteps: (B,).
-        alpha_bar_t: (B,), signal power at the timesteps.
+        levels: (B,), of noise at the timesteps, such as signal power: see :mod:`dmm.maths.processes`.
         style_weights: (B, N).
         conditioning: what the student's denoiser reads, by flat names.
         loss_weights: (B,), by which the samples' losses are summed.
@@ -64,7 +65,7 @@ class Samples:
 
     x_t: Tensor
     timesteps: Tensor
-    alpha_bar_t: Tensor
+    levels: Tensor
     style_weights: Tensor
     conditioning: Mapping[str, Tensor]
     loss_weights: Tensor
@@ -77,11 +78,13 @@ class Batch(Samples):
     Attributes:
         score_weights: (B,), of their scores beside the other terms.
         parts: which cover the batch.
+        process: that noised them.
         again: for the discriminator, where there is one.
     """
 
     score_weights: Tensor
     parts: Sequence[Part]
+    process: Process
     again: Rediffusion | None = None
 
 
@@ -111,16 +114,16 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Its prediction of a part of a batch, in the student's type, and its features by block."""
-        x_t, timesteps, alpha_bar_t = (value[part.samples] for value in (batch.x_t, batch.timesteps, batch.alpha_bar_t))
+        x_t, timesteps, levels = (value[part.samples] for value in (batch.x_t, batch.timesteps, batch.levels))
         if self._alphas_cumprod is not None:
-            timesteps = timesteps_of_equal_power(alpha_bar_t, self._alphas_cumprod.to(alpha_bar_t.device))
+            timesteps = timesteps_of_equal_power(levels, self._alphas_cumprod.to(levels.device))
         dtype = next(self.unet.parameters()).dtype
         with self._tap.catch() as features:
-            output = self.unet(x_t.to(dtype), timesteps, **arguments(part.conditioning, dtype), return_dict=False)[0]
+            output = ask(self.unet, x_t, timesteps, part.conditioning, dtype)
         caught = dict(features)
         if self._types[0] != self._types[1]:
             caught.pop(list(caught)[-1])
-        return convert_prediction(output.float(), x_t, alpha_bar_t, *self._types), caught
+        return batch.process.convert(output.float(), x_t, levels, *self._types), caught
 
 
 class EarlierStudent(Teacher):
@@ -269,8 +272,8 @@ def _meet(adversary: Adversary, batch: Batch, student_output: Tensor, target: Te
     assert again is not None
 
     def look(output: Tensor) -> Tensor:
-        x_s = rediffuse(
-            output.float(), batch.x_t, batch.alpha_bar_t, again.noise, again.alpha_bar, adversary.prediction_type
+        x_s = batch.process.rediffuse(
+            output.float(), batch.x_t, batch.levels, again.noise, again.levels, adversary.prediction_type
         )
         return adversary.discriminator.look(x_s, again.timesteps, batch.conditioning)
 

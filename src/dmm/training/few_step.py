@@ -36,11 +36,11 @@ class Consistency:
         with torch.no_grad():
             x_s = self._walk(batch)
             target = self._target(batch, x_s, averages)
-        x_gamma = sub_path_point(batch.x_t, x_s, batch.gamma, batch.alpha_bar_t, batch.alpha_bar_s)
-        noise_power = sub_path_noise(batch.gamma, batch.alpha_bar_t, batch.alpha_bar_s)
+        x_gamma = sub_path_point(batch.x_t, x_s, batch.gamma, batch.levels, batch.alpha_bar_s)
+        noise_power = sub_path_noise(batch.gamma, batch.levels, batch.alpha_bar_s)
         # last of the three: what styles add to the layers stays for the backward pass
         output = student(x_gamma, batch.timesteps, batch.conditioning, batch.style_weights, batch.told)
-        x_0 = sub_path_x0(output.float(), x_gamma, batch.alpha_bar_t, noise_power, self.prediction_type)
+        x_0 = sub_path_x0(output.float(), x_gamma, batch.levels, noise_power, self.prediction_type)
         values = consistency_loss(consistent(x_0, x_gamma, batch.timesteps), target)
         return Distillation((values * batch.loss_weights).sum(), {"consistency": values.detach()})
 
@@ -56,7 +56,7 @@ class Consistency:
         output = self.teacher(doubled, timesteps, both, batch.style_weights, with_fast=False).float()
         unconditional, conditional = output.chunk(2)
         guided = guide(conditional, unconditional, batch.guidance)
-        x_0, noise = clean_and_noise(guided, batch.x_t, batch.alpha_bar_t, self.prediction_type)
+        x_0, noise = clean_and_noise(guided, batch.x_t, batch.levels, self.prediction_type)
         return add_noise(x_0, noise, batch.alpha_bar_s)
 
     def _target(self, batch: PathBatch, x_s: Tensor, averages: Mapping[str, Tensor]) -> Tensor:

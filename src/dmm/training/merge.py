@@ -32,7 +32,7 @@ from accelerate.utils import AutocastKwargs, set_seed
 
 from dmm.data import TrainingData
 from dmm.errors import UserError
-from dmm.families import FAMILIES
+from dmm.families import FAMILIES, family_of
 from dmm.files.outputs import check_folder
 from dmm.files.prompts import read_prompts
 from dmm.files.runs import (
@@ -51,7 +51,7 @@ from dmm.files.runs import (
     has_result,
     step_of,
 )
-from dmm.formats.schedules import noise_schedule
+from dmm.formats.schedules import process_of
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER, read_style_names
@@ -312,7 +312,7 @@ def _batches_of(
         data,
         styles,
         roles,
-        alphas_cumprod=noise_schedule(base.scheduler.config),
+        process=process_of(base.scheduler.config, family_of(base)),
         micro_batch_size=recipe.training.micro_batch_size,
         device=accelerator.device,
         own=(painted.own, painted.student) if painted else (0.0, 0.0),

@@ -130,7 +130,7 @@ class Paths:
         return PathBatch(
             x_t=add_noise(self._data.latents(rows), draws.noise, alpha_bar_t).to(self._device),
             timesteps=timesteps.to(self._device),
-            alpha_bar_t=alpha_bar_t.to(self._device),
+            levels=alpha_bar_t.to(self._device),
             style_weights=one_hot.float().to(self._device),
             conditioning=on_device(self._data.conditioning(STUDENT, rows, draws.dropped)),
             loss_weights=torch.tensor(weights, device=self._device),

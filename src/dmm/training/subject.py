@@ -14,6 +14,7 @@ from dmm.data.control_images import Condition
 from dmm.families import Family, denoiser_of, set_denoiser
 from dmm.files.outputs import new_folder
 from dmm.files.runs import INDEX, NET_INDEX
+from dmm.formats.schedules import predicted
 from dmm.maths.diffusion import PredictionType
 from dmm.models.controlnets import copy_of_encoder, open_controlnet, write_controlnet
 from dmm.models.residuals import Residuals, measured
@@ -70,7 +71,7 @@ class Denoisers:
     ) -> tuple[Any, PredictionType | None]:
         """A pipeline's."""
         pipeline = open_pipeline(source, torch_dtype=torch_dtype, name=name)
-        return denoiser_of(pipeline), pipeline.scheduler.config.prediction_type
+        return denoiser_of(pipeline), predicted(pipeline.scheduler.config)
 
     def add_styles(self, base: Any, prompts: StylePrompts) -> None:
         """On the base."""

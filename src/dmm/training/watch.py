@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmm.families import arguments
-from dmm.maths.diffusion import PredictionType, convert_prediction
+from dmm.families import ask
+from dmm.maths.diffusion import PredictionType
 from dmm.maths.sharing import Group, share_batch
 from dmm.training.batches import Batches
 from dmm.training.distill import Batch, Teachers
@@ -48,8 +48,7 @@ class Watch:
         self._batches = list(batches.of_step(0))
         with torch.no_grad():
             self._of_base = [
-                base(batch.x_t, batch.timesteps, **arguments(batch.conditioning), return_dict=False)[0].float()
-                for batch in self._batches
+                ask(base, batch.x_t, batch.timesteps, batch.conditioning).float() for batch in self._batches
             ]
         self._targets: list[Tensor] = []
         self._distances = torch.zeros(len(styles))
@@ -84,13 +83,13 @@ class Watch:
         return {"score_error": sum(told.values()) / len(told)} | {f"score_error/{name}": e for name, e in told.items()}
 
     def _squared_errors(self, said: list[Tensor]) -> Tensor:
-        """By style, the sum over samples of ||said - target||^2, both as epsilon: (N,), on the CPU."""
+        """By style, the sum over samples of ||said - target||^2, both as they are compared: (N,), on the CPU."""
         sums = torch.zeros(len(self._styles), dtype=torch.float64)
         for batch, ours, target in zip(self._batches, said, self._targets, strict=True):
-            difference = self._as_epsilon(ours, batch) - self._as_epsilon(target, batch)
+            difference = self._compared(ours, batch) - self._compared(target, batch)
             errors = difference.square().flatten(1).sum(1)
             sums += (errors @ batch.style_weights).double().cpu()
         return sums.float()
 
-    def _as_epsilon(self, output: Tensor, batch: Batch) -> Tensor:
-        return convert_prediction(output, batch.x_t, batch.alpha_bar_t, self._type, "epsilon")
+    def _compared(self, output: Tensor, batch: Batch) -> Tensor:
+        return batch.process.convert(output, batch.x_t, batch.levels, self._type, batch.process.measured_as)
