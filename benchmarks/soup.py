@@ -9,6 +9,11 @@ The peers are installed from their packages in environments of their own:
 Every merge is a process of its own, timed from after its imports to the end of the merge; private memory is
 sampled every 5 ms (Linux: RssAnon), above what is there after the imports. The runs alternate; medians are printed.
 Four files of 2.13 GB are written to the folder on the first run and stay; each output is removed at once.
+
+A transformer's file in bf16, shaped as FLUX.1's, with one LoRA of rank 16 on all of its layers, beside `cp`:
+
+  python benchmarks/soup.py --folder /tmp/soup --only transformer --runs 3                  # 24 GB, and as much again
+  python benchmarks/soup.py --folder /tmp/soup --only transformer --runs 3 --blocks 3 6     # 4 GB
 """
 
 import argparse
@@ -22,6 +27,8 @@ from pathlib import Path
 
 NAMES = ("base", "a", "b", "c")
 MEASURED = ("weighted_sum", "ties", "dare_ties", "memory")
+TRANSFORMER, LORA = "transformer.safetensors", "lora.safetensors"
+RANK = 16
 
 # in every child: what is imported counts for nothing, then the clock and the memory are watched
 WATCH = """
@@ -54,6 +61,17 @@ folder, method, names, cache = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split
 teachers = [{"name": name, "model": str(folder / f"{name}.safetensors")} for name in names]
 base = {"base": str(folder / "base.safetensors")} if method != "weighted_sum" else {}
 recipe = SoupRecipe(method=method, teachers=teachers, **base)
+digests = dmm.soup.reading.Digests(Path(cache))
+watch(lambda: make_soup(recipe, folder / "out.safetensors", digests=digests))
+"""
+BAKE = """
+from pathlib import Path
+import dmm.soup.cook, dmm.soup.reading
+from dmm.soup.make import make_soup
+from dmm.soup.recipe import SoupRecipe
+folder, cache = Path(sys.argv[1]), sys.argv[2]
+teacher = {"name": "a", "model": str(folder / "transformer.safetensors"), "lora": str(folder / "lora.safetensors")}
+recipe = SoupRecipe(method="soup", teachers=[teacher])
 digests = dmm.soup.reading.Digests(Path(cache))
 watch(lambda: make_soup(recipe, folder / "out.safetensors", digests=digests))
 """
@@ -99,10 +117,14 @@ def main() -> None:
     parser.add_argument("--sd-mecha", metavar="PYTHON", type=Path)
     parser.add_argument("--mergekit", metavar="PYTHON", type=Path)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=MEASURED, default=MEASURED)
+    parser.add_argument("--only", nargs="+", choices=(*MEASURED, "transformer"), default=MEASURED)
+    parser.add_argument("--blocks", nargs=2, type=int, default=(19, 38), help="of the transformer: double and single")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    write_models(args.folder)
+    if set(args.only) & set(MEASURED):
+        write_models(args.folder)
+    if "transformer" in args.only:
+        write_transformer(args.folder, *args.blocks)
     rows: dict[str, list[dict[str, float]]] = {}
     for run in range(args.runs):
         for name, work in plan(args).items():
@@ -131,6 +153,10 @@ def plan(args: argparse.Namespace) -> dict:
         work["dmm, TIES of base + 3"] = mine("ties", "a,b,c", True)
     if "dare_ties" in args.only:
         work["dmm, DARE-TIES of base + 3"] = mine("dare_ties", "a,b,c", True)
+    if "transformer" in args.only:
+        work["cp and sync, transformer"] = lambda: copy(args.folder, TRANSFORMER)
+        work["dmm, one LoRA on it"] = lambda: bake(args.folder, cold=True)
+        work["dmm, the same, hashes known"] = lambda: bake(args.folder, cold=False)
     if "memory" in args.only:
         work["dmm, weighted sum of 1"] = mine("weighted_sum", "a", False)
         work["dmm, weighted sum of 4"] = mine("weighted_sum", "base,a,b,c", False)
@@ -149,6 +175,13 @@ def run_dmm(folder: Path, method: str, names: str, *, cold: bool) -> dict[str, f
     if cold:
         cache.unlink(missing_ok=True)
     return child(Path(sys.executable), DMM, folder, method, names, str(cache))
+
+
+def bake(folder: Path, *, cold: bool) -> dict[str, float]:
+    cache = folder / "digests.json"
+    if cold:
+        cache.unlink(missing_ok=True)
+    return child(Path(sys.executable), BAKE, folder, str(cache))
 
 
 def child(python: Path, code: str, folder: Path, *rest: str) -> dict[str, float]:
@@ -170,9 +203,9 @@ def remove_outputs(folder: Path) -> None:
         (folder / "out.kit").rmdir()
 
 
-def copy(folder: Path) -> dict[str, float]:
+def copy(folder: Path, name: str = "a.safetensors") -> dict[str, float]:
     wall, before = time.monotonic(), os.times()
-    subprocess.run(["cp", folder / "a.safetensors", folder / "out.safetensors"], check=True)
+    subprocess.run(["cp", folder / name, folder / "out.safetensors"], check=True)
     subprocess.run(["sync", folder / "out.safetensors"], check=True)
     after, wall = os.times(), time.monotonic() - wall
     remove_outputs(folder)
@@ -189,8 +222,9 @@ def hash_both(folder: Path) -> dict[str, float]:
 
 def warm(folder: Path) -> None:
     """Have all models in the page cache."""
-    for name in NAMES:
-        subprocess.run(["cat", folder / f"{name}.safetensors"], check=True, stdout=subprocess.DEVNULL)
+    for name in (*(f"{name}.safetensors" for name in NAMES), TRANSFORMER):
+        if (folder / name).is_file():
+            subprocess.run(["cat", folder / name], check=True, stdout=subprocess.DEVNULL)
 
 
 def write_models(folder: Path) -> None:
@@ -230,6 +264,43 @@ def write_models(folder: Path) -> None:
             if i:
                 values += torch.randn(what.num_elements, generator=own) * 0.002
             file.write(tensor, 0, values.half())
+        file.close()
+
+
+def write_transformer(folder: Path, double: int, single: int) -> None:
+    """A file with FLUX.1's names and shapes, and a LoRA for it by the same names."""
+    if (folder / TRANSFORMER).is_file():
+        return
+    import torch
+
+    from dmm.soup.writing import Declared, NewWeightFile
+
+    d = 3072
+    shapes = {"img_in": (d, 64), "txt_in": (d, 4096), "final_layer.linear": (64, d)}
+    for name, inputs in {"time_in": 256, "guidance_in": 256, "vector_in": 768}.items():
+        shapes |= {f"{name}.in_layer": (d, inputs), f"{name}.out_layer": (d, d)}
+    for i in range(double):
+        for stream in (f"double_blocks.{i}.img", f"double_blocks.{i}.txt"):
+            shapes |= {f"{stream}_mod.lin": (6 * d, d), f"{stream}_attn.qkv": (3 * d, d), f"{stream}_attn.proj": (d, d)}
+            shapes |= {f"{stream}_mlp.0": (4 * d, d), f"{stream}_mlp.2": (d, 4 * d)}
+    for i in range(single):
+        block = f"single_blocks.{i}"
+        shapes |= {f"{block}.linear1": (7 * d, d), f"{block}.linear2": (d, 5 * d), f"{block}.modulation.lin": (3 * d, d)}
+    shapes["final_layer.adaLN_modulation.1"] = (2 * d, d)
+    factors = {}
+    for name, (rows, columns) in shapes.items():
+        layer = "lora_unet_" + name.replace(".", "_")
+        factors |= {f"{layer}.lora_down.weight": (RANK, columns), f"{layer}.lora_up.weight": (rows, RANK)}
+    weights = {f"model.diffusion_model.{name}.weight": shape for name, shape in shapes.items()}
+    weights |= {f"model.diffusion_model.{name}.bias": (rows,) for name, (rows, _) in shapes.items()}
+    random = torch.randn(2**26, generator=torch.Generator().manual_seed(7)).mul_(0.03).bfloat16()
+    for path, tensors in ((LORA, factors), (TRANSFORMER, weights)):
+        declared = {name: Declared(torch.bfloat16, shape) for name, shape in tensors.items()}
+        file = NewWeightFile(folder / path, declared, {})
+        for i, (name, what) in enumerate(declared.items()):
+            begin = i * 9973 % (len(random) // 2)
+            values = random.repeat(1 + (begin + what.num_elements) // len(random))
+            file.write(name, 0, values[begin : begin + what.num_elements].clone())
         file.close()
 
 

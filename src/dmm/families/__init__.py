@@ -17,7 +17,7 @@ from dmm.families.family import Component, Family
 from dmm.families.sd1 import SD1
 from dmm.families.sd2 import SD2
 from dmm.families.sdxl import SDXL
-from dmm.families.strangers import LIKELY_LORA_MARKERS, STRANGERS, SURE_LORA_MARKERS, Stranger
+from dmm.families.strangers import GUIDANCE_MARKERS, LIKELY_LORA_MARKERS, STRANGERS, SURE_LORA_MARKERS, Stranger
 
 __all__ = [
     "FAMILIES",
@@ -34,10 +34,12 @@ __all__ = [
     "family_of_class",
     "family_of_controlnet",
     "family_of_names",
+    "guidance_name",
     "known_titles",
     "set_denoiser",
     "text_encoders_of",
     "title_of_lora",
+    "transformer_of",
 ]
 
 FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
@@ -135,6 +137,16 @@ def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | No
         ):
             return one.title
     return next((title for title, marker in LIKELY_LORA_MARKERS if any(marker in name for name in names)), None)
+
+
+def transformer_of(family: Family | Stranger) -> str | None:
+    """What diffusers calls the class of a family's transformer, whose single files hold nothing else; None of others."""
+    return family.transformer if isinstance(family, Stranger) else None
+
+
+def guidance_name(names: Iterable[str]) -> str | None:
+    """The tensor, among those of these names, that shows a guidance embedding: of FLUX.1 dev, not of schnell."""
+    return next((name for name in names if any(part in name for part in GUIDANCE_MARKERS)), None)
 
 
 def denoiser_of(pipeline: Any) -> Any:

@@ -19,6 +19,8 @@ class Stranger:
     """What ``modelspec.architecture`` calls it."""
     predicts: str | None = "epsilon"
     """See :attr:`dmm.families.Family.predicts`."""
+    transformer: str | None = None
+    """Of models whose single files hold a transformer alone: what diffusers calls its class."""
     owns: Callable[[Mapping[str, Mapping[str, Any]]], bool] = lambda _: True
     """Whether a folder of such a class is of this kind, by the configs of its parts."""
 
@@ -26,6 +28,9 @@ class Stranger:
         """See :meth:`dmm.families.Family.architecture_of`."""
         return self.architecture
 
+
+GUIDANCE_MARKERS = ("guidance_in.", "guidance_embedder.")
+"""Parts of tensors' names that only transformers have which were distilled to read a guidance scale."""
 
 SURE_LORA_MARKERS = (
     ("SDXL", "lora_te2_"),
@@ -46,8 +51,69 @@ LIKELY_LORA_MARKERS = (
 
 STRANGERS = (
     Stranger("a ControlNet", ("control_model.", "controlnet_")),
-    Stranger("SD 3", ("joint_blocks.",), "StableDiffusion3", architecture="stable-diffusion-v3"),
-    Stranger("FLUX", ("double_blocks.",), "Flux", architecture="flux-1"),
+    Stranger(
+        "SD 3",
+        ("joint_blocks.",),
+        "StableDiffusion3",
+        architecture="stable-diffusion-v3",
+        predicts=None,
+        transformer="SD3Transformer2DModel",
+    ),
+    # those first that have the names of FLUX.1, too
+    Stranger(
+        "FLUX.2",
+        ("double_stream_modulation_img.",),
+        "Flux2",
+        architecture="flux-2",
+        predicts=None,
+        transformer="Flux2Transformer2DModel",
+    ),
+    Stranger(
+        "Chroma",
+        ("distilled_guidance_layer.",),
+        "Chroma",
+        architecture="chroma",
+        predicts=None,
+        transformer="ChromaTransformer2DModel",
+    ),
+    Stranger(
+        "FLUX",
+        ("double_blocks.",),
+        "Flux",
+        architecture="flux-1",
+        predicts=None,
+        transformer="FluxTransformer2DModel",
+    ),
+    Stranger(
+        "Z-Image",
+        ("cap_pad_token",),
+        "ZImage",
+        architecture="z-image",
+        predicts=None,
+        transformer="ZImageTransformer2DModel",
+    ),
+    Stranger(
+        "Qwen-Image",
+        (".img_mod.1.",),
+        "QwenImage",
+        architecture="qwen-image",
+        predicts=None,
+        transformer="QwenImageTransformer2DModel",
+    ),
+    Stranger(
+        "Anima or Cosmos",
+        ("net.blocks.0.",),
+        "Cosmos",
+        predicts=None,
+        transformer="CosmosTransformer3DModel",
+    ),
+    Stranger(
+        "Lumina 2",
+        ("cap_embedder.",),
+        "Lumina2",
+        predicts=None,
+        transformer="Lumina2Transformer2DModel",
+    ),
     Stranger("a DMM merge in the authors' layout", ("model_embedding.weight",), "StableDiffusionDMM"),
     Stranger(
         "the SDXL refiner",

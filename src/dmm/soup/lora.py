@@ -326,7 +326,7 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
                 f"{path}: '{layer}' is a name of the original layout, whose blocks cannot be told without the model. "
                 "Convert the LoRA to kohya's layout."
             )
-        layers[name] = Factors(form.down, form.up, found.scaling)
+        layers[name] = Factors(form.down.float(), form.up.float(), found.scaling)
     kind = {key: file.metadata[key] for key in (ARCHITECTURE, KOHYA_NAME) if key in file.metadata}
     return layers, file.dtype, kind, title
 

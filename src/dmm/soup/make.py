@@ -169,7 +169,7 @@ def weights_path(name: str) -> Path:
 
 
 def _name_in(plan: Plan, name: str) -> str:
-    return name if plan.layout == "file" else name.split("/", 1)[1]
+    return f"{plan.prefix}{name}" if plan.layout == "file" else name.split("/", 1)[1]
 
 
 def _copy_configs(plan: Plan, folder: Path) -> None:

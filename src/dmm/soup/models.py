@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmm.errors import UserError
-from dmm.families import Component, Family, Stranger, family_of_names
+from dmm.families import Component, Family, Stranger, family_of_names, transformer_of
 from dmm.formats.ema import choose_weights, has_average_beside
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraChange, is_lora
@@ -16,8 +16,9 @@ from dmm.formats.schedules import read_scheduler_config, said_of_schedule
 from dmm.formats.single_file import prediction_type_of
 from dmm.formats.stock_files import read_index
 from dmm.formats.tensors import Header
+from dmm.formats.transformer_files import common_prefix
 from dmm.soup.reading import WeightFile
-from dmm.soup.sources import Changed, Joined, Kept, Source, Turned, split
+from dmm.soup.sources import Change, Changed, Joined, Kept, Source, Turned, split
 
 Layout = Literal["file", "folder"]
 """A single file of the original layout; or a diffusers folder, whose tensors are ``component/name``."""
@@ -50,6 +51,8 @@ class OpenModel:
     """The files of the LoRAs on it."""
     leaves_average: bool = False
     """Whether its file has an EMA copy of the weights, which is not read."""
+    prefix: str = ""
+    """Of a transformer's single file: what stands before all names there, and before none of ``tensors``."""
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -203,7 +206,7 @@ def put_lora(model: OpenModel, changes: Sequence[LoraChange], path: Path, scale:
 
 def _changed(kept: Source, change: LoraChange, scale: float) -> Changed:
     before = kept if isinstance(kept, Changed) else Changed(kept, ())
-    return replace(before, changes=(*before.changes, (change, scale)))
+    return replace(before, changes=(*before.changes, Change(change, scale)))
 
 
 def _open_file(path: Path, label: str, ema: bool) -> OpenModel:
@@ -221,8 +224,11 @@ def _open_file(path: Path, label: str, ema: bool) -> OpenModel:
         )
     header = Header(file.tensors, file.metadata)
     prediction_type = prediction_type_of(path, header) or found[0].predicts
+    prefix = common_prefix(chosen) if transformer_of(found[0]) else ""
     tensors: dict[str, Source] = {
-        name: Kept(file, kept, tuple(file.tensors[kept].shape)) for name, kept in chosen.items() if name not in MARKS
+        name.removeprefix(prefix): Kept(file, kept, tuple(file.tensors[kept].shape))
+        for name, kept in chosen.items()
+        if name not in MARKS
     }
     return OpenModel(
         label,
@@ -234,6 +240,7 @@ def _open_file(path: Path, label: str, ema: bool) -> OpenModel:
         tensors,
         {path.name: file},
         leaves_average=not ema and has_average_beside(file.tensors),
+        prefix=prefix,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import Family, Stranger
+from dmm.families import Family, Stranger, transformer_of
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
 from dmm.formats.lora import lora_file, read_lora
@@ -33,6 +33,7 @@ from dmm.soup.reading import WeightFile
 from dmm.soup.recipe import DENSITIES, SoupRecipe
 from dmm.soup.registry import METHODS, Method
 from dmm.soup.sources import Kept, Source
+from dmm.soup.transformers import check_guidance, is_transformer_alone, put_lora_by_names
 from dmm.soup.writing import Declared
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -81,6 +82,8 @@ class Plan:
     scheduler: Mapping[str, Any] | None
     density: float
     notes: tuple[str, ...]
+    prefix: str = ""
+    """What the soup's file has before every name: as the first model that is read."""
 
     @property
     def files(self) -> list[WeightFile]:
@@ -131,10 +134,16 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
     ]
     models = [model for model in (base, origin, *teachers) if model is not None]
     _check_alike(models)
+    alone = layout == "file" and all(is_transformer_alone(model) for model in models)
+    if any(transformer_of(model.family) for model in models):
+        check_guidance(models)
 
     configs = recipe.config or next((model.path for model in models if model.layout == "folder"), None)
     _check_schedules(models, configs)
-    mixed = any(model.layout != layout for model in models) or any(teacher.all_loras for teacher in given)
+    mixed = not alone and (
+        any(model.layout != layout for model in models) or any(teacher.all_loras for teacher in given)
+    )
+    notes = []
     if configs is None and (mixed or layout == "folder"):
         configs = _find_configs(models[0])
     said = next((model.prediction_type for model in models if model.prediction_type), None)
@@ -152,6 +161,12 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
                 layers = read_lora(lora.path, names.skeletons, names.family)
                 teachers[i] = put_lora(teachers[i], layers, lora_file(lora.path), lora.scale, names)
 
+    if alone:
+        for i, teacher in enumerate(given):
+            for lora in teacher.all_loras:
+                teachers[i], note = put_lora_by_names(teachers[i], lora_file(lora.path), lora.scale)
+                notes += [note] if note else []
+
     plan = Plan(
         recipe,
         method,
@@ -166,11 +181,11 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
         scheduler,
         recipe.density or DENSITIES.get(recipe.method, 1.0),
         (),
+        models[0].prefix,
     )
     averaged = [model.label for model in models if model.leaves_average]
-    notes = (
-        [f"the EMA copies of {', '.join(averaged)} are left out; 'ema: true' takes them instead"] if averaged else []
-    )
+    if averaged:
+        notes.append(f"the EMA copies of {', '.join(averaged)} are left out; 'ema: true' takes them instead")
     tensors = [*_plan_tensors(plan, [teacher.name for teacher in given], notes)]
     if layout == "file":
         known = {**(scheduler or STOCK), "prediction_type": plan.prediction_type}

@@ -21,8 +21,10 @@ from dmm.soup.writing import as_bytes
 CHUNK = 2**21
 """Bytes that are read at a time where a whole file is read."""
 
-# a number is infinite or none where all bits of its exponent are set
+# a number is infinite or none where all bits of its exponent are set; e4m3fn has one NaN, of all bits, and no infinity
 _EXPONENTS = {
+    torch.float8_e4m3fn: (np.int8, 0x7F),
+    torch.float8_e5m2: (np.int8, 0x7C),
     torch.float16: (np.int16, 0x7C00),
     torch.bfloat16: (np.int16, 0x7F80),
     torch.float32: (np.int32, 0x7F800000),
@@ -158,7 +160,7 @@ def num_not_finite(tensor: Tensor) -> int:
     """How many of a flat tensor's values are NaN or infinite."""
     if not tensor.is_floating_point():
         return 0
-    if tensor.dtype not in _EXPONENTS:  # the eight-bit ones
+    if tensor.dtype not in _EXPONENTS:  # other eight-bit ones
         return int((~tensor.float().isfinite()).sum())
     kind, exponent = _EXPONENTS[tensor.dtype]
     # by the bits, which is far cheaper than converting gigabytes: they have the order of the magnitudes, so that the

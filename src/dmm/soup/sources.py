@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dmm.formats.lora import LoraChange
+from dmm.formats.transformer_files import Span
 from dmm.soup.reading import WeightFile
 
 
@@ -148,14 +149,57 @@ class Turned(_Made):
 
 
 @dataclass(frozen=True)
-class Changed(_Made):
-    """A layer's weight or bias with LoRAs on it.
+class Change:
+    """A LoRA's change of some rows of a weight or a bias.
 
     Attributes:
-        changes: and how strongly.
+        scale: how strongly.
+        spans: where the rows that it changes lie; None of one that changes them all.
     """
 
-    changes: tuple[tuple[LoraChange, float], ...]
+    lora: LoraChange
+    scale: float
+    spans: tuple[Span, ...] | None = None
+
+    def put_on(self, weight: Tensor) -> Tensor:
+        """A whole weight with the change on it."""
+        if self.spans is None:
+            return self.lora.changed(weight, self.scale)
+        own = sorted(self.spans, key=lambda span: span.first)
+        rows = torch.cat([torch.arange(span.at, span.at + span.count) for span in own])
+        return weight.index_copy(0, rows, self.lora.changed(weight[rows], self.scale))
+
+    def add_to(self, values: Tensor, start: int) -> None:
+        """Add the change, one without a magnitude, to a slice of the weight, flattened, in place.
+
+        A slice of a LoRA's product is computed from the rows that it takes.
+
+        Args:
+            start: the slice's first element.
+        """
+        columns = self.lora.form.num_columns
+        for at, first, count in self._spans():
+            # the rows of this span that the slice has some of
+            low, high = max(start // columns, at), min(-(-(start + len(values)) // columns), at + count)
+            if low >= high:
+                continue
+            delta = self.lora.rows(first + low - at, first + high - at, values.dtype).flatten()
+            begin, end = max(low * columns, start), min(high * columns, start + len(values))
+            values[begin - start : end - start].add_(
+                delta[begin - low * columns : end - low * columns], alpha=self.scale
+            )
+
+    def _spans(self) -> list[tuple[int, int, int]]:
+        if self.spans is None:
+            return [(0, 0, self.lora.form.num_rows)]
+        return [(span.at, span.first, span.count) for span in self.spans]
+
+
+@dataclass(frozen=True)
+class Changed(_Made):
+    """A layer's weight or bias with LoRAs on it."""
+
+    changes: tuple[Change, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,19 +207,16 @@ class Changed(_Made):
         return self.kept.shape
 
     def read(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Some elements, flattened; a slice of a LoRA's product is computed from the rows that it takes."""
-        if any(change.magnitude is not None for change, _ in self.changes):
+        """Some elements, flattened."""
+        if any(change.lora.magnitude is not None for change in self.changes):
             # a magnitude is of whole rows and columns
             weight = _whole(self.kept, dtype)
-            for change, scale in self.changes:
-                weight = change.changed(weight, scale)
+            for change in self.changes:
+                weight = change.put_on(weight)
             return weight.flatten()[start:stop]
         values = self.kept.read(start, stop, dtype)
-        for change, scale in self.changes:
-            columns = change.form.num_columns
-            first, last = start // columns, -(-stop // columns)
-            delta = change.rows(first, last, dtype).flatten()
-            values.add_(delta[start - first * columns : stop - first * columns], alpha=scale)
+        for change in self.changes:
+            change.add_to(values, start)
         return values
 
 

@@ -246,7 +246,8 @@ def _layer(path: Path, name: str, parts: Mapping[str, Tensor], config: Mapping[s
 
 
 def _form(path: Path, name: str, parts: Mapping[str, Tensor]) -> Form | None:
-    tensors = {part: tensor.float() for part, tensor in parts.items()}
+    # a LoRA of a large model is some gigabyte: low-rank factors stay in the file's dtype until they are computed with
+    tensors = {part: tensor if part in ("down", "up") else tensor.float() for part, tensor in parts.items()}
     matrices = {
         part: tensor for part, tensor in tensors.items() if part in ("down", "up") or part[:5] in ("hada_", "lokr_")
     }
