@@ -285,7 +285,11 @@ def write_transformer(folder: Path, double: int, single: int) -> None:
             shapes |= {f"{stream}_mlp.0": (4 * d, d), f"{stream}_mlp.2": (d, 4 * d)}
     for i in range(single):
         block = f"single_blocks.{i}"
-        shapes |= {f"{block}.linear1": (7 * d, d), f"{block}.linear2": (d, 5 * d), f"{block}.modulation.lin": (3 * d, d)}
+        shapes |= {
+            f"{block}.linear1": (7 * d, d),
+            f"{block}.linear2": (d, 5 * d),
+            f"{block}.modulation.lin": (3 * d, d),
+        }
     shapes["final_layer.adaLN_modulation.1"] = (2 * d, d)
     factors = {}
     for name, (rows, columns) in shapes.items():

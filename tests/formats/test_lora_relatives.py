@@ -14,7 +14,7 @@ from dmm.families.sd1 import SD1
 from dmm.formats.lora import fuse_lora, read_lora
 from dmm.models.teachers import ModelSource
 from dmm.soup.reading import WeightFile
-from dmm.soup.sources import Changed, Kept
+from dmm.soup.sources import Change, Changed, Kept
 
 LINEAR = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -90,7 +90,7 @@ def test_a_soup_reads_the_same_in_slices(pipe, tmp_path):
         path = tmp_path / f"{kind}.safetensors"
         save_file({f"{KOHYA[CONV]}.{key}": value for key, value in theirs.state_dict().items()}, path)
         (change,) = read_lora(path, models_of(pipe))
-        source = Changed(Kept(file, "w", tuple(weight.shape)), ((change, 0.7),))
+        source = Changed(Kept(file, "w", tuple(weight.shape)), (Change(change, 0.7),))
         expected = change.changed(weight.double(), 0.7).flatten()
         for start, stop in ((0, weight.numel()), (5, 100), (71, 73)):
             assert torch.allclose(source.read(start, stop, torch.float64), expected[start:stop], atol=1e-6), kind

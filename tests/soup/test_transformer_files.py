@@ -1,4 +1,4 @@
-"""Soups of single files that hold a transformer alone: prefixes, dtypes, LoRAs by either naming, and what is refused."""
+"""Soups of single files of a transformer alone: prefixes, dtypes, LoRAs by either naming, and what is refused."""
 
 import pytest
 import torch
@@ -140,7 +140,9 @@ def test_a_lora_of_another_family_is_refused_with_how_much_of_it_fits(tmp_path, 
     wide = {"double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(2, D)}
     wide |= {"double_blocks.0.img_attn.proj.lora_B.weight": torch.ones(D, 2)}
     put, _ = lora(tmp_path / "lora.safetensors", "double_blocks.0.img_attn.qkv", 3 * D, 2 * D, more=wide)
-    with pytest.raises(UserError, match=r"lora\.safetensors: 1 of its 2 layers fit \S*a\.safetensors, a transformer of"):
+    with pytest.raises(
+        UserError, match=r"lora\.safetensors: 1 of its 2 layers fit \S*a\.safetensors, a transformer of"
+    ):
         soup(tmp_path, digests, {"x": {"model": str(path), "lora": str(put)}})
     sd, _ = lora(tmp_path / "sd.safetensors", "lora_unet_down_blocks_0_attentions_0_proj_in", D)
     with pytest.raises(UserError, match=r"0 of its 1 layers fit .* It says that it is of SD 1\.x or SD 2\.x"):
@@ -151,7 +153,9 @@ def test_a_lora_of_another_family_is_refused_with_how_much_of_it_fits(tmp_path, 
 def test_models_that_read_guidance_are_not_mixed_with_those_that_do_not(tmp_path, digests):  # noqa: F811
     dev, schnell = save(flux(), tmp_path / "dev.safetensors"), save(flux(guidance=False), tmp_path / "s.safetensors")
     teachers = {"dev": {"model": str(dev)}, "schnell": {"model": str(schnell)}}
-    with pytest.raises(UserError, match=r"'dev': \S* is distilled to read a guidance scale .*'schnell': \S* reads none"):
+    with pytest.raises(
+        UserError, match=r"'dev': \S* is distilled to read a guidance scale .*'schnell': \S* reads none"
+    ):
         soup(tmp_path, digests, teachers, missing="present")
     with pytest.raises(UserError, match="is distilled to read a guidance scale"):
         soup(tmp_path, digests, {"schnell": teachers["schnell"]}, "task_arithmetic", base=str(dev), missing="base")

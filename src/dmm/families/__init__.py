@@ -140,7 +140,7 @@ def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | No
 
 
 def transformer_of(family: Family | Stranger) -> str | None:
-    """What diffusers calls the class of a family's transformer, whose single files hold nothing else; None of others."""
+    """What diffusers calls a family's transformer, whose single files hold nothing else; None of other families."""
     return family.transformer if isinstance(family, Stranger) else None
 
 

@@ -8,6 +8,7 @@ is, so that what is made for either naming finds its place.
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
@@ -90,7 +91,7 @@ def layers_in_file(tensors: Mapping[str, Tensor], transformer: str) -> dict[str,
         breaks = [0, *(own.diff() != 1).nonzero().flatten().add(1).tolist(), len(own)]
         spans = tuple(
             Span(*(n * scale[1] // scale[0] for n in (int(own[first]), first, last - first)))
-            for first, last in zip(breaks, breaks[1:], strict=False)
+            for first, last in pairwise(breaks)
         )
         spots[path.removesuffix(_WEIGHT)] = Spot(names[number].removesuffix(_WEIGHT), spans)
     return spots

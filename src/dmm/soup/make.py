@@ -83,7 +83,7 @@ def make_soup(
     with plan_soup(recipe, layout) as plan:
         known = digest_files(plan, digests, num_threads(threads), bar)
         check_digests(expected or {}, labelled_digests(plan, known))
-        threads = num_threads(threads, light=plan.method.light)
+        threads = num_threads(threads, light=plan.method.light and not any(model.loras for model in plan.teachers))
         count = sum(tensor.declared.num_elements for tensor in plan.tensors)
         num_bytes = sum(tensor.declared.num_bytes for tensor in plan.tensors)
         check_disk(output, num_bytes, "the soup", "or name another output")

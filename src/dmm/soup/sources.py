@@ -179,15 +179,26 @@ class Change:
         """
         columns = self.lora.form.num_columns
         for at, first, count in self._spans():
-            # the rows of this span that the slice has some of
-            low, high = max(start // columns, at), min(-(-(start + len(values)) // columns), at + count)
-            if low >= high:
+            begin, end = max(at * columns, start), min((at + count) * columns, start + len(values))
+            if begin >= end:
                 continue
-            delta = self.lora.rows(first + low - at, first + high - at, values.dtype).flatten()
-            begin, end = max(low * columns, start), min(high * columns, start + len(values))
-            values[begin - start : end - start].add_(
-                delta[begin - low * columns : end - low * columns], alpha=self.scale
-            )
+            part = values[begin - start : end - start]
+            low, high = -(-begin // columns), end // columns  # the whole rows among these
+            if low >= high:
+                self._add_cut(part, first - at, begin)
+                continue
+            head, tail = low * columns - begin, high * columns - begin
+            self.lora.add_to(part[head:tail].view(high - low, columns), first - at + low, self.scale)
+            self._add_cut(part[:head], first - at, begin)
+            self._add_cut(part[tail:], first - at, high * columns)
+
+    def _add_cut(self, values: Tensor, offset: int, start: int) -> None:
+        """Add the change to a stretch of one or two rows that it has not all of."""
+        columns = self.lora.form.num_columns
+        if len(values):
+            low, high = start // columns, -(-(start + len(values)) // columns)
+            delta = self.lora.rows(offset + low, offset + high, values.dtype).flatten()
+            values.add_(delta[start - low * columns :][: len(values)], alpha=self.scale)
 
     def _spans(self) -> list[tuple[int, int, int]]:
         if self.spans is None:

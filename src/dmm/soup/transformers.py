@@ -11,7 +11,7 @@ from dmm.errors import UserError
 from dmm.families import guidance_name, title_of_lora, transformer_of
 from dmm.formats.lora import LoraChange, read_lora_file
 from dmm.formats.lora.forms import Whole
-from dmm.formats.transformer_files import Spot, Span, layers_in_file
+from dmm.formats.transformer_files import Span, Spot, layers_in_file
 from dmm.soup.models import OpenModel
 from dmm.soup.sources import Change, Changed
 
@@ -33,8 +33,8 @@ def check_guidance(models: Sequence[OpenModel]) -> None:
         name, with_it = next((name, model) for name, model in reads.items() if name is not None)
         raise UserError(
             f"{with_it.label}: {with_it.path} is distilled to read a guidance scale (it holds '{name}'), "
-            f"{reads[None].label}: {reads[None].path} reads none. They paint in different ways, and their average would "
-            "in neither; choose models of one kind."
+            f"{reads[None].label}: {reads[None].path} reads none. Their average would paint in "
+            "neither way; choose models of one kind."
         )
 
 

@@ -70,6 +70,15 @@ class LowRank:
         """Some outputs of the change."""
         return self.up.flatten(1)[first:last].to(dtype) @ self._right.to(dtype)
 
+    def add_to(self, rows: Tensor, first: int, strength: float) -> None:
+        """Add some outputs of the change, in place and in one pass.
+
+        Args:
+            rows: (count, columns), of which ``first`` is the first's place among the outputs.
+        """
+        up = self.up.flatten(1)[first : first + len(rows)]
+        rows.addmm_(up.to(rows.dtype), self._right.to(rows.dtype), alpha=strength)
+
     @cached_property
     def _right(self) -> Tensor:
         if self.core is None:
@@ -185,6 +194,13 @@ class LoraChange:
     def rows(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Some outputs of what is added, of a change without a magnitude; (last - first, columns)."""
         return self.form.rows(first, last, dtype) * self.scaling
+
+    def add_to(self, rows: Tensor, first: int, strength: float) -> None:
+        """Add some outputs of a change without a magnitude to (count, columns) of the weight, in place."""
+        if isinstance(self.form, LowRank):
+            self.form.add_to(rows, first, strength * self.scaling)
+        else:
+            rows.add_(self.rows(first, first + len(rows), rows.dtype), alpha=strength)
 
     def changed(self, weight: Tensor, strength: float) -> Tensor:
         """The parameter with the change on it, in the dtype that it is given in.
