@@ -96,6 +96,7 @@ def train(
             )
             log(run, {"step": step, "seconds": spent, "loss": torch.stack(losses).mean().item()})
             losses, saved = [], time.monotonic()
+    save_file({name: one.half() for name, one in zip(trained, average, strict=True)}, run / "average.safetensors")
     with torch.no_grad():
         for one, mean in zip(parameters, average, strict=True):
             one.copy_(mean)
@@ -143,6 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--drawings", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument(
+        "--source", type=Path, help="an SDXL whose VAE and text encoders are taken (default: the embedded base)"
+    )
     parser.add_argument("--seconds", type=float, default=200.0, help="of the base")
     parser.add_argument("--lora-seconds", type=float, default=30.0, help="of each LoRA")
     parser.add_argument("--batch-size", type=int, default=1024)
@@ -155,11 +159,14 @@ def main() -> None:
     parser.add_argument("--hands", nargs="*", default=HANDS)
     args = parser.parse_args()
     quiet_libraries()
+    torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     drawings = read_drawings(args.drawings)
     published = drawings.select(drawings.concepts >= 0)
-    source = StableDiffusionXLPipeline.from_pretrained(experts("sdxl")["base"], torch_dtype=torch.float32)
+    source = StableDiffusionXLPipeline.from_pretrained(
+        args.source or experts("sdxl")["base"], unet=None, torch_dtype=torch.float32
+    )
     concepts = sorted(set(published.texts))
     texts = ["", *(template.format(one) for one in concepts for template in TEMPLATES)]
     width = source.text_encoder.config.hidden_size + source.text_encoder_2.config.hidden_size
@@ -180,7 +187,8 @@ def main() -> None:
             read = torch.where(dropped, 0, 1 + text_of[drawn] * len(TEMPLATES) + templates).to(device)
             sigmas = torch.randn(size, generator=generator).sigmoid().to(device)
             clean = latents[drawn.to(device), views.to(device)]
-            noise = torch.randn(clean.shape, generator=generator).to(device)
+            on_device = torch.Generator(device).manual_seed(generator.initial_seed())
+            noise = torch.randn(clean.shape, generator=on_device, device=device)
             return flow.flow_loss(transformer, clean, noise, sigmas, states[read], pooled[read])
 
         return loss_of_step
@@ -193,6 +201,8 @@ def main() -> None:
     figures: dict[str, Any] = {}
 
     def judge(name: str, run: Path) -> None:
+        if not args.count:
+            return
         figures[name] = measure(pipeline, name, args.count, run)
         (args.work / "sd3-judged.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
