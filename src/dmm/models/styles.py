@@ -6,7 +6,7 @@ and an MLP. To paint in a style, or a mix with weights w, the vector
     MLP(sum_i w_i e_i)
 
 is added to the embedding of the timestep (DMM §3.3, §A.1). For fixed weights it is a constant, so it
-can also be baked into a bias, which leaves an ordinary checkpoint.
+can also be baked into a bias, or, where there is none, into a weight, which leaves an ordinary checkpoint.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from dmm.errors import UserError
+from dmm.families.ports import all_timesteps, hidden
 from dmm.maths.mixes import Mix, mix_weights
-from dmm.models.adapters import Adapter
+from dmm.maths.rank_one import constant_direction
+from dmm.models.adapters import Adapter, Factors
 from dmm.models.adapting import Adaptation
+
+MAX_ERROR = 1e-3
+"""Of a term, relative: above it a term is no change of rank one. Rounding weights to float16 costs as much."""
 
 
 @dataclass(frozen=True)
@@ -172,16 +177,50 @@ def style_weights(names: Sequence[str], style: Mix | Sequence[Mix]) -> Tensor:
 
 @torch.no_grad()
 def bake(model: Any, term: Tensor, port: str) -> None:
-    """Add a style term to the bias after which it would be added; the model is then stock and paints that style.
+    """Put a style term into the layer after which it would be added; the model is then stock and paints that style.
 
     Args:
         model: a diffusers model as for :func:`attach_styles`, changed in place; attached styles are taken off.
         term: (D,), of :class:`StylePrompts`.
         port: see :func:`attach_styles`.
+    Raises: UserError: see :func:`term_change`.
     """
     detach_styles(model)
-    bias = model.get_submodule(port).bias
-    bias.add_(term.to(bias))
+    change = term_change(model, term, port)
+    for name, difference in change.offsets.items():
+        model.get_parameter(name).add_(difference.to(model.get_parameter(name)))
+    for name, factors in change.factors.items():
+        weight = model.get_parameter(name)
+        # summed in float64, rounded once
+        weight.copy_(weight.double() + (factors.up @ factors.down).to(weight.device))
+
+
+def term_change(model: Any, term: Tensor, port: str) -> Adapter:
+    """A style term as a change of weights: of the layer's bias, or, where it has none, of rank one.
+
+    Args: see :func:`bake`.
+    Raises: UserError: the layer has no bias, and is too narrow for a constant to be a change of its weight.
+    """
+    linear = model.get_submodule(port)
+    if linear.bias is not None:
+        return Adapter({}, {f"{port}.bias": term})
+    direction, error = constant_of(model, port)
+    if error > MAX_ERROR:
+        raise UserError(
+            f"The layer that embeds time has no bias, and with {linear.in_features} numbers is too narrow for a style "
+            f"to be put into its weight (the error would be {error:.1%}). Use the style by its name, or as an adapter."
+        )
+    return Adapter({f"{port}.weight": Factors(term.double().cpu()[:, None], direction[None])}, {})
+
+
+def constant_of(model: Any, port: str) -> tuple[Tensor, float]:
+    """The u of :mod:`dmm.maths.rank_one` for the layer at a port.
+
+    Returns: (D,), float64; and the largest ``|u . h - 1|``, at timesteps between those that it was found by, too: the
+        relative error of every term.
+    """
+    direction = constant_direction(hidden(model, port, all_timesteps(2)))
+    return direction, float((hidden(model, port, all_timesteps(4)) @ direction - 1).abs().max())
 
 
 def detach_styles(model: nn.Module) -> None:

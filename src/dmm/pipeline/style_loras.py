@@ -16,18 +16,14 @@ from torch import Tensor
 
 from dmm.families import denoiser_of, family_of
 from dmm.formats.original_layout import original_names
-from dmm.formats.schedules import noise_schedule
 from dmm.formats.tensors import check_finite, write_tensors
 from dmm.models.adapter_files import difference_tensors, file_stems, lora_tensors
 from dmm.models.adapters import NOTHING, Adapter, Factors, mix_adapters
+from dmm.models.styles import MAX_ERROR, constant_of
 from dmm.pipeline.styled import style_prompts_of, style_term
 
 DIFFUSERS_FOLDER = "diffusers"
 """Of the folder of LoRAs: the same styles as PEFT's adapters with a bias, exact to the bit, which diffusers loads."""
-MAX_ERROR = 1e-3
-"""Of a term, relative: above it a style is no LoRA of rank one. Rounding weights to float16 costs as much."""
-
-_RIDGE = 1e-9  # relative to the mean square of h: u stays short, and so small in half precision, at an error of 4e-6
 
 
 @dataclass(frozen=True)
@@ -58,10 +54,11 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
     """
     (folder / DIFFUSERS_FOLDER).mkdir(parents=True)
     prompts, family = style_prompts_of(pipe), family_of(pipe)
-    direction, error = constant_direction(pipe)
+    direction, error = constant_of(denoiser_of(pipe), family.port)
+    direction = direction.float()
     are_loras = error <= MAX_ERROR
-    original = original_names(pipe.components, family)[family.denoiser.name][family.bias]
-    bias_name = f"diffusion_model.{original.removeprefix(family.denoiser.original_prefix)}"
+    original = original_names(pipe.components, family)[family.denoiser.name][f"{family.port}.weight"]
+    layer = original.removeprefix(family.denoiser.original_prefix).removesuffix(".weight")
     for style, stem in zip(prompts.names, file_stems(prompts.names), strict=True):
         header = {"format": "pt", **metadata[style], **family.lora_metadata}
         adapter = prompts.adapters.get(style, NOTHING)
@@ -72,7 +69,7 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
                 pair = Factors(term[:, None], direction[None])
                 loras = mix_adapters([(1.0, adapter), (1.0, Adapter({f"{family.port}.weight": pair}, {}))])
             else:
-                differences[f"{bias_name.removesuffix('.bias')}.diff_b"] = term
+                differences[f"diffusion_model.{layer}.diff_b"] = term
             if adapter is NOTHING:
                 write_tensors(folder / DIFFUSERS_FOLDER / f"{stem}.safetensors", _as_peft(pipe, term), header)
         layers = lora_tensors(loras)[0]
@@ -84,32 +81,6 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
                 check_finite(tensors, f"the style '{style}'")
                 write_tensors(folder / name, tensors, {**header, **network})
     return StyleLoras(error, are_loras)
-
-
-@torch.no_grad()
-def constant_direction(pipe: Any) -> tuple[Tensor, float]:
-    """The u whose product with the hidden layer of what embeds time is 1 at every timestep, as nearly as can be.
-
-    Returns: (D,), float32; and the largest ``|u . h - 1|``, at timesteps between the trained ones, too.
-    """
-    last = len(noise_schedule(pipe.scheduler.config)) - 1
-    hidden = _hidden(pipe, torch.arange(2 * last + 1) / 2)
-    # the shortest such u, by the smaller system of equations: h spans fewer dimensions than it has
-    gram = hidden @ hidden.T
-    ones = torch.ones(len(gram), dtype=torch.float64)
-    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-    direction = (hidden.T @ torch.linalg.solve(gram + ridge, ones)).float()
-    between = _hidden(pipe, torch.arange(4 * last + 1) / 4)
-    return direction, float((between @ direction.double() - 1).abs().max())
-
-
-def _hidden(pipe: Any, timesteps: Tensor) -> Tensor:
-    """What the last layer of what embeds time is given at each timestep, (T, D), float64."""
-    denoiser, family = denoiser_of(pipe), family_of(pipe)
-    embedding = denoiser.get_submodule(family.port.rpartition(".")[0])
-    frequencies = denoiser.time_proj(timesteps.float())
-    weight, bias = (parameter.double().cpu() for parameter in (embedding.linear_1.weight, embedding.linear_1.bias))
-    return embedding.act(torch.nn.functional.linear(frequencies.double(), weight, bias))
 
 
 def _as_peft(pipe: Any, term: Tensor) -> dict[str, Tensor]:

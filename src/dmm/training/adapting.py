@@ -35,7 +35,7 @@ from dmm.models.adapter_files import file_stems
 from dmm.models.adapters import NOTHING, Adapter, Factors, KeptWeights
 from dmm.models.adapting import twin_of
 from dmm.models.student import AdaptedStudent, TrainedAdapter, grow
-from dmm.models.styles import StylePrompts, style_weights
+from dmm.models.styles import StylePrompts, style_weights, term_change
 from dmm.models.teachers import freeze
 from dmm.models.unfused import set_changes
 from dmm.pipeline.styled import add_styles
@@ -283,7 +283,7 @@ def _prompted(run: Run, unet: nn.Module, prompts: StylePrompts, name: str) -> It
     with torch.no_grad():
         term = prompts(style_weights(prompts.names, name))
     kept = KeptWeights()
-    kept.fuse(unet, Adapter({}, {f"{run.plan.family.port}.bias": term}))
+    kept.fuse(unet, term_change(unet, term, run.plan.family.port))
     try:
         yield
     finally:
