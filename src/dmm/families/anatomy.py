@@ -97,7 +97,8 @@ def transformer_anatomy(
     blocks: Callable[[Any], dict[str, Block]],
     *,
     list_name: str,
-    pick: Callable[[Any], Tensor] = second,
+    emptied: tuple[str, ...] = (),
+    pick_in: Callable[[Any], Callable[[Any], Tensor]] = lambda _: second,
     width: Callable[[Any], int],
 ) -> Anatomy:
     """The anatomy of a transformer.
@@ -105,7 +106,8 @@ def transformer_anatomy(
     Args:
         ask, blocks, width: see :class:`Anatomy`.
         list_name: of the list of blocks that is cut in half.
-        pick: the picture's tokens, (B, h w, D), of the output of a block in that list.
+        emptied: lists of blocks behind that one, which a cut denoiser has none of.
+        pick_in: given a denoiser, what picks the picture's tokens, (B, h w, D), of the output of a block in that list.
     """
 
     def cut(denoiser: Any) -> Any:
@@ -113,10 +115,13 @@ def transformer_anatomy(
         kept._modules = dict(denoiser._modules)
         whole = getattr(denoiser, list_name)
         setattr(kept, list_name, whole[: max(1, len(whole) // 2)])
+        for name in emptied:
+            setattr(kept, name, nn.ModuleList())
         return kept
 
     def look(denoiser: Any, x_t: Tensor, timesteps: Tensor, given: Mapping[str, Any]) -> Tensor:
         caught: list[Tensor] = []
+        pick = pick_in(denoiser)
         hook = getattr(denoiser, list_name)[-1].register_forward_hook(lambda _, __, output: caught.append(pick(output)))
         try:
             ask(denoiser, x_t, timesteps, given)
