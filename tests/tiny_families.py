@@ -3,7 +3,14 @@
 import pytest
 import torch
 from conftest import MAX_TOKENS, tiny_pipeline, tiny_text_encoder, tiny_tokenizer, tiny_unet, tiny_vae
-from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from dmm.families import FAMILIES
@@ -47,6 +54,35 @@ def tiny_sdxl(seed: int = 0, prediction_type: str = "epsilon", **schedule) -> St
     )
 
 
+def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            num_layers=3,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16 + 24,
+            caption_projection_dim=32,
+            pooled_projection_dim=16 + 12,
+            pos_embed_max_size=8,
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(latent_channels=16, shift_factor=0.0609),
+        text_encoder=_with_projection(tokenizer, hidden_size=16, projection_dim=16),
+        tokenizer=tokenizer,
+        text_encoder_2=_with_projection(tokenizer, hidden_size=24, projection_dim=12),
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
 def _with_projection(tokenizer, hidden_size, projection_dim):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -64,11 +100,13 @@ def _with_projection(tokenizer, hidden_size, projection_dim):
     return CLIPTextModelWithProjection(config)
 
 
-TINY = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl}
+TINY = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
 """By the families' names, called with a seed."""
+UNETS = [name for name in TINY if FAMILIES[name].denoiser.layout]
+"""Those whose models are kept in single files, too."""
 
 
-@pytest.fixture(scope="session", params=[name for name in TINY if name != "sd1"])
+@pytest.fixture(scope="session", params=[name for name in UNETS if name != "sd1"])
 def later_on_disk(request, tmp_path_factory):
     """A family but the first, and a model of it as a folder and as a single file; read only."""
     at = tmp_path_factory.mktemp(request.param)

@@ -8,7 +8,7 @@ from tiny_families import TINY, tiny_sdxl
 
 import dmm
 from dmm.errors import UserError
-from dmm.families import FAMILIES, family_of, family_of_class, family_of_names
+from dmm.families import FAMILIES, components_of, denoiser_of, family_of, family_of_class, family_of_names
 from dmm.families.sd1 import SD1
 from dmm.families.sd2 import SD2
 from dmm.families.sdxl import SDXL
@@ -68,12 +68,12 @@ def test_a_family_goes_by_its_key(family):
 def test_a_stock_folder_opens_as_its_family_bit_for_bit(name, tmp_path):
     pipeline = TINY[name](seed=1)
     assert family_of(pipeline) is FAMILIES[name]
-    assert FAMILIES[name].width(pipeline.unet) == 32  # the port is there
+    assert FAMILIES[name].width(denoiser_of(pipeline)) == 32  # the port is there
     pipeline.save_pretrained(tmp_path / "model")
     assert family_of_folder(tmp_path / "model") is FAMILIES[name]
     opened = open_pipeline(ModelSource(tmp_path / "model"))
     assert type(opened) is type(pipeline)
-    for component in FAMILIES[name].components:
+    for component in components_of(pipeline):
         weights = getattr(opened, component.name).state_dict()
         assert all(weights[key].equal(tensor) for key, tensor in getattr(pipeline, component.name).state_dict().items())
 
@@ -83,7 +83,7 @@ def test_the_refiner_is_refused_by_name(tmp_path):
     texts = {name: sdxl.components[name] for name in ("text_encoder_2", "tokenizer_2", "unet", "vae", "scheduler")}
     refiner = StableDiffusionXLImg2ImgPipeline(text_encoder=None, tokenizer=None, **texts)
     refiner.save_pretrained(tmp_path / "refiner")
-    with pytest.raises(UserError, match=r"is the SDXL refiner .*; SD 1\.x, SD 2\.x or SDXL was expected"):
+    with pytest.raises(UserError, match=r"is the SDXL refiner .*; SD 1\.x, SD 2\.x, .* was expected"):
         open_pipeline(ModelSource(tmp_path / "refiner"))
     with pytest.raises(UserError, match="cannot be used"):
         family_of(refiner)

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import TINY
+from tiny_families import TINY, UNETS
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES
@@ -31,7 +31,7 @@ def layers_of(pipe):
     return {name: part for name, part in models_of(pipe).items() if name != "vae"}
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=UNETS)
 def family(request):
     return FAMILIES[request.param]
 
@@ -169,7 +169,7 @@ def test_diffusers_reads_those_layouts_alike(family, adapted, tmp_path, layout):
     assert differences(fused(family, path), pipe)[0] <= 1e-6
 
 
-@pytest.mark.parametrize("other", TINY)
+@pytest.mark.parametrize("other", UNETS)
 def test_another_familys_is_refused_by_its_name(family, kohya, other, caplog):
     if other == family.name:
         return

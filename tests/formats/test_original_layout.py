@@ -6,7 +6,7 @@ from diffusers import UNet2DConditionModel
 from helpers import rewrite, same_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import TINY
+from tiny_families import TINY, UNETS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dmm.errors import UserError
@@ -16,7 +16,7 @@ from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, check_model, open_pipeline
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=UNETS)
 def family(request):
     return FAMILIES[request.param]
 

@@ -313,7 +313,7 @@ def test_keys_that_match_nothing(sd1_folder, tmp_path):
     save_file({"foo.bar": torch.zeros(2)}, tmp_path / "x.safetensors")
     refused(
         ModelSource(tmp_path / "x.safetensors", config=sd1_folder),
-        r"none of its 1 tensors has a name that we know \(such as 'foo\.bar'\)\. SD 1\.x, SD 2\.x or SDXL was expected",
+        r"none of its 1 tensors has a name that we know \(such as 'foo\.bar'\)\. SD 1\.x, SD 2\.x, .* was expected",
     )
 
 
@@ -325,7 +325,7 @@ def test_a_refiner_s_file(sd1_folder, sd1_file, tmp_path):
     file = rewrite(sd1_file, tmp_path / "x.safetensors", change)
     refused(
         ModelSource(file, config=sd1_folder),
-        r"is the SDXL refiner \(it holds '.*embedders\..*SD 1\.x, SD 2\.x or SDXL was expected",
+        r"is the SDXL refiner \(it holds '.*embedders\..*SD 1\.x, SD 2\.x, .* was expected",
     )
 
 
@@ -344,9 +344,7 @@ def test_folders_of_other_families(sd1_folder, tmp_path, class_name, linear, tit
         (folder / "unet/config.json", "use_linear_projection", linear),
     ):
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    refused(
-        ModelSource(folder), rf"is {title} \(model_index\.json: {class_name}\); SD 1\.x, SD 2\.x or SDXL was expected"
-    )
+    refused(ModelSource(folder), rf"is {title} \(model_index\.json: {class_name}\); SD 1\.x, SD 2\.x, .* was expected")
 
 
 def test_a_config_that_is_not_there(sd1_file, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from helpers import paint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import TINY
+from tiny_families import TINY, UNETS
 
 from dmm.families import FAMILIES
 from dmm.models.styles import StylePrompts
@@ -16,7 +16,7 @@ WIDTH = 256  # of the layer that embeds time, as wide beside its input as a real
 LAYER = "lora_unet_time_embedding_linear_2"
 
 
-@pytest.fixture(params=[name for name in TINY if name != "sd1"])
+@pytest.fixture(params=[name for name in UNETS if name != "sd1"])
 def family(request):
     return FAMILIES[request.param]
 

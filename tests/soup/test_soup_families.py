@@ -7,7 +7,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from soup_models import digests, own_cache  # noqa: F401 - fixtures
-from tiny_families import TINY
+from tiny_families import TINY, UNETS
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES
@@ -18,7 +18,7 @@ from dmm.soup.cook import cook
 from dmm.soup.make import make_soup
 from dmm.soup.recipe import SoupRecipe
 
-LATER = [name for name in TINY if name != "sd1"]
+LATER = [name for name in UNETS if name != "sd1"]
 METHODS = ["soup", "weighted_sum", "task_arithmetic", "slerp", "model_stock", "ties", "dare", "dare_ties"]
 
 
@@ -136,7 +136,7 @@ def test_blocks_have_weights_of_their_own(models, tmp_path, digests):  # noqa: F
     assert a.keys() == b.keys() == found.keys()
 
 
-@pytest.mark.parametrize("other", TINY)
+@pytest.mark.parametrize("other", UNETS)
 def test_families_are_never_mixed(models, tmp_path, digests, other):  # noqa: F811
     name, at = models
     if other == name:

@@ -18,7 +18,7 @@ from dmm.evaluation.held_out import Model
 from dmm.evaluation.painting import Painting, paint, share_of
 from dmm.evaluation.pairwise import estimate
 from dmm.evaluation.preference import Scorer
-from dmm.families import family_of
+from dmm.families import components_of
 from dmm.models.teachers import naming
 from dmm.pipeline.styled import temporary_style
 
@@ -38,7 +38,7 @@ def weighted_merge(teachers: Mapping[str, Model], mix: Mix, dtype: torch.dtype) 
     sums: dict[str, dict[str, Tensor]] = {}
     for style, weight in mix.items():
         pipeline = teachers[style].open(torch.float32)
-        for name in (component.name for component in family_of(pipeline).components):
+        for name in (component.name for component in components_of(pipeline)):
             weights = {key: weight * tensor for key, tensor in getattr(pipeline, name).state_dict().items()}
             before = sums.setdefault(name, {})
             sums[name] = {key: tensor + before.get(key, 0) for key, tensor in weights.items()}

@@ -16,6 +16,7 @@ from dmm.families.conditioning import Frame, arguments
 from dmm.families.family import Component, Family
 from dmm.families.sd1 import SD1
 from dmm.families.sd2 import SD2
+from dmm.families.sd3 import SD3
 from dmm.families.sdxl import SDXL
 from dmm.families.strangers import GUIDANCE_MARKERS, LIKELY_LORA_MARKERS, STRANGERS, SURE_LORA_MARKERS, Stranger
 
@@ -29,6 +30,7 @@ __all__ = [
     "anatomy_of",
     "arguments",
     "ask",
+    "components_of",
     "denoiser_of",
     "family_of",
     "family_of_class",
@@ -42,7 +44,7 @@ __all__ = [
     "transformer_of",
 ]
 
-FAMILIES = {family.name: family for family in (SD1, SD2, SDXL)}
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, SD3)}
 
 
 def family_of_names(names: Iterable[str]) -> tuple[Family | Stranger, str] | None:
@@ -89,7 +91,7 @@ def family_of(pipeline: Any) -> Family:
     found = [
         family
         for family in FAMILIES.values()
-        if all(getattr(pipeline, component.name, None) is not None for component in family.components)
+        if all(one.optional or getattr(pipeline, one.name, None) is not None for one in family.components)
         and family.owns(getattr(pipeline, family.denoiser.name).config)
     ]
     for family in found:
@@ -103,7 +105,8 @@ def family_of(pipeline: Any) -> Family:
 def family_of_controlnet(config: Mapping[str, Any]) -> Family | None:
     """The family of the models that a ControlNet guides, by its config; None of what is no ControlNet that we know."""
     for family in FAMILIES.values():
-        if config.get("_class_name") == family.controlnet.model_class.__name__ and family.owns(config):
+        known = family.controlnet
+        if known and config.get("_class_name") == known.model_class.__name__ and family.owns(config):
             return family
     return None
 
@@ -141,7 +144,9 @@ def title_of_lora(names: Iterable[str], metadata: Mapping[str, str]) -> str | No
 
 def transformer_of(family: Family | Stranger) -> str | None:
     """What diffusers calls a family's transformer, whose single files hold nothing else; None of other families."""
-    return family.transformer if isinstance(family, Stranger) else None
+    if isinstance(family, Stranger):
+        return family.transformer
+    return None if family.denoiser.layout else family.denoiser.model_class.__name__
 
 
 def guidance_name(names: Iterable[str]) -> str | None:
@@ -182,7 +187,13 @@ def ask(
 
 def text_encoders_of(pipeline: Any) -> list[Any]:
     """What reads an open pipeline's prompts."""
-    return [getattr(pipeline, one.name) for one in family_of(pipeline).text_encoders]
+    return [getattr(pipeline, one.name) for one in components_of(pipeline) if one.tokenizer]
+
+
+def components_of(pipeline: Any) -> tuple[Component, ...]:
+    """The parts with weights that an open pipeline has."""
+    family = family_of(pipeline)
+    return family.present({one.name for one in family.components if getattr(pipeline, one.name, None) is not None})
 
 
 def set_denoiser(pipeline: Any, denoiser: Any) -> None:

@@ -86,7 +86,7 @@ def normed(tokens: Tensor) -> Tensor:
     return F.layer_norm(tokens.float(), tokens.shape[-1:])
 
 
-def every_fourth(blocks: nn.ModuleList, name: str, pick: Callable[[Any], Tensor]) -> dict[str, Block]:
+def every_fourth(blocks: nn.ModuleList, name: str, pick: Callable[[Any], Tensor] = second) -> dict[str, Block]:
     """The last of every four blocks, and of those that are left over, by their paths."""
     last = len(blocks) - 1
     return {f"{name}.{i}": Block(one, pick) for i, one in enumerate(blocks) if i % 4 == 3 or i == last}

@@ -1,6 +1,6 @@
 """What a family of models is: the one place that knows what differs between them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -35,6 +35,11 @@ class Component:
     """What names of its layers begin with in LoRAs of kohya's layout; the first is written."""
     comfy: tuple[str, ...] = ()
     """The same of a text encoder in LoRAs that ComfyUI saves."""
+    optional: bool = False
+    """Whether models do without it."""
+    num_tokens: int | None = None
+    """Of a text encoder, the tokens of a prompt that it is given where that is not its tokenizer's to say; clip_skip
+    counts no layers of such a one."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ class AuthorsLayout:
     """What their denoiser calls the MLP of the style prompts."""
 
 
+Width = tuple[str, int, int]
+"""What of a denoiser's config must agree with its other parts: the sentence's verb, what is found, what they give."""
+
+
+def unet_widths(configs: Mapping[str, Any]) -> list[Width]:
+    """Of a UNet: of several text encoders the embeddings are read side by side."""
+    unet = next(iter(configs.values()))
+    text = sum(one.hidden_size for name, one in configs.items() if name.startswith("text_encoder"))
+    return [
+        ("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text),
+        ("reads latent channels (in_channels)", unet.in_channels, configs["vae"].latent_channels),
+    ]
+
+
 @dataclass(frozen=True)
 class Family:
     """One family whose models can be opened and merged."""
@@ -64,8 +83,9 @@ class Family:
     """What paints by a ``control``, from an ``image``, in a ``mask``: the pipeline classes by what guides them."""
     components: tuple[Component, ...]
     """The denoiser comes first."""
-    controlnet: Component
-    """What guides the denoiser by an image: a copy of its first half, which embeds time at the same port."""
+    controlnet: Component | None
+    """What guides the denoiser by an image: a copy of its first half, which embeds time at the same port. None where
+    such are not known here."""
     read_tokens: Callable[[Any, Mapping[str, Tensor], int | None], dict[str, Tensor]]
     """What the denoiser reads of prompts, as the pipeline's ``encode_prompt`` has it, by the names of
     :mod:`dmm.families.conditioning`: given a pipeline, (B, T) tokens by tokenizer, and how many last layers are left
@@ -99,6 +119,11 @@ class Family:
     """How its denoiser is asked, and what is caught of it."""
     density: Density | None = None
     """Of a family that is trained by rectified flow, how its sigmas are drawn, before the scheduler's shift."""
+    widths: Callable[[Mapping[str, Any]], list[Width]] = unet_widths
+    """What must agree, given the configs of the parts that there are, by name, the denoiser's first."""
+    samplers: tuple[str, ...] | None = None
+    """Those of :data:`dmm.pipeline.samplers.SAMPLERS` that its pipelines take, the first where none is asked for; None
+    for all."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # by its name: other processes of a run know the same families
@@ -118,6 +143,10 @@ class Family:
     def denoiser(self) -> Component:
         """What is trained."""
         return self.components[0]
+
+    def present(self, parts: Container[str]) -> tuple[Component, ...]:
+        """Its components, of the optional ones those that are among the named parts."""
+        return tuple(one for one in self.components if not one.optional or one.name in parts)
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:

@@ -51,14 +51,6 @@ LIKELY_LORA_MARKERS = (
 
 STRANGERS = (
     Stranger("a ControlNet", ("control_model.", "controlnet_")),
-    Stranger(
-        "SD 3",
-        ("joint_blocks.",),
-        "StableDiffusion3",
-        architecture="stable-diffusion-v3",
-        predicts=None,
-        transformer="SD3Transformer2DModel",
-    ),
     # those first that have the names of FLUX.1, too
     Stranger(
         "FLUX.2",

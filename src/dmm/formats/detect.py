@@ -53,6 +53,12 @@ def check_is_checkpoint(path: Path, header: Header, family: Family) -> None:
     Raises: UserError: as :func:`family_of_file`; or a part is missing.
     """
     family_of_file(path, header, family)
+    if family.denoiser.layout is None:
+        raise UserError(
+            f"{path} is a single file of {family.title}, which opens as a folder only. Convert it once with diffusers "
+            f"({family.pipeline_class.__name__}.from_single_file(...).save_pretrained(...)) and pass that folder; dmm "
+            "soup takes such files as they are."
+        )
     names = header.tensors
     for component in family.components:
         if not any(name.startswith(component.original_prefix) for name in names):

@@ -2,6 +2,7 @@
 
 import inspect
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dmm.files.json import read_json
 from dmm.formats.building import building, check_tokenizer
 from dmm.formats.lora.reading import LORA_FILE
 from dmm.formats.schedules import read_scheduler_config
-from dmm.formats.skeleton import build_skeletons, check_tensors, from_config
+from dmm.formats.skeleton import build_skeletons, check_tensors, from_config, parts_of
 from dmm.formats.stock_files import INDEX, check_classes, config_files, read_index, shards
 from dmm.formats.tensors import check_finite, read_header, read_tensors
 
@@ -52,7 +53,8 @@ def check_configs(folder: Path, family: Family, *, only_names: bool = False) -> 
     read_scheduler_config(folder, family)
     skeletons = build_skeletons(folder, family, only_names=only_names)
     for tokenizer, reader in family.tokenizers.items():
-        check_tokenizer(folder / tokenizer, skeletons[reader].config)
+        if reader in skeletons:
+            check_tokenizer(folder / tokenizer, skeletons[reader].config)
     return skeletons
 
 
@@ -108,7 +110,7 @@ def check_folder(folder: Path, family: Family, *, allow_pickle: bool) -> dict[st
     Raises: UserError: as ``check_configs``; weights missing, cut short, pickled, or not those of the configs.
     """
     skeletons = check_configs(folder, family)
-    for component in family.components:
+    for component in family.present(skeletons):
         check_component(folder / component.name, component, skeletons[component.name], allow_pickle=allow_pickle)
     return skeletons
 
@@ -149,12 +151,13 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
 
     Raises: UserError: a library has something against its files all the same.
     """
-    variants = {weight_files(folder / component.name, component, allow_pickle)[1] for component in family.components}
+    parts = parts_of(folder, family)
+    variants = {weight_files(folder / component.name, component, allow_pickle)[1] for component in parts}
     opened = {
         component.name: open_scaled(
             folder / component.name, component, torch_dtype=torch_dtype, allow_pickle=allow_pickle
         )
-        for component in family.components
+        for component in parts
     }
     scaled = {name: model for name, model in opened.items() if model is not None}
     with building(f"{folder} cannot be opened"):
@@ -166,6 +169,7 @@ def open_folder(folder: Path, family: Family, *, torch_dtype: torch.dtype, allow
             use_safetensors=None if allow_pickle else True,
             local_files_only=True,
             **without_unused(family),
+            **without_optional(family, parts),
             **scaled,
         )
 
@@ -175,6 +179,12 @@ def without_unused(family: Family) -> dict[str, Any]:
     known = inspect.signature(family.pipeline_class.__init__).parameters
     arguments = {"requires_safety_checker": False, **dict.fromkeys(UNUSED_COMPONENTS)}
     return {name: value for name, value in arguments.items() if name in known}
+
+
+def without_optional(family: Family, parts: Sequence[Component]) -> dict[str, None]:
+    """The arguments by which diffusers opens a pipeline without the optional parts that are not among ``parts``."""
+    left_out = [one for one in family.components if one not in parts]
+    return dict.fromkeys(name for one in left_out for name in (one.name, one.tokenizer) if name)
 
 
 def copy_model(source: Path, target: Path, family: Family) -> None:
@@ -188,8 +198,9 @@ def copy_model(source: Path, target: Path, family: Family) -> None:
     for name in (INDEX, FEW_STEPS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    components = {component.name: component for component in family.components}
-    for part in ("scheduler", *family.tokenizers, *components):
+    components = {component.name: component for component in parts_of(source, family)}
+    tokenizers = [one.tokenizer for one in components.values() if one.tokenizer]
+    for part in ("scheduler", *tokenizers, *components):
         files = config_files(source / part)
         if part in components:
             weights, _ = weight_files(source / part, components[part], allow_pickle=False)

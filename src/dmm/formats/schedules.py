@@ -101,7 +101,11 @@ def noise_schedule(config: Mapping[str, Any], where: str = "The scheduler config
 
 def is_flow(config: Mapping[str, Any]) -> bool:
     """Whether a scheduler config is of a model that was trained by rectified flow."""
-    return str(config.get("_class_name")).startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    # an open scheduler's config does not name its class
+    of_its_own = str(config.get("_class_name")).startswith("FlowMatch") or (
+        "shift" in config and "beta_start" not in config
+    )
+    return of_its_own or bool(config.get("use_flow_sigmas"))
 
 
 def predicted(config: Mapping[str, Any]) -> Any:

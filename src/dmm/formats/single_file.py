@@ -172,6 +172,8 @@ def save_single_file(
     Raises: UserError: the pipeline has an adapter, or tensors that the original layout has no name for.
     """
     family, models = family_of(pipeline), pipeline.components
+    if family.denoiser.layout is None:
+        raise UserError(f"{path}: {family.title} has no single file here. Save a folder.")
     tensors: dict[str, Tensor] = {}
     for component, places in original_places(models, family).items():
         if any(isinstance(module, BaseTunerLayer) for module in models[component].modules()):

@@ -25,10 +25,16 @@ def build_skeletons(folder: Path, family: Family, *, only_names: bool = False) -
     Raises: UserError: a config is missing, is not JSON, or describes no model of its class; or the parts do not fit.
     """
     skeletons = {
-        component.name: build_skeleton(folder / component.name, component, family) for component in family.components
+        component.name: build_skeleton(folder / component.name, component, family)
+        for component in parts_of(folder, family)
     }
     _check_widths(skeletons, folder, family, only_names=only_names)
     return skeletons
+
+
+def parts_of(folder: Path, family: Family) -> tuple[Component, ...]:
+    """The components that a stock pipeline folder has to have, and the optional ones that it has."""
+    return family.present({path.parent.name for path in folder.glob("*/config.json")})
 
 
 def build_skeleton(at: Path, component: Component, family: Family) -> Any:
@@ -98,20 +104,19 @@ def from_config(model_class: Any, folder: Path) -> Any:
 
 def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family, *, only_names: bool) -> None:
     name = family.denoiser.name
+    kind = "UNet" if name == "unet" else name
     size = skeletons[name].config.sample_size
     if not (isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2)):
         raise UserError(f"{folder / name / 'config.json'}: its sample_size is {size}; a number, or two, was expected.")
-    unet, vae = (skeletons[name].config for name in (name, "vae"))
-    # of several text encoders the embeddings are read side by side
-    text_width = sum(skeletons[one.name].config.hidden_size for one in family.text_encoders)
-    if not only_names:
-        check_paints_from_noise(str(folder), unet.in_channels, vae.latent_channels)
-    widths = [("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text_width)]
-    if not only_names:
-        widths.append(("reads latent channels (in_channels)", unet.in_channels, vae.latent_channels))
+    configs = {part: skeleton.config for part, skeleton in skeletons.items()}
+    widths = family.widths(configs)
+    if only_names:
+        widths = [one for one in widths if "in_channels" not in one[0]]
+    else:
+        check_paints_from_noise(str(folder), configs[name].in_channels, configs["vae"].latent_channels)
     for what, found, expected in widths:
         if found != expected:
             raise UserError(
-                f"{folder}: the UNet {what} {found}, the folder's other parts give {expected}. "
+                f"{folder}: the {kind} {what} {found}, the folder's other parts give {expected}. "
                 "Choose a text-to-image model whose parts belong together."
             )

@@ -45,8 +45,11 @@ def check_classes(index: dict[str, Any], path: Path, family: Family) -> None:
     Raises: UserError: a part is not named, or is of another class.
     """
     kinds = {component.name: component.model_class.__name__ for component in family.components}
+    optional = {part for one in family.components if one.optional for part in (one.name, one.tokenizer)}
     for name in (*kinds, "scheduler", *family.tokenizers):
         found = index.get(name)
+        if name in optional and found in (None, [None, None]):
+            continue
         if not isinstance(found, list):
             raise UserError(f"{path} names no {name}. The folder is incomplete; save it again.")
         library, kind = found

@@ -1,6 +1,7 @@
 """Adapters on disk, in ``styles/`` of a merged model: ordinary files that other tools read, and an index.
 
-    styles/NAME.safetensors        the low-rank part: a LoRA in kohya's layout, which diffusers, too, loads
+    styles/NAME.safetensors        the low-rank part: a LoRA in kohya's layout, which diffusers, too, loads; of
+                                   transformers in diffusers' own
            NAME.diff.safetensors   the differences of biases and norms, in the layout that ComfyUI and LyCORIS read
            adapters.json           which files a style has, their sha256, and that of the weights that they change
 
@@ -28,6 +29,8 @@ INDEX = "adapters.json"
 _NAMES = "dmm.parameters"
 COMPONENT = "unet"
 """What kohya's names call a denoiser, whatever it is."""
+_TRANSFORMER = "transformer"
+"""The component whose LoRAs diffusers reads in its own layout alone: kohya's counts its blocks otherwise."""
 # of a parameter's name, what stands for it in the layouts that carry whole differences
 _ENDINGS = {"weight": "diff", "bias": "diff_b"}
 
@@ -145,9 +148,17 @@ def write_adapter(
 
 
 def lora_tensors(adapter: Adapter, component: str = COMPONENT) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """An adapter's low-rank part in kohya's layout, and the parameter that each layer's name stands for."""
+    """An adapter's low-rank part in kohya's layout, or of a transformer in diffusers', and the parameter that each
+    layer's name stands for.
+    """
     tensors, names = {}, {}
     for name, one in adapter.factors.items():
+        if component == _TRANSFORMER:
+            layer = f"{component}.{name.removesuffix('.weight')}"
+            tensors[f"{layer}.lora_A.weight"] = one.down.contiguous()
+            tensors[f"{layer}.lora_B.weight"] = one.up.reshape(*one.up.shape, *(1,) * (one.down.ndim - 2)).contiguous()
+            names[layer] = name
+            continue
         layer = kohya_name(component, name.removesuffix(".weight"))
         tensors[f"{layer}.lora_down.weight"] = one.down.contiguous()
         tensors[f"{layer}.lora_up.weight"] = one.up.reshape(*one.up.shape, *(1,) * (one.down.ndim - 2)).contiguous()
@@ -184,7 +195,8 @@ def read_adapter(files: Sequence[Path]) -> Adapter:
                 if key in tensors:
                     offsets[str(name)] = tensors[key]
                     continue
-                up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
+                ends = ("lora_B", "lora_A") if f"{key}.lora_B.weight" in tensors else ("lora_up", "lora_down")
+                up, down = (tensors[f"{key}.{end}.weight"] for end in ends)
                 factors[str(name)] = Factors(up.flatten(1), down)
         except (AttributeError, KeyError, IndexError, ValueError) as error:
             raise UserError(f"{path}: its {_NAMES} does not tell what its tensors change. Get another copy.") from error

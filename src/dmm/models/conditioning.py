@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import family_of
+from dmm.families import components_of, family_of
 
 
 def tokenize(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -20,24 +20,26 @@ def tokenize(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
         is cut.
     """
     found = {}
-    for name in family_of(pipeline).tokenizers:
-        tokenizer = getattr(pipeline, name)
+    for reader in components_of(pipeline):
+        if not reader.tokenizer:
+            continue
+        tokenizer = getattr(pipeline, reader.tokenizer)
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
-            max_length=tokenizer.model_max_length,
+            max_length=reader.num_tokens or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        found[name] = tokens.input_ids
+        found[reader.tokenizer] = tokens.input_ids
     return found
 
 
 def num_cut(pipeline: Any, prompts: Sequence[str]) -> int:
     """How many prompts are longer than the text encoders read."""
-    tokenizers = [getattr(pipeline, name) for name in family_of(pipeline).tokenizers]
-    counted = zip(*(tokenizer(list(prompts), verbose=False).input_ids for tokenizer in tokenizers), strict=True)
-    most = [tokenizer.model_max_length for tokenizer in tokenizers]
+    readers = [(one, getattr(pipeline, one.tokenizer)) for one in components_of(pipeline) if one.tokenizer]
+    counted = zip(*(tokenizer(list(prompts), verbose=False).input_ids for _, tokenizer in readers), strict=True)
+    most = [reader.num_tokens or tokenizer.model_max_length for reader, tokenizer in readers]
     return sum(any(len(ids) > length for ids, length in zip(of_prompt, most, strict=True)) for of_prompt in counted)
 
 
@@ -88,7 +90,8 @@ def check_clip_skip(pipeline: Any, clip_skip: int | None) -> None:
     if clip_skip is None:
         return
     family = family_of(pipeline)
-    layers = min(getattr(pipeline, one.name).config.num_hidden_layers for one in family.text_encoders)
+    clips = [getattr(pipeline, one.name) for one in family.text_encoders if one.num_tokens is None]
+    layers = min(one.config.num_hidden_layers for one in clips)
     layers -= family.layers_left_out
     if not 1 <= clip_skip < layers:
         raise UserError(

@@ -36,6 +36,8 @@ def check_controlnet(folder: Path, family: Family, denoiser: Any, *, name: str |
     Raises: UserError: it is no ControlNet, of another family, or not whole.
     """
     name = name or str(folder)
+    if family.controlnet is None:
+        raise UserError(f"{name}: ControlNets of {family.title} are not known here. Leave it out.")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name}: {folder} is no ControlNet's diffusers folder: it holds no config.json. Name one, as "
@@ -78,6 +80,7 @@ def open_controlnet(folder: Path, family: Family, *, torch_dtype: torch.dtype = 
 
     Raises: UserError: values that are not finite; or the library has something against its files all the same.
     """
+    assert family.controlnet is not None  # check_controlnet has passed it
     _, variant = weight_files(folder, family.controlnet, allow_pickle=False)
     with building(f"{folder}: the ControlNet could not be opened"):
         net = family.controlnet.model_class.from_pretrained(

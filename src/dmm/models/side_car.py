@@ -85,9 +85,12 @@ def write_side_car(prompts: StylePrompts, folder: Path, *, family: Family | None
     else:
         prompts.save_config(styles)
     if prompts.adapters:
-        component = "controlnet" if family else "unet"
-        weights = folder if family else folder / family_of_folder(folder).denoiser.name
-        family = family or family_of_folder(folder)
+        if family:
+            component, weights = "controlnet", folder
+        else:
+            family = family_of_folder(folder)
+            component = family.denoiser.name
+            weights = folder / component
         digest = sha256(*sorted(weights.glob("*.safetensors")))
         told = {one.name: family.lora_metadata | _metadata(one) for one in prompts.provenance}
         told = dict.fromkeys(prompts.names, family.lora_metadata) | told

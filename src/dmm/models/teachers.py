@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 
 from dmm.errors import UserError
-from dmm.families import Family
+from dmm.families import Family, components_of
 from dmm.files.runs import check_finished
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import check_is_checkpoint, family_of_file
@@ -178,7 +178,7 @@ def open_pipeline(
             )
             pipeline.register_modules(vae=vae)
         pipeline.scheduler = open_scheduler(checked.scheduler_config)
-        for component in family.components:
+        for component in components_of(pipeline):
             tensors = getattr(pipeline, component.name).state_dict()
             assert not any(tensor.is_meta for tensor in tensors.values()), f"{component.name} is not wholly loaded"
             check_finite(tensors, f"{path}: {component.name}")

@@ -158,7 +158,9 @@ def _check(folder: Path, denoiser: Any) -> Family:
 def _family_of(config: Mapping[str, Any], where: str) -> Family:
     family = family_of_controlnet(config)
     if family is None:
-        kinds = ", ".join(dict.fromkeys(one.controlnet.model_class.__name__ for one in FAMILIES.values()))
+        kinds = ", ".join(
+            dict.fromkeys(one.controlnet.model_class.__name__ for one in FAMILIES.values() if one.controlnet)
+        )
         raise UserError(
             f"{where} holds a {config.get('_class_name')}, not a {kinds} of a family that opens here. Name a "
             "ControlNet's diffusers folder."

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 import dmm
 from dmm.errors import UserError
-from dmm.families import denoiser_of, family_of
+from dmm.families import components_of, denoiser_of, family_of
 from dmm.files.outputs import new_file, new_folder
 from dmm.formats.folder import PARTS
 from dmm.formats.original_layout import original_names
@@ -177,7 +177,7 @@ def _write_folder(pipe: Any, folder: Path, dtype: torch.dtype, metadata: Mapping
     _check_in(pipe, dtype)
     write_stock_folder(pipe, folder)
     family = family_of(pipe)
-    for component in family.components:
+    for component in components_of(pipe):
         for file in (folder / component.name).glob("*.safetensors"):
             tensors = {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -188,7 +188,7 @@ def _write_folder(pipe: Any, folder: Path, dtype: torch.dtype, metadata: Mapping
 
 
 def _check_in(pipe: Any, dtype: torch.dtype) -> None:
-    for component in family_of(pipe).components:
+    for component in components_of(pipe):
         model = getattr(pipe, component.name)
         if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise UserError(

@@ -91,14 +91,19 @@ def add_plugins(
     """
     if start is not None and start.mask is not None:
         _check_takes_masks(denoiser_of(pipe))
+    family = family_of(pipe)
+    given = {"control": bool(controls), "image": start is not None, "mask": start is not None and bool(start.mask)}
+    guides = frozenset(name for name, one in given.items() if one)
+    if guides not in family.pipelines or (ip_adapter is not None and family.controlnet is None):
+        told = [*sorted(guides), *(["IP-Adapter"] if ip_adapter is not None else [])]
+        raise UserError(f"{family.title} is not guided by {' and '.join(told)} here. Leave it out.")
     pictures = {file: open_picture(file) for file in _pictures(controls, start, ip_adapter)}
     nets = [_open_control(control, pipe) for control in (controls[:1] if by_turns else controls)]
     parts = dict(pipe.components)
     if ip_adapter is not None:
         _check_ip_adapter(ip_adapter.file, denoiser_of(pipe))
         parts["image_encoder"] = _open_image_encoder(ip_adapter, pipe)
-    guides = [("control", bool(nets)), ("image", start is not None), ("mask", start is not None and bool(start.mask))]
-    kind = family_of(pipe).pipelines[frozenset(name for name, given in guides if given)]
+    kind = family.pipelines[guides]
     if nets:
         parts["controlnet"] = nets if len(nets) > 1 else nets[0]
     guided = kind(**parts, **_settings(kind, pipe, parts))

@@ -166,8 +166,16 @@ class _RegionalDenoiser:
         self._pipe = pipe
         self._batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
-    def __call__(self, sample: Tensor, timestep: Tensor, *args: Any, **arguments: Any) -> tuple[Tensor]:
-        """The model's prediction of a canvas, (G, C, H, W), one picture in G parts of guidance, the prompt's last."""
+    def __call__(
+        self, sample: Tensor | None = None, timestep: Any = None, *args: Any, **arguments: Any
+    ) -> tuple[Tensor]:
+        """The model's prediction of a canvas, (G, C, H, W), one picture in G parts of guidance, the prompt's last.
+
+        A UNet's pipeline gives the canvas by its place, and one timestep; a transformer's by name, and one for each
+        part.
+        """
+        by_name = sample is None
+        sample = arguments.pop("hidden_states") if sample is None else sample
         num_parts = len(sample)
         predicted = torch.zeros_like(sample, dtype=torch.float32)
         counted = torch.zeros_like(predicted[:1, :1])
@@ -176,7 +184,11 @@ class _RegionalDenoiser:
             tiles = torch.stack([sample[(slice(None), slice(None), *row.place)] for row in rows], 1).flatten(0, 1)
             read = [_conditioning(row.layer.conditioning, arguments, num_parts) for row in rows]
             with temporary_style(self._pipe, [row.layer.style for row in rows]):
-                output = denoiser_of(self._pipe)(tiles, timestep, *args, **_stack(read))[0]
+                denoiser, more = denoiser_of(self._pipe), _stack(read)
+                if by_name:
+                    output = denoiser(hidden_states=tiles, timestep=timestep[:1].expand(len(tiles)), **more)[0]
+                else:
+                    output = denoiser(tiles, timestep, *args, **more)[0]
             for row, of_row in zip(rows, output.unflatten(0, (num_parts, len(rows))).unbind(1), strict=True):
                 weights = row.weights.to(predicted)
                 predicted[(slice(None), slice(None), *row.place)] += weights * of_row.float()

@@ -22,12 +22,14 @@ class Sampler:
             from another sampler that had other settings.
         timestep_spacing: how the steps are spread, unless the model asks for "trailing".
         eta: share of fresh noise in each step, of schedulers that take one.
+        flow: the scheduler of that name for models of rectified flow; None where there is none.
     """
 
     scheduler: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     timestep_spacing: str = "linspace"
     eta: float = 0.0
+    flow: str | None = None
 
 
 _SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -40,14 +42,20 @@ _DPM = _SIGMAS | {
 }
 
 SAMPLERS: Mapping[str, Sampler] = {
-    "DPM++ 2M": Sampler("DPMSolverMultistepScheduler", _DPM),
+    "DPM++ 2M": Sampler("DPMSolverMultistepScheduler", _DPM, flow="DPMSolverMultistepScheduler"),
     "DPM++ 2M Karras": Sampler("DPMSolverMultistepScheduler", _DPM | {"use_karras_sigmas": True}),
-    "Euler": Sampler("EulerDiscreteScheduler", _SIGMAS | {"final_sigmas_type": "zero"}),
+    "Euler": Sampler(
+        "EulerDiscreteScheduler",
+        _SIGMAS | {"final_sigmas_type": "zero"},
+        flow="FlowMatchEulerDiscreteScheduler",
+    ),
     "Euler a": Sampler("EulerAncestralDiscreteScheduler"),
     # diffusers clips to [-1, 1] unless told not to: right for pixels, ruinous for latents
     "DDIM": Sampler("DDIMScheduler", {"clip_sample": False}, timestep_spacing="leading"),
     "UniPC": Sampler(
-        "UniPCMultistepScheduler", _SIGMAS | {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"}
+        "UniPCMultistepScheduler",
+        _SIGMAS | {"solver_order": 2, "solver_type": "bh2", "final_sigmas_type": "zero"},
+        flow="UniPCMultistepScheduler",
     ),
     # for models, or LoRAs, that were distilled to paint in a few steps
     "LCM": Sampler("LCMScheduler", {"clip_sample": False}, timestep_spacing="leading"),

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import denoiser_of, family_of
+from dmm.families import Family, denoiser_of, family_of
+from dmm.formats.schedules import is_flow
 from dmm.maths.mixes import Mix
 from dmm.models.conditioning import check_clip_skip, encode_captions, encode_tokens, tokenize
 from dmm.pipeline.samplers import DEFAULT_SAMPLER, SAMPLERS, check_multiple, check_settings
@@ -149,7 +150,9 @@ def _sample_batches(
         for style in styles:
             check_style(names, style)
     width, height = picture_size(pipeline, width, height)
+    sampler = usual_sampler(family_of(pipeline), sampler)
     scheduler = build_scheduler(pipeline.scheduler.config, sampler)
+    _check_begins(pipeline, scheduler, sampler)
     check_settings(steps=steps, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
     check_clip_skip(pipeline, clip_skip)
     trained_steps = scheduler.config.num_train_timesteps
@@ -190,7 +193,7 @@ def _sample_batches(
                     height=height,
                     clip_skip=clip_skip,
                     output_type=output_type,
-                    eta=SAMPLERS[sampler].eta,
+                    **({} if is_flow(pipeline.scheduler.config) else {"eta": SAMPLERS[sampler].eta}),
                 )
             yield images
 
@@ -277,20 +280,50 @@ def build_scheduler(config: Mapping[str, Any], sampler: str = DEFAULT_SAMPLER) -
     if sampler not in SAMPLERS:
         raise UserError(f"There is no sampler '{sampler}'; choose from {', '.join(SAMPLERS)}.")
     chosen = SAMPLERS[sampler]
+    if is_flow(config):
+        if chosen.flow is None:
+            known = [name for name, one in SAMPLERS.items() if one.flow]
+            raise UserError(f"The sampler {sampler} is not for flow models; choose from {', '.join(known)}.")
+        flow_class: Any = getattr(diffusers, chosen.flow)
+        if chosen.flow.startswith("FlowMatch"):
+            return flow_class.from_config(config)
+        flow = {"use_flow_sigmas": True, "flow_shift": config.get("shift") or 1.0, "prediction_type": "flow_prediction"}
+        return flow_class(num_train_timesteps=config.get("num_train_timesteps", 1000), **flow, **chosen.settings)
     spacing = "trailing" if config.get("timestep_spacing") == "trailing" else chosen.timestep_spacing
     scheduler_class: Any = getattr(diffusers, chosen.scheduler)
     return scheduler_class.from_config(config, timestep_spacing=spacing, **chosen.settings)
 
 
+def usual_sampler(family: Family, sampler: str) -> str:
+    """The sampler that a family's pipelines take: the one that is asked for, or the first of theirs for the default.
+
+    Raises: UserError: they take others.
+    """
+    known = family.samplers
+    if known is None or sampler in known or sampler not in SAMPLERS:
+        return sampler
+    if sampler == DEFAULT_SAMPLER:
+        return known[0]
+    raise UserError(f"{family.title} is not painted by {sampler}; choose from {', '.join(known)}.")
+
+
+def _check_begins(pipeline: Any, scheduler: Any, sampler: str) -> None:
+    """Refuse a sampler that cannot begin with a picture, where the pipeline of a flow model does."""
+    begins = "strength" in inspect.signature(type(pipeline).__call__).parameters
+    if begins and is_flow(pipeline.scheduler.config) and not hasattr(scheduler, "scale_noise"):
+        raise UserError(f"The sampler {sampler} cannot begin with an image on a model of rectified flow; choose Euler.")
+
+
 def picture_size(pipeline: Any, width: int | None = None, height: int | None = None) -> tuple[int, int]:
     """Width and height in pixels, the model's own where not given.
 
-    Raises: UserError: one is not a multiple of the pipeline's step (8 pixels, more for a VAE that shrinks more).
+    Raises: UserError: one is not a multiple of the pipeline's step (8 pixels, more where VAE and denoiser shrink more).
     """
     own = denoiser_of(pipeline).config.sample_size
     own_height, own_width = (own, own) if isinstance(own, int) else own
     factor = pipeline.vae_scale_factor
-    step = math.lcm(8, factor)  # diffusers' pipelines insist on 8 whatever the VAE
+    # diffusers' pipelines insist on 8 whatever the VAE; transformers take several latents at a time
+    step = math.lcm(8, factor * (denoiser_of(pipeline).config.get("patch_size") or 1))
     sizes = (own_width * factor if width is None else width, own_height * factor if height is None else height)
     for name, size in zip(("width", "height"), sizes, strict=True):
         check_multiple(name, size, step)

@@ -57,12 +57,13 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
     direction, error = constant_of(denoiser_of(pipe), family.port)
     direction = direction.float()
     are_loras = error <= MAX_ERROR
-    original = original_names(pipe.components, family)[family.denoiser.name][f"{family.port}.weight"]
+    weight = f"{family.port}.weight"
+    original = original_names(pipe.components, family).get(family.denoiser.name, {}).get(weight, weight)
     layer = original.removeprefix(family.denoiser.original_prefix).removesuffix(".weight")
     for style, stem in zip(prompts.names, file_stems(prompts.names), strict=True):
         header = {"format": "pt", **metadata[style], **family.lora_metadata}
         adapter = prompts.adapters.get(style, NOTHING)
-        loras, differences = adapter, difference_tensors(adapter)[0]
+        loras, differences = adapter, difference_tensors(adapter, family.denoiser.name)[0]
         if prompts.config.dim:
             term = style_term(pipe, style).cpu()
             if are_loras:
@@ -72,7 +73,7 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
                 differences[f"diffusion_model.{layer}.diff_b"] = term
             if adapter is NOTHING:
                 write_tensors(folder / DIFFUSERS_FOLDER / f"{stem}.safetensors", _as_peft(pipe, term), header)
-        layers = lora_tensors(loras)[0]
+        layers = lora_tensors(loras, family.denoiser.name)[0]
         ranks = {one.rank for one in loras.factors.values()}
         dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
         network = {"ss_network_module": "networks.lora", "ss_network_dim": dim}

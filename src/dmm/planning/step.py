@@ -58,9 +58,11 @@ class Shapes:
     def conditioning(self, num_samples: int) -> dict[str, Tensor]:
         """What the denoiser reads, by flat names, as the base's text encoders give it."""
         tokens = {}
-        for tokenizer, encoder in self.family.tokenizers.items():
-            length = self.skeletons[encoder].config.max_position_embeddings
-            tokens[tokenizer] = torch.zeros(num_samples, length, dtype=torch.int64, device=META)
+        for reader in self.family.present(self.skeletons):
+            if not reader.tokenizer:
+                continue
+            length = reader.num_tokens or self.skeletons[reader.name].config.max_position_embeddings
+            tokens[reader.tokenizer] = torch.zeros(num_samples, length, dtype=torch.int64, device=META)
         told = self.family.read_size(Frame.whole(self.size, self.size))
         sizes = {name: value.to(META).expand(num_samples, *value.shape) for name, value in told.items()}
         with torch.no_grad():

@@ -12,7 +12,7 @@ from dmm.formats.ema import choose_weights, has_average_beside
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraChange, is_lora
 from dmm.formats.original_layout import MARKS, Place, is_unread, original_places
-from dmm.formats.schedules import read_scheduler_config, said_of_schedule
+from dmm.formats.schedules import predicted, read_scheduler_config, said_of_schedule
 from dmm.formats.single_file import prediction_type_of
 from dmm.formats.stock_files import read_index
 from dmm.formats.tensors import Header
@@ -270,7 +270,7 @@ def _open_folder(path: Path, label: str, ema: bool) -> OpenModel:
     if not any(name.startswith("unet/") for name in tensors):
         raise UserError(f"{path} has no UNet. Pass a whole pipeline folder.")
     scheduler = read_scheduler_config(path)
-    prediction_type = str(scheduler.get("prediction_type", "epsilon"))
+    prediction_type = predicted(scheduler)
     return OpenModel(label, path, "folder", family, prediction_type, scheduler, tensors, files)
 
 

@@ -21,6 +21,7 @@ from dmm.formats.schedules import (
     check_same_schedule,
     marks,
     noise_schedule,
+    predicted,
     read_scheduler_config,
     same_schedules,
     untold_by_marks,
@@ -149,7 +150,7 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
     said = next((model.prediction_type for model in models if model.prediction_type), None)
     prediction_type = said
     if said is None and configs is not None:
-        prediction_type = read_scheduler_config(configs).get("prediction_type", "epsilon")
+        prediction_type = predicted(read_scheduler_config(configs))
     scheduler = _scheduler_of(models, configs, prediction_type)
     if mixed:
         assert configs is not None

@@ -181,7 +181,7 @@ def describe_acceleration(
 
 
 def _sizes(recipe: FewStepRecipe, checked: CheckedModel) -> Sizes:
-    denoiser, *readers = (checked.skeletons[component.name] for component in checked.family.components)
+    denoiser, *readers = (checked.skeletons[one.name] for one in checked.family.present(checked.skeletons))
     weights = _num_weights(denoiser)
     if not recipe.rank:
         return Sizes(denoiser=weights, style_prompts=0, readers=sum(map(_num_weights, readers)))

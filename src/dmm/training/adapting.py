@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dmm.errors import UserError
-from dmm.families import set_denoiser
+from dmm.families import components_of, set_denoiser
 from dmm.files.runs import CALIBRATION, CHECKPOINTS, STYLE_RUNS, UNTRAINED, step_of
 from dmm.formats.lora import LowRank, read_lora
 from dmm.maths.schedules import timesteps_of_equal_power
@@ -250,7 +250,7 @@ def _own_factors(run: Run, index: int) -> dict[str, Factors]:
         return {}
     source = run.plan.teachers[index]
     denoiser = run.plan.family.denoiser.name
-    models = {one.name: getattr(run.base, one.name) for one in run.plan.family.components}
+    models = {one.name: getattr(run.base, one.name) for one in components_of(run.base)}
     changes = [
         (change, scale)
         for path, scale in source.loras

@@ -48,7 +48,8 @@ def check_controls(recipe: Recipe, num_processes: int, device: torch.device) -> 
     for name, condition in conditions.items():
         with naming(f"data.conditions.{name}"):
             _check_condition(condition, recipe)
-    start = None
+    start, component = None, base.family.controlnet
+    assert component is not None  # or the first teacher would not have passed
     if recipe.start not in ("base", "average"):
         start = ModelSource(recipe.start)
         skeleton = check_controlnet(_folder(start), base.family, base.denoiser, name="start")
@@ -59,7 +60,7 @@ def check_controls(recipe: Recipe, num_processes: int, device: torch.device) -> 
         Provenance(
             teacher.name,
             str(source.model),
-            sha256(*weight_files(_folder(source), base.family.controlnet, allow_pickle=False)[0]),
+            sha256(*weight_files(_folder(source), component, allow_pickle=False)[0]),
             base.family.name,
             base.prediction_type,
         )

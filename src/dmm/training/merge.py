@@ -85,7 +85,7 @@ _WRITTEN = (
     "scheduler",
     *dict.fromkeys(tokenizer for family in FAMILIES.values() for tokenizer in family.tokenizers),
     NET_INDEX,
-    *(f"{family.controlnet.weights_name}.safetensors" for family in FAMILIES.values()),
+    *(f"{one.controlnet.weights_name}.safetensors" for one in FAMILIES.values() if one.controlnet),
 )
 # of a recipe, what a run may not change once it has begun
 _BINDING = (

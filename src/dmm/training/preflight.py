@@ -502,16 +502,11 @@ def sizes_of(recipe: Recipe, family: Family, skeletons: Mapping[str, Any], style
         skeletons: the base's components.
         styles: the student's.
     """
-    denoiser, *readers = (skeletons[component.name] for component in family.components)
+    denoiser, *readers = (skeletons[component.name] for component in family.present(skeletons))
     with torch.device("meta"):
         prompts = StylePrompts(list(styles), 0 if recipe.styles.has_adapters else family.width(denoiser))
-        head = build_head(denoiser.config.block_out_channels[-1], len(styles))
-    # what the discriminator looks with ends after the middle block
-    backbone = sum(
-        parameter.numel()
-        for name, parameter in denoiser.named_parameters()
-        if not name.startswith(("up_blocks.", "conv_norm_out.", "conv_out."))
-    )
+        head = build_head(family.anatomy.width(denoiser), len(styles))
+    backbone = _num_weights(family.anatomy.cut(denoiser))
     has_adversary = recipe.losses.adversarial > 0
     return Sizes(
         denoiser=_num_weights(denoiser),
