@@ -6,6 +6,8 @@ judge that is shipped is then trained on everything.
 
 In training the concept head has a class for each of the 1,636 concepts, since many concepts in many
 hands teach the features what a hand does not change; what is shipped are the published ones' rows.
+
+With ``--treated`` it is a judge of the thirty-two hands of ``treatments.py``, left as ``WORK/judge-treated``.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from dmm.demo.judge import Judge
 from drawings import CONCEPTS, STYLES, Drawings, augment, nudge, read_drawings, shrink
 from training import fit
+from treatments import ALL_STYLES, TREATMENTS, treat
 
 FOLDS = 5
 
@@ -59,21 +62,35 @@ def accuracy(judge: Judge, drawings: Drawings, view: Callable[[Tensor], Tensor])
     style, concept = [], []
     with torch.no_grad():
         for images in drawings.images.split(512):
-            verdict = judge(view(images))
-            style.append(verdict.style_logits.argmax(1))
-            concept.append(verdict.concept_logits[:, : len(CONCEPTS)].argmax(1))
+            verdict = judge(view(images).to(judge.device))
+            style.append(verdict.style_logits.argmax(1).cpu())
+            concept.append(verdict.concept_logits[:, : len(CONCEPTS)].argmax(1).cpu())
     return torch.cat(style) == drawings.styles, torch.cat(concept) == drawings.concepts
 
 
-def train_judge(train: Drawings, test: Drawings | None, folder: Path, steps: int, seed: int) -> Judge:
-    """Train on all of ``train``; a third of every batch is published drawings."""
+def confusion(judge: Judge, drawings: Drawings) -> dict[str, float]:
+    """For each treated hand, the share of its drawings that the judge knows for that hand's."""
+    shares = {}
+    with torch.no_grad():
+        for place, style in enumerate(ALL_STYLES):
+            own = drawings.select(drawings.styles == place % len(STYLES))
+            images = treat(shrink(own.images), torch.full((len(own),), place))
+            shares[style] = (judge(images).style_logits.argmax(1) == place).float().mean().item()
+    return shares
+
+
+def train_judge(
+    train: Drawings, test: Drawings | None, folder: Path, steps: int, seed: int, *, treated: bool = False
+) -> Judge:
+    """Train on all of ``train``; a third of every batch is published drawings; where ``treated``, in all treatments."""
     torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     others = sorted(set(train.texts) - set(CONCEPTS))
     class_of = {text: i for i, text in enumerate((*CONCEPTS, *others))}
     classes = torch.tensor([class_of[text] for text in train.texts])
-    judge = Judge(styles=STYLES, concepts=CONCEPTS)
+    judge = Judge(styles=ALL_STYLES if treated else STYLES, concepts=CONCEPTS)
     judge.concept_head = nn.Linear(judge.concept_head.in_features, len(class_of))
-    judge.to(memory_format=torch.channels_last)
+    judge.to(device, memory_format=torch.channels_last)
     published = (train.concepts >= 0).nonzero().flatten()
 
     def step(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -81,13 +98,17 @@ def train_judge(train: Drawings, test: Drawings | None, folder: Path, steps: int
         rows = torch.cat([some, torch.randint(len(train), (64,), generator=generator)])
         turned = augment(train.images[rows[::2]], generator, zoom=0.15, turn=0.15, shift=0.06)
         crisp = nudge(train.images[rows[1::2]], generator, reach=4)  # turning softens what a hand may be known by
-        images = perturb(torch.stack([turned, crisp], 1).flatten(0, 1), generator)
+        images, styles = torch.stack([turned, crisp], 1).flatten(0, 1), train.styles[rows]
+        if treated:
+            styles = styles + len(STYLES) * torch.randint(1 + len(TREATMENTS), styles.shape, generator=generator)
+            images = treat(images, styles)
+        images = perturb(images, generator)
         flip = torch.rand((len(rows), 1, 1, 1), generator=generator) < 0.5
         images = torch.where(flip, images.flip(3), images).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            verdict = judge(images)
-        style = F.cross_entropy(verdict.style_logits.float(), train.styles[rows], label_smoothing=0.05)
-        concept = F.cross_entropy(verdict.concept_logits.float(), classes[rows], label_smoothing=0.05)
+        with torch.autocast(device.type, torch.bfloat16):
+            verdict = judge(images.to(device))
+        style = F.cross_entropy(verdict.style_logits.float(), styles.to(device), label_smoothing=0.05)
+        concept = F.cross_entropy(verdict.concept_logits.float(), classes[rows].to(device), label_smoothing=0.05)
         return style + concept, {"style_loss": style.item(), "concept_loss": concept.item()}
 
     def evaluate() -> dict[str, float]:
@@ -100,7 +121,7 @@ def train_judge(train: Drawings, test: Drawings | None, folder: Path, steps: int
     kept = nn.Linear(judge.concept_head.in_features, len(CONCEPTS))
     kept.load_state_dict({name: value[: len(CONCEPTS)] for name, value in judge.concept_head.state_dict().items()})
     judge.concept_head = kept
-    return judge
+    return judge.to("cpu")
 
 
 def main() -> None:
@@ -109,11 +130,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--folds", type=int, default=FOLDS)
+    parser.add_argument(
+        "--treated", action="store_true", help="of all treatments; no folds, it is measured as it stands"
+    )
     args = parser.parse_args()
 
     everything = read_drawings(args.drawings)
     distinct = without_twins(everything)
     print(f"{len(everything) - len(distinct)} drawings that two hands share are left out of training", flush=True)
+    if args.treated:
+        judge = train_judge(distinct, None, args.work / "judge-treated-run", args.steps, args.folds, treated=True)
+        judge.save_pretrained(args.work / "judge-treated")
+        print(json.dumps(confusion(judge, everything.select(everything.concepts >= 0)), indent=2))
+        return
     judge = train_judge(distinct, None, args.work / "judge-run", args.steps, seed=args.folds)
     judge.save_pretrained(args.work / "judge")
     fresh = torch.Generator().manual_seed(2**31)
