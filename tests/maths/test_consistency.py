@@ -1,19 +1,18 @@
-"""A sub-path's ends are the teacher's points, its middle has the noise that is told, and f is the identity at t = 0."""
+"""A sub-path's ends are the teacher's points, between them is one noise, and f is the identity at t = 0."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from dmm.maths.consistency import (
+    as_noised,
     clean_and_noise,
     consistent,
-    embed_gamma,
     embed_guidance,
     guide,
     path_timesteps,
     sub_path_noise,
     sub_path_point,
-    sub_path_x0,
 )
 from dmm.maths.diffusion import add_noise, epsilon_to_velocity
 
@@ -68,39 +67,42 @@ def test_the_ends_of_a_sub_path_are_the_teachers_points():
     torch.testing.assert_close(sub_path_noise(torch.zeros(3), T, S), (1 - S) * T / S)
 
 
-def test_the_noise_of_a_sub_path_is_that_of_diffusing_on():
-    """x_t is x_s diffused on by fresh noise: the mean of many such sub-paths has the signal of t, their spread s."""
-    generator = torch.Generator().manual_seed(0)
-    fresh = torch.randn(200_000, generator=generator)
-    first = torch.randn(200_000, generator=generator)
-    alpha_bar_t, alpha_bar_s, gamma = torch.tensor([0.3]), torch.tensor([0.6]), torch.tensor([0.4])
-    ratio = alpha_bar_t / alpha_bar_s
-    x_s = alpha_bar_s.sqrt() * 2 + (1 - alpha_bar_s).sqrt() * first
-    x_t = ratio.sqrt() * x_s + (1 - ratio).sqrt() * fresh
-    point = sub_path_point(x_t[None], x_s[None], gamma, alpha_bar_t, alpha_bar_s)
-    assert point.mean() == pytest.approx(2 * 0.3**0.5, abs=0.01)
-    assert point.var() == pytest.approx(float(sub_path_noise(gamma, alpha_bar_t, alpha_bar_s)), abs=0.01)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_at_the_beginning_of_a_sub_path_the_right_prediction_gives_the_clean_latents(prediction_type):
-    x_0, noise, x_t, _ = on_one_trajectory()
-    said = noise if prediction_type == "epsilon" else epsilon_to_velocity(noise, x_t, T)
-    found = sub_path_x0(said, x_t, T, sub_path_noise(torch.ones(3), T, T / 2 + 0.5), prediction_type)
-    torch.testing.assert_close(found, x_0, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
+def test_all_of_a_sub_path_is_its_trajectorys_clean_latents_and_noise(gamma):
+    x_0, noise, x_t, x_s = on_one_trajectory()
+    gammas = torch.full((3,), gamma)
+    signal, spread = (one.sqrt().reshape(-1, 1, 1, 1) for one in (T, sub_path_noise(gammas, T, S)))
+    point = sub_path_point(x_t, x_s, gammas, T, S)
+    torch.testing.assert_close(point, signal * x_0 + spread * noise)
+    torch.testing.assert_close((point - spread * noise) / signal, x_0, rtol=1e-4, atol=1e-4)  # as SPLAM has it
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_within_a_sub_path_the_noise_in_it_gives_the_clean_latents(gamma, prediction_type):
-    x_0, noise = randn(0), randn(1)
+def test_a_sub_paths_point_is_noised_latents_at_another_level(gamma, prediction_type):
+    x_0, noise, x_t, x_s = on_one_trajectory()
     gammas = torch.full((3,), gamma)
-    power = sub_path_noise(gammas, T, S)
-    signal, spread = (one.sqrt().reshape(-1, 1, 1, 1) for one in (T, power))
-    x_gamma = signal * x_0 + spread * noise
-    whole = (signal**2 + spread**2).sqrt()
-    said = noise if prediction_type == "epsilon" else (signal * noise - spread * x_0) / whole
-    torch.testing.assert_close(sub_path_x0(said, x_gamma, T, power, prediction_type), x_0, rtol=1e-4, atol=1e-4)
+    x, level = as_noised(sub_path_point(x_t, x_s, gammas, T, S), T, sub_path_noise(gammas, T, S))
+    torch.testing.assert_close(x, add_noise(x_0, noise, level))
+    assert ((level >= T - 1e-6) & (level <= S + 1e-6)).all()
+    said = noise if prediction_type == "epsilon" else epsilon_to_velocity(noise, x, level)
+    torch.testing.assert_close(clean_and_noise(said, x, level, prediction_type)[0], x_0, rtol=1e-4, atol=1e-4)
+
+
+def test_where_a_sub_path_begins_and_ends_its_levels_are_the_teachers():
+    x_t, x_s = randn(0), randn(1)
+    for gamma, at, level in ((torch.ones(3), x_t, T), (torch.zeros(3), x_s, S)):
+        found = as_noised(sub_path_point(x_t, x_s, gamma, T, S), T, sub_path_noise(gamma, T, S))
+        torch.testing.assert_close(found, (at, level))
+
+
+def test_in_pure_noise_a_sub_path_is_pure_noise():
+    nothing, gamma = torch.zeros(3), torch.tensor([2**-24, 0.5, 1.0])
+    x, level = as_noised(
+        sub_path_point(randn(0), randn(1), gamma, nothing, S), nothing, sub_path_noise(gamma, nothing, S)
+    )
+    torch.testing.assert_close(x, randn(0))
+    assert level.tolist() == [0, 0, 0]
 
 
 def test_at_time_zero_the_function_is_the_identity_and_later_what_is_predicted():
@@ -113,11 +115,3 @@ def test_guidance_is_embedded_as_stock_pipelines_do():
     stock = StableDiffusionPipeline.get_guidance_scale_embedding
     scales = torch.tensor([1.0, 3.5, 8.0])
     torch.testing.assert_close(embed_guidance(scales, 64), stock(None, scales - 1, embedding_dim=64))
-
-
-def test_where_paths_begin_nothing_is_told_and_near_it_little():
-    told = embed_gamma(torch.tensor([1.0, 0.99, 0.5, 0.0]), 256)
-    assert told.shape == (4, 256)
-    assert told[0].abs().max() == 0
-    assert told[1].norm() < 0.1 * told[2].norm()
-    assert (told[2] - told[3]).norm() > 1

@@ -1,4 +1,4 @@
-"""The student starts as the merge that it is made of, and what it was told can be baked away."""
+"""The student starts as the merge that it is made of, in every style, told guidance or not."""
 
 import pytest
 import torch
@@ -6,15 +6,13 @@ from adapter_helpers import some_adapter
 from conftest import STYLE_NAMES, tiny_adapted, tiny_pipeline, tiny_styled, tiny_unet
 
 from dmm.families.sd1 import SD1
-from dmm.maths.consistency import embed_gamma, embed_guidance
+from dmm.maths.consistency import embed_guidance
 from dmm.models.adapters import Adapter
 from dmm.models.few_step import (
     TOLD_DIM,
     FewStepStudent,
     add_told,
-    drop_told,
     fast_layers,
-    is_told,
     new_fast,
     style_names_of,
 )
@@ -59,26 +57,6 @@ def test_each_sample_has_its_own_style(make):
     set_style(pipe, None)
     mixed = FewStepStudent(pipe.unet, prompts, SD1)(**INPUTS, style_weights=one_hot([0, 1, 2]))
     torch.testing.assert_close(mixed, torch.stack(each), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def test_without_the_layer_a_model_is_as_where_paths_begin():
-    unet = tiny_unet()
-    plain = dict(unet.config)
-    add_told(unet, SD1)
-    assert is_told(unet.config)
-    torch.nn.init.normal_(unet.time_embedding.cond_proj.weight, std=0.3)
-    student = FewStepStudent(unet, None, SD1)
-    asked = {**INPUTS, "style_weights": one_hot([0] * 3, 1)}
-    at_the_beginning, on_the_way = (
-        student(**asked, told=embed_gamma(torch.full((3,), g), TOLD_DIM)) for g in (1.0, 0.3)
-    )
-    assert (at_the_beginning - on_the_way).abs().max() > 0.01
-    drop_told(unet, SD1)
-    assert not is_told(unet.config)
-    assert {**unet.config, "time_cond_proj_dim": None} == {**plain, "time_cond_proj_dim": None}
-    assert not any("cond_proj" in name for name in unet.state_dict())
-    assert torch.equal(student(**asked), at_the_beginning)
 
 
 def test_the_layer_is_the_one_that_stock_models_have():

@@ -10,6 +10,7 @@ from conftest import STYLE_NAMES, tiny_pipeline
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from helpers import paint
 from safetensors.torch import load_file
+from tiny_families import tiny_sd3
 
 import dmm
 from dmm.cli import main
@@ -44,7 +45,7 @@ def accelerate(tmp_path_factory):
                 "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 2}},
                 "size": 16,
                 "guidance": 2,
-                "method": "lcm" if changes.get("rank") else "splam",
+                "method": "splam",
                 "checkpoint": {"every": 2, "keep": 2},
                 "logging": {"every": 1},
                 **changes,
@@ -154,8 +155,59 @@ def test_a_lora_is_in_kohyas_layout_and_goes_on_any_style(lora, merged):
         assert (paint(pipe, guidance_scale=1.0) == without).all()
 
 
-def test_a_lora_of_a_merge_with_adapters_trains(accelerate, merged_adapters, tmp_path):
-    assert accelerate(merged_adapters, tmp_path / "lora", rank=1, training={"steps": 1, "ema_decay": 0.9}) == 0
+def in_few_steps(pipe):
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return paint(pipe, guidance_scale=1.0)
+
+
+def test_plain_diffusers_paints_with_the_lora_as_we_do(lora, merged, tmp_path):
+    ours = dmm.load_pipeline(merged)
+    dmm.set_style(ours, "ink")
+    ours.load_lora_weights(lora)
+    export_style(dmm.load_pipeline(merged), "ink", tmp_path / "ink")
+    plain = StableDiffusionPipeline.from_pretrained(tmp_path / "ink")
+    without = in_few_steps(plain)
+    plain.load_lora_weights(lora)
+    assert abs(in_few_steps(plain) - in_few_steps(ours)).max() <= 1
+    assert abs(in_few_steps(plain) - without).max() > 1
+
+
+def test_the_lora_takes_part_in_a_style_that_is_added_later(lora, merged, sd1_folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    recipe = {
+        "teachers": [{"name": "later", "model": str(sd1_folder)}],
+        "data": {"synthesize": {"prompts": "prompts.txt", "count": 1, "steps": 1}},
+        "size": 16,
+        "training": {"steps": 1, "batch_size": 4, "precision": "fp32"},
+    }
+    (tmp_path / "more.yaml").write_text(write_yaml(recipe))
+    assert main(["add", str(merged), str(tmp_path / "more.yaml"), "--output", str(tmp_path / "more")]) == 0
+    pipe = dmm.load_pipeline(tmp_path / "more")
+    for style in ("later", {"later": 0.5, "ink": 0.5}):
+        dmm.set_style(pipe, style)
+        without = in_few_steps(pipe)
+        pipe.load_lora_weights(lora)
+        assert abs(in_few_steps(pipe) - without).max() > 1
+        pipe.unload_lora_weights()
+
+
+def test_what_is_accelerated_bakes_and_takes_a_lora(finished, lora, tmp_path):
+    for style in ("ink", {"photo": 0.4, "clay": 0.6}):
+        pipe = dmm.load_pipeline(finished)
+        dmm.set_style(pipe, style)
+        prompted = in_few_steps(pipe)
+        export_style(pipe, style, tmp_path / "baked", overwrite=True)
+        plain = StableDiffusionPipeline.from_pretrained(tmp_path / "baked")
+        assert isinstance(plain.scheduler, LCMScheduler)
+        assert abs(in_few_steps(plain) - prompted).max() <= 1
+        pipe.load_lora_weights(lora)
+        assert abs(in_few_steps(pipe) - prompted).max() > 1
+
+
+@pytest.mark.parametrize("method", ["lcm", "splam"])
+def test_a_lora_of_a_merge_with_adapters_trains(accelerate, merged_adapters, tmp_path, method):
+    changes = {"rank": 1, "method": method, "training": {"steps": 1, "ema_decay": 0.9}}
+    assert accelerate(merged_adapters, tmp_path / "lora", **changes) == 0
     assert (tmp_path / "lora" / FAST).is_file()
 
 
@@ -190,6 +242,13 @@ def test_a_style_is_removed_of_an_accelerated_merge(finished, tmp_path):
 def test_what_cannot_be_is_refused_before_anything_is_written(accelerate, merged, tmp_path, capsys, changes, message):
     assert accelerate(merged, tmp_path / "refused", **changes) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_family_of_rectified_flow_is_refused(accelerate, tmp_path, capsys):
+    tiny_sd3().save_pretrained(tmp_path / "flow")
+    assert accelerate(tmp_path / "flow", tmp_path / "refused") == 2
+    assert "a family that is trained by rectified flow, along which no few-step model" in capsys.readouterr().err
     assert not (tmp_path / "refused").exists()
 
 

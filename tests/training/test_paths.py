@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy import ALPHAS_CUMPROD, STYLES, ToyData
 
-from dmm.maths.consistency import embed_gamma, embed_guidance
+from dmm.maths.consistency import embed_guidance, sub_path_noise
 from dmm.maths.sharing import Group
 from dmm.models.few_step import TOLD_DIM
 from dmm.training.paths import Paths
@@ -39,7 +39,7 @@ def test_a_step_is_the_same_however_it_is_cut(cut):
     (whole,) = paths().of_step(7)
     parts = list(paths(**cut).of_step(7))
     assert len(parts) == len(paths(**cut))
-    for name in ("x_t", "timesteps", "earlier", "gamma", "guidance", "style_weights", "loss_weights", "told"):
+    for name in ("x_t", "timesteps", "earlier", "gamma", "guidance", "style_weights", "loss_weights", "between"):
         assert torch.equal(getattr(whole, name), all_of(parts, name))
     if "style_by_style" in cut:
         assert all(len(batch.style_weights.unique(dim=0)) == 1 for batch in parts)
@@ -69,16 +69,28 @@ def test_a_style_learns_on_what_was_painted_in_it():
     assert batch.unconditional["encoder_hidden_states"].abs().max() == 0
 
 
-def test_the_student_is_told_gamma_or_guidance_or_nothing():
-    (splam,) = paths().of_step(0)
-    assert torch.equal(splam.told, embed_gamma(splam.gamma, TOLD_DIM))
-    assert splam.told_at_end is None
-    assert len(splam.gamma.unique()) == 12
+def test_the_student_begins_at_a_point_or_where_there_is_as_much_noise_as_between_two():
+    for step in range(20):
+        (splam,) = paths().of_step(step)
+        assert splam.told is None
+        assert len(splam.gamma.unique()) == 12
+        assert 0 < splam.gamma.min() < splam.gamma.max() <= 1
+        assert ((splam.earlier <= splam.between) & (splam.between <= splam.timesteps)).all()
+        below = splam.between.long()
+        share = splam.between - below
+        power = sub_path_noise(splam.gamma, splam.levels, splam.alpha_bar_s)
+        level = ALPHAS_CUMPROD[below].lerp(ALPHAS_CUMPROD[(below + 1).clamp(max=999)], share)
+        torch.testing.assert_close(level, splam.levels / (splam.levels + power), rtol=1e-2, atol=1e-4)
     (lcm,) = paths(draws_gamma=False).of_step(0)
-    assert lcm.told is lcm.told_at_end is None
+    assert torch.equal(lcm.between, lcm.timesteps)
     assert lcm.gamma.tolist() == [1.0] * 12
-    assert lcm.guidance.tolist() == [2.0] * 12
-    (drawn,) = paths(draws_gamma=False, guidance=(3.0, 12.0)).of_step(0)
-    assert torch.equal(drawn.told, embed_guidance(drawn.guidance, TOLD_DIM))
-    assert torch.equal(drawn.told_at_end, drawn.told)
-    assert 3 <= drawn.guidance.min() < drawn.guidance.max() <= 12
+
+
+def test_the_student_is_told_guidance_where_that_is_drawn():
+    (fixed,) = paths().of_step(0)
+    assert fixed.told is None
+    assert fixed.guidance.tolist() == [2.0] * 12
+    for draws_gamma in (False, True):
+        (drawn,) = paths(draws_gamma=draws_gamma, guidance=(3.0, 12.0)).of_step(0)
+        assert torch.equal(drawn.told, embed_guidance(drawn.guidance, TOLD_DIM))
+        assert 3 <= drawn.guidance.min() < drawn.guidance.max() <= 12

@@ -18,8 +18,6 @@ from dmm.maths.diffusion import PredictionType, convert_prediction, predict_x0
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
 """Both as samplers of such models have them: what is trained with others is painted wrongly."""
-MOST_ANGLE = 10.0
-"""In radians, of gamma = 0 at the highest frequency that it is embedded by."""
 
 
 def path_timesteps(num_timesteps: int, skip: int) -> Tensor:
@@ -75,31 +73,28 @@ def sub_path_point(x_t: Tensor, x_s: Tensor, gamma: Tensor, alpha_bar_t: Tensor,
 def sub_path_noise(gamma: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor) -> Tensor:
     """The power of the noise in :func:`sub_path_point`, whose signal power is ``alpha_bar_t``; (B,).
 
-    Source: SPLAM: s_gamma^2 = (sigma_s alpha_t / alpha_s)^2 + gamma^2 (1 - (alpha_t / alpha_s)^2).
+    DDIM without fresh noise leads x_t to x_s along one noise, so that amounts of it add up. SPLAM adds up powers, as of
+    independent noises, (sigma_s alpha_t / alpha_s)^2 + gamma^2 (1 - (alpha_t / alpha_s)^2): the same at both ends, and
+    less between them than there is, by what its student first has to exaggerate.
+
+    Source: SPLAM's x_gamma of x_t = alpha_t x_0 + sigma_t eps and x_s = alpha_s x_0 + sigma_s eps.
     """
-    ratio = alpha_bar_t / alpha_bar_s
-    return (1 - alpha_bar_s) * ratio + gamma.square() * (1 - ratio)
+    ratio, sigma_s, sigma_t = (alpha_bar_t / alpha_bar_s).sqrt(), (1 - alpha_bar_s).sqrt(), (1 - alpha_bar_t).sqrt()
+    return ((1 - gamma) * ratio * sigma_s + gamma * sigma_t).square()
 
 
-def sub_path_x0(
-    model_output: Tensor, x_gamma: Tensor, alpha_bar_t: Tensor, noise_power: Tensor, prediction_type: PredictionType
-) -> Tensor:
-    """Clean latents from what a model predicts of a sub-path's point, (B, C, H, W).
+def as_noised(x_gamma: Tensor, alpha_bar_t: Tensor, noise_power: Tensor) -> tuple[Tensor, Tensor]:
+    """A sub-path's point as a diffusion model knows noised latents, at a variance of 1; and its signal power there.
 
-    Of velocities SPLAM does not speak: they are taken of the point as it would be at the variance of 1 that they are
-    defined at, which at gamma = 1 it has.
+    Clean latents from a prediction of it are SPLAM's, (x_gamma - s_gamma eps) / alpha_t.
 
     Args:
-        model_output, x_gamma: (B, C, H, W).
-        alpha_bar_t: (B,), signal power; of epsilon, above 0.
-        noise_power: (B,), of :func:`sub_path_noise`.
-    Source: SPLAM: x_0 = (x_gamma - s_gamma eps) / alpha_t.
+        x_gamma: (B, C, H, W).
+        alpha_bar_t: (B,), its signal power as it is.
+        noise_power: (B,), of :func:`sub_path_noise`; both are not 0.
     """
-    signal, spread = (_like(power.sqrt(), x_gamma) for power in (alpha_bar_t, noise_power))
-    if prediction_type == "epsilon":
-        return (x_gamma - spread * model_output) / signal
-    power = _like((alpha_bar_t + noise_power).clamp(min=1e-12), x_gamma)
-    return (signal * x_gamma - spread * power.sqrt() * model_output) / power
+    power = alpha_bar_t + noise_power
+    return x_gamma / _like(power.sqrt(), x_gamma), alpha_bar_t / power
 
 
 def consistent(x_0: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -118,21 +113,6 @@ def consistent(x_0: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
     return _like(c_skip, x_t) * x_t + _like(c_out, x_t) * x_0
 
 
-def embed_gamma(gamma: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of where on a sub-path a sample is, less those of its beginning; (B, dim) float32.
-
-    At gamma = 1 all are 0, so that where paths begin, which is where samplers are, a linear layer of them says nothing.
-    SPLAM's code embeds 10 (1 - gamma) as LCM does guidance, a thousand times as fast: there a neighbour's embedding
-    says nothing of the one at gamma = 1, which is every target's and is never drawn.
-
-    Args:
-        gamma: (B,) in [0, 1].
-        dim: even; half are sines.
-    """
-    angles = MOST_ANGLE * (1 - gamma.to(torch.float32))[:, None] * _frequencies(dim, gamma.device)
-    return torch.cat([angles.sin(), angles.cos() - 1], dim=1)
-
-
 def embed_guidance(guidance_scale: Tensor, dim: int) -> Tensor:
     """Sines and cosines of guidance; (B, dim) float32.
 
@@ -141,13 +121,10 @@ def embed_guidance(guidance_scale: Tensor, dim: int) -> Tensor:
         dim: even; half are sines.
     Source: as stock pipelines embed guidance for LCM, after the code of VDM (Kingma et al. 2021, arXiv:2107.00630).
     """
-    angles = 1000.0 * (guidance_scale.to(torch.float32) - 1)[:, None] * _frequencies(dim, guidance_scale.device)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def _frequencies(dim: int, device: torch.device) -> Tensor:
     half = dim // 2
-    return torch.exp(torch.arange(half, device=device) * -(math.log(10_000.0) / (half - 1)))[None]
+    frequencies = torch.exp(torch.arange(half, device=guidance_scale.device) * -(math.log(10_000.0) / (half - 1)))
+    angles = 1000.0 * (guidance_scale.to(torch.float32) - 1)[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _roots(power: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,7 @@
-"""The student of few-step distillation: a model in its styles, told where it is, or with a fast LoRA beside it.
+"""The student of few-step distillation: a model in its styles, told its guidance, or with a fast LoRA beside it.
 
-What stock models of LCM have for guidance, one more linear layer beside the timestep's frequencies, tells the student
-guidance, or where on a sub-path it is. It starts at zero, so that the student starts as its teacher. Of where paths
-begin it says nothing: a model that is asked from there alone, as samplers do, is an ordinary one without it.
+What stock models of LCM have, one more linear layer beside the timestep's frequencies, tells the student guidance. It
+starts at zero, so that the student starts as its teacher.
 """
 
 import math
@@ -161,21 +160,15 @@ def new_fast(unet: nn.Module, rank: int, seed: int) -> Adapter:
 
 
 def add_told(unet: Any, family: Family) -> None:
-    """Give a denoiser the layer by which it is told something; it changes nothing yet."""
+    """Give a denoiser the layer by which it is told its guidance; it changes nothing yet."""
     embedding = _embedding(unet, family)
     embedding.cond_proj = nn.Linear(TOLD_DIM, embedding.linear_1.in_features, bias=False)
     nn.init.zeros_(embedding.cond_proj.weight)
     unet.register_to_config(time_cond_proj_dim=TOLD_DIM)
 
 
-def drop_told(unet: Any, family: Family) -> None:
-    """Take that layer off: the denoiser is a stock one again, as if it were told zeros."""
-    _embedding(unet, family).cond_proj = None
-    unet.register_to_config(time_cond_proj_dim=None)
-
-
 def is_told(config: Mapping[str, Any]) -> bool:
-    """Whether a denoiser of this config is told something."""
+    """Whether a denoiser of this config is told its guidance."""
     return config.get("time_cond_proj_dim") is not None
 
 

@@ -127,16 +127,10 @@ class FewStepRecipe(Part):
 
     @model_validator(mode="after")
     def _check_embedded(self) -> Self:
-        if self.method == "splam" and self.rank:
+        if self.draws_guidance and self.rank:
             raise ValueError(
-                "method is splam, which tells the student where it is by a new layer, and a rank is given, for a LoRA, "
-                "which has no place for one; choose lcm, or leave rank out"
-            )
-        if self.draws_guidance and (self.method == "splam" or self.rank):
-            why = "which tells the student something else in that place" if self.method == "splam" else "of a LoRA"
-            raise ValueError(
-                f"guidance is to be drawn and told to the student, which method {self.method}, {why}, cannot do; give "
-                "one number" + ("" if self.rank else ", or choose lcm")
+                "guidance is to be drawn and told to the student by a new layer, and a rank is given, for a LoRA, "
+                "which has no place for one; give one number, or leave rank out"
             )
         return self
 

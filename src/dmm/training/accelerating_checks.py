@@ -73,6 +73,11 @@ def check_acceleration(recipe: FewStepRecipe, folder: Path, num_processes: int, 
     source = ModelSource(recipe.model)
     path = locate(source)
     checked = check_model(source, name="model")
+    if checked.family.is_flow:
+        raise UserError(
+            f"{path} is of {checked.family.title}, a family that is trained by rectified flow, along which no few-step "
+            "model is distilled here. Use a few-step LoRA that others have made for it: dmm generate --lora."
+        )
     style_prompts = read_side_car(path) if path.is_dir() else None
     schedule = noise_schedule(checked.scheduler_config)
     _check_batch(training.batch_size, len(style_names_of(style_prompts)), num_processes)

@@ -42,7 +42,7 @@ from dmm.formats.tensors import check_finite, write_tensors
 from dmm.maths.sharing import share_batch
 from dmm.models.adapter_files import lora_tensors
 from dmm.models.adapters import NOTHING
-from dmm.models.few_step import FewStepStudent, add_told, drop_told, new_fast, style_names_of
+from dmm.models.few_step import FewStepStudent, add_told, new_fast, style_names_of
 from dmm.models.teachers import freeze, open_pipeline
 from dmm.models.unfused import set_changes
 from dmm.pipeline.styled import add_styles, save_pipeline, write_stock_folder
@@ -155,14 +155,13 @@ def _run(recipe: FewStepRecipe, plan: FewStepPlan, few_steps: FewSteps, folder: 
     data = on_all(lambda: _prepare(recipe, plan, base, accelerator))
     set_seed(recipe.seed)
     unet = denoiser_of(base).to(memory_format=torch.channels_last)
-    told = recipe.method == "splam" or recipe.draws_guidance
     fast = new_fast(unet, recipe.rank, recipe.seed) if recipe.rank else None
     dtype = DTYPES[training.precision]
     teacher = None
     if fast is None:
         frozen = copy.deepcopy(unet).to(accelerator.device, dtype)
         teacher = freeze(FewStepStudent(frozen, plan.style_prompts, plan.family))
-        if told:
+        if recipe.draws_guidance:
             add_told(unet, plan.family)
     else:
         unet.to(accelerator.device, dtype)
@@ -247,8 +246,6 @@ def _save(student: FewStepStudent, base: Any, plan: FewStepPlan, few_steps: FewS
     unet = student.unet
     set_changes(unet, {})
     unet.to("cpu", memory_format=torch.contiguous_format)  # safetensors takes no other
-    if few_steps.method == "splam":
-        drop_told(unet, plan.family)  # of where paths begin, which is where samplers are, it says nothing
     set_denoiser(base, unet)
     base.scheduler = _scheduler(base.scheduler.config, num_points=len(plan.alphas_cumprod) // plan.skip)
     result = folder / ACCELERATION / _RESULT

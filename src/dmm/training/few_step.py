@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dmm.maths.consistency import clean_and_noise, consistent, guide, sub_path_noise, sub_path_point, sub_path_x0
+from dmm.maths.consistency import as_noised, clean_and_noise, consistent, guide, sub_path_noise, sub_path_point
 from dmm.maths.diffusion import PredictionType, add_noise
 from dmm.maths.losses import consistency_loss
 from dmm.models.few_step import FewStepStudent
@@ -18,6 +18,9 @@ from dmm.training.paths import PathBatch
 @dataclass(frozen=True)
 class Consistency:
     """SPLAM's lesson, and at a gamma of 1 LCM's.
+
+    SPLAM tells its student gamma by a new layer. Here it is asked as its teacher would be, at the timestep whose noise
+    the sub-path's point has: it knows what to say there before it has learnt anything.
 
     Attributes:
         student: not wrapped, which with its averages is the target.
@@ -38,10 +41,11 @@ class Consistency:
             target = self._target(batch, x_s, averages)
         x_gamma = sub_path_point(batch.x_t, x_s, batch.gamma, batch.levels, batch.alpha_bar_s)
         noise_power = sub_path_noise(batch.gamma, batch.levels, batch.alpha_bar_s)
+        x, level = as_noised(x_gamma, batch.levels, noise_power)
         # last of the three: what styles add to the layers stays for the backward pass
-        output = student(x_gamma, batch.timesteps, batch.conditioning, batch.style_weights, batch.told)
-        x_0 = sub_path_x0(output.float(), x_gamma, batch.levels, noise_power, self.prediction_type)
-        values = consistency_loss(consistent(x_0, x_gamma, batch.timesteps), target)
+        output = student(x, batch.between, batch.conditioning, batch.style_weights, batch.told)
+        x_0, _ = clean_and_noise(output.float(), x, level, self.prediction_type)
+        values = consistency_loss(consistent(x_0, x, batch.between), target)
         return Distillation((values * batch.loss_weights).sum(), {"consistency": values.detach()})
 
     def _walk(self, batch: PathBatch) -> Tensor:
@@ -60,7 +64,7 @@ class Consistency:
         return add_noise(x_0, noise, batch.alpha_bar_s)
 
     def _target(self, batch: PathBatch, x_s: Tensor, averages: Mapping[str, Tensor]) -> Tensor:
-        asked = (x_s, batch.earlier, batch.conditioning, batch.style_weights, batch.told_at_end)
+        asked = (x_s, batch.earlier, batch.conditioning, batch.style_weights, batch.told)
         output = functional_call(self.student, dict(averages), asked).float()
         x_0, _ = clean_and_noise(output, x_s, batch.alpha_bar_s, self.prediction_type)
         return consistent(x_0, x_s, batch.earlier)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from dmm.data.training import STUDENT
-from dmm.maths.consistency import embed_gamma, embed_guidance, path_timesteps
+from dmm.maths.consistency import embed_guidance, path_timesteps, sub_path_noise
 from dmm.maths.diffusion import add_noise
 from dmm.maths.draws import draw, draw_shares
+from dmm.maths.schedules import timesteps_of_equal_power
 from dmm.maths.sharing import Group
 from dmm.models.few_step import TOLD_DIM
 from dmm.training.batches import Data
@@ -23,20 +24,20 @@ class PathBatch(Samples):
     Attributes:
         earlier: (B,) the timesteps s that the steps end at.
         alpha_bar_s: (B,) signal power there.
-        gamma: (B,) in [0, 1], where the student begins between the two; 1 is at ``x_t``.
+        gamma: (B,) in (0, 1], where the student begins between the two; 1 is at ``x_t``.
+        between: (B,) the timesteps with as much noise as there is, not whole in general.
         guidance: (B,) that the teacher is guided with.
         unconditional: what the UNet reads of the empty caption, by flat names.
-        told: (B, TOLD_DIM), what the student is told; None is nothing.
-        told_at_end: what its target is told, at s.
+        told: (B, TOLD_DIM), what the student and its target are told; None is nothing.
     """
 
     earlier: Tensor
     alpha_bar_s: Tensor
     gamma: Tensor
+    between: Tensor
     guidance: Tensor
     unconditional: Mapping[str, Tensor]
     told: Tensor | None
-    told_at_end: Tensor | None
 
 
 class Paths:
@@ -49,7 +50,7 @@ class Paths:
         style_by_style: whether a batch has samples of one style only.
         alphas_cumprod: (T,), the model's noise schedule.
         skip: timesteps between two points of the path.
-        draws_gamma: whether the student begins anywhere between two points, and is told where; else at the first.
+        draws_gamma: whether the student begins anywhere between two points; else at the first.
         guidance: what the teacher's is drawn between; where that leaves a choice, the student is told it.
         own: the share of each style's samples that the model painted in it.
         micro_batch_size: samples, at most, of one batch.
@@ -112,18 +113,19 @@ class Paths:
             if own_row >= 0:
                 rows[i] = self._own_rows[style][own_row]
         on_path, of_range = draw_shares(self._seed, step, indices)
-        gamma = on_path if self._draws_gamma else torch.ones_like(on_path)
+        # above 0, where of a point of pure noise nothing at all is left
+        gamma = 1 - on_path if self._draws_gamma else torch.ones_like(on_path)
         least, most = self._guidance
         guidance = least + (most - least) * of_range
         timesteps = self._path[draws.timesteps]
         # the first point has none before it, and is led to where the schedule begins
         earlier = torch.where(draws.timesteps > 0, self._path[(draws.timesteps - 1).clamp(min=0)], 0)
         alpha_bar_t, alpha_bar_s = self._alphas_cumprod[timesteps], self._alphas_cumprod[earlier]
-        told = told_at_end = None
+        between = timesteps
         if self._draws_gamma:
-            told = embed_gamma(gamma, TOLD_DIM).to(self._device)
-        elif least < most:
-            told = told_at_end = embed_guidance(guidance, TOLD_DIM).to(self._device)
+            noise_power = sub_path_noise(gamma, alpha_bar_t, alpha_bar_s)
+            between = timesteps_of_equal_power(alpha_bar_t / (alpha_bar_t + noise_power), self._alphas_cumprod)
+        told = embed_guidance(guidance, TOLD_DIM).to(self._device) if least < most else None
         one_hot = torch.nn.functional.one_hot(torch.tensor(styles), self._num_styles)
         every_caption = torch.ones_like(draws.dropped)
         on_device = self._to_device
@@ -137,10 +139,10 @@ class Paths:
             earlier=earlier.to(self._device),
             alpha_bar_s=alpha_bar_s.to(self._device),
             gamma=gamma.to(self._device),
+            between=between.to(self._device),
             guidance=guidance.to(self._device),
             unconditional=on_device(self._data.conditioning(STUDENT, rows, every_caption)),
             told=told,
-            told_at_end=told_at_end,
         )
 
     def _to_device(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
