@@ -89,7 +89,7 @@ def test_what_cannot_be_opened_is_told_in_a_sentence(tmp_path):
         open_extractor("klip", CPU)
     with pytest.raises(UserError, match=r"'dino' could not be opened from .*--extractor dino=FOLDER"):
         open_extractor(f"dino={tmp_path}", CPU)
-    with pytest.raises(UserError, match="comes with the package"):
+    with pytest.raises(UserError, match="not a judge's folder"):
         open_extractor("judge=weights", CPU)
     with pytest.raises(UserError, match=r"torch-fidelity|no such file"):
         open_extractor(f"inception={tmp_path / 'weights.pth'}", CPU)

@@ -39,16 +39,19 @@ class Extractor(Protocol):
 
 
 class JudgeExtractor:
-    """The judge of the embedded experts: its features, and its two heads' logits, ``style`` and ``concept``."""
+    """The judge of the embedded experts, or one like it: features, and its heads' logits, ``style``, ``concept``."""
 
     name = "judge"
 
     def __init__(self, weights: str | None, device: torch.device) -> None:
-        if weights is not None:
-            raise UserError("The judge comes with the package: ask for it as 'judge', without a path.")
-        from dmm.demo.judge import load_judge
+        from dmm.demo.judge import Judge, load_judge
 
-        self._judge: Any = load_judge().to(device)
+        if weights is not None and not (Path(weights) / "config.json").is_file():
+            raise UserError(
+                f"'{weights}' is not a judge's folder, which holds config.json and weights: name one that "
+                "examples/emoji/train_judge.py left, or ask for 'judge', which comes with the package."
+            )
+        self._judge: Any = (Judge.from_pretrained(weights).eval() if weights else load_judge()).to(device)
         self.styles: list[str] = list(self._judge.config.styles)
         self.concepts: list[str] = list(self._judge.config.concepts)
         self.identity = digest_tensors(self._judge.state_dict())
