@@ -6,12 +6,26 @@ from conftest import MAX_TOKENS, tiny_pipeline, tiny_text_encoder, tiny_tokenize
 from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from dmm.families import FAMILIES
 from dmm.formats.single_file import save_single_file
@@ -83,6 +97,77 @@ def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
     )
 
 
+def tiny_flux(seed: int = 0, *, guidance: bool = True) -> FluxPipeline:
+    torch.manual_seed(seed)
+    tokenizer, pieces = tiny_tokenizer(), tiny_pieces()
+    t5 = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance,
+            axes_dims_rope=(4, 4, 8),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(shift_factor=0.1159),
+        text_encoder=tiny_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(pieces), dropout_rate=0, **t5)),
+        tokenizer_2=pieces,
+    )
+
+
+def tiny_pieces() -> T5Tokenizer:
+    """A token for each of some letters."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0, model_max_length=512)
+
+
+def tiny_z_image(seed: int = 0) -> ZImagePipeline:
+    torch.manual_seed(seed)
+    tokenizer = tiny_chat()
+    qwen = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 1024}
+    text = Qwen3Config(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2, **qwen)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=24,
+        axes_dims=[8, 4, 4],
+        axes_lens=[1024, 32, 32],
+    )
+    for parameter in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(parameter)
+    return ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_vae(shift_factor=0.1159),
+        text_encoder=Qwen3Model(text),
+        tokenizer=tokenizer,
+    )
+
+
+def tiny_chat() -> Qwen2Tokenizer:
+    """A token for each byte, and those that a chat is written with."""
+    marks = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    names = [*sorted(ByteLevel.alphabet()), *marks]
+    tokenizer = Qwen2Tokenizer({name: i for i, name in enumerate(names)}, [], model_max_length=131072)
+    tokenizer.chat_template = (
+        "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
 def _with_projection(tokenizer, hidden_size, projection_dim):
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -100,7 +185,14 @@ def _with_projection(tokenizer, hidden_size, projection_dim):
     return CLIPTextModelWithProjection(config)
 
 
-TINY = {"sd1": tiny_pipeline, "sd2": tiny_sd2, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
+TINY = {
+    "sd1": tiny_pipeline,
+    "sd2": tiny_sd2,
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "z_image": tiny_z_image,
+}
 """By the families' names, called with a seed."""
 UNETS = [name for name in TINY if FAMILIES[name].denoiser.layout]
 """Those whose models are kept in single files, too."""

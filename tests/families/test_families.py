@@ -37,7 +37,7 @@ def test_files_are_told_apart_by_their_names():
         "model.diffusion_model.label_emb.0.0.weight": "SDXL",
         "cond_stage_model.model.ln_final.weight": "SD 2.x",
         "model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight": "SD 3",
-        "double_blocks.0.img_attn.qkv.weight": "FLUX",
+        "double_blocks.0.img_attn.qkv.weight": "FLUX.1",
         "control_model.input_blocks.0.0.weight": "a ControlNet",
     }.items():
         family, told_by = family_of_names([unet, name])

@@ -245,7 +245,7 @@ def test_two_files_in_one_are_told(kohya, plain, tmp_path):
     ("name", "title"),
     [
         ("conditioner.embedders.0.transformer.text_model.x.weight", "SDXL"),
-        ("double_blocks.0.img_attn.qkv.weight", "FLUX"),
+        ("double_blocks.0.img_attn.qkv.weight", "FLUX.1"),
         ("joint_blocks.0.x_block.weight", "SD 3"),
     ],
 )

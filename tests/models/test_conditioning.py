@@ -18,10 +18,21 @@ def encode_prompt(pipe, prompts, **settings):
     more = {
         name: None for name in ("prompt_2", "prompt_3") if name in asked and asked[name].default is asked[name].empty
     }
+    if "do_classifier_free_guidance" not in asked:  # of what is guided by an embedding: no negative one
+        with torch.no_grad():  # with gradients, other kernels compute
+            embedded, pooled, _ = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, **more)
+            both = pipe.encode_prompt(["", *prompts], device="cpu", num_images_per_prompt=1, **more)
+        empty, of_empty = (one[:1] for one in both[:2])
+        names = ("encoder_hidden_states", "pooled_projections")
+        return dict(zip(names, (embedded, pooled), strict=True)), dict(zip(names, (empty, of_empty), strict=True))
     found = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, **more, **settings)
     names = list(family_of(pipe).prompt_arguments)
     positive, negative = found[::2], found[1::2]  # embedded, its negative, pooled, its negative
     return dict(zip(names, positive, strict=False)), dict(zip(names, negative, strict=False))
+
+
+# families that read the words themselves; others read what a chat makes of them
+OF_WORDS = [name for name, family in FAMILIES.items() if not any(one.template for one in family.text_encoders)]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -29,15 +40,29 @@ def pipe(request):
     return TINY[request.param](seed=0)
 
 
+@pytest.mark.parametrize("pipe", OF_WORDS, indirect=True)
 def test_prompts_are_read_as_the_pipeline_reads_them(pipe):
     theirs, _ = encode_prompt(pipe, PROMPTS, do_classifier_free_guidance=False)
     ours = encode_tokens(pipe, tokenize(pipe, PROMPTS))
     assert set(ours) == set(theirs)
     told = sum(one.num_tokens or 0 for one in family_of(pipe).text_encoders)  # beside the CLIPs'
-    assert ours["encoder_hidden_states"].shape[:2] == (3, MAX_TOKENS + told)
+    assert ours["encoder_hidden_states"].shape[:2] == (3, told + (MAX_TOKENS if family_of(pipe).reads_layers else 0))
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
+@torch.no_grad()
+def test_a_chat_is_read_as_the_pipeline_reads_it():
+    pipe = TINY["z_image"](seed=0)
+    theirs, _ = pipe.encode_prompt(list(PROMPTS), device="cpu", do_classifier_free_guidance=False)
+    ours = encode_tokens(pipe, tokenize(pipe, PROMPTS))
+    assert ours["cap_feats"].shape[:2] == (3, 512)
+    assert ours["lengths_ids"].tolist() == [len(one) for one in theirs]
+    for padded, expected in zip(ours["cap_feats"], theirs, strict=True):
+        assert padded[: len(expected)].equal(expected)
+        assert not padded[len(expected) :].any()
+
+
+@pytest.mark.parametrize("pipe", OF_WORDS, indirect=True)
 def test_the_empty_caption_is_what_guidance_leads_away_from(pipe):
     _, theirs = encode_prompt(pipe, ["a cat"], do_classifier_free_guidance=True)
     ours = encode_captions(pipe, ["", "a cat"])
@@ -61,7 +86,9 @@ def test_sdxl_skips_layers_as_diffusers_does():
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-def test_a_skipped_layer_is_one_that_the_encoder_never_had(pipe):
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.reads_layers])
+def test_a_skipped_layer_is_one_that_the_encoder_never_had(name):
+    pipe = TINY[name](seed=0)
     tokens = tokenize(pipe, PROMPTS)
     skipped = encode_tokens(pipe, tokens, clip_skip=1)["encoder_hidden_states"]
     whole = encode_tokens(pipe, tokens)["encoder_hidden_states"]
@@ -73,15 +100,18 @@ def test_a_skipped_layer_is_one_that_the_encoder_never_had(pipe):
 
 @pytest.mark.parametrize("clip_skip", [0, 2, -1])
 def test_layers_that_there_are_not_cannot_be_skipped(pipe, clip_skip):
-    with pytest.raises(UserError, match=f"clip_skip is {clip_skip}, but the text encoder has 2 layers: choose from 1"):
+    why = "the text encoder has 2 layers: choose from 1" if family_of(pipe).reads_layers else "reads no layers of CLIP"
+    with pytest.raises(UserError, match=rf"clip_skip is {clip_skip}, but .*{why}"):
         check_clip_skip(pipe, clip_skip)
     check_clip_skip(pipe, None)
 
 
 def test_cut_prompts_are_counted(pipe):
-    assert num_cut(pipe, PROMPTS) == 1
-    cut = tokenize(pipe, [PROMPTS[2] + "and on"])
-    assert all(torch.equal(ids, cut[name]) for name, ids in tokenize(pipe, PROMPTS[2:]).items())
+    longest = max(one.num_tokens or MAX_TOKENS for one in family_of(pipe).text_encoders)
+    cut = tokenize(pipe, ["cat " * longest, "cat " * longest + "and on"])
+    assert num_cut(pipe, ["a cat", "", "cat " * longest]) == 1
+    template = any(one.template for one in family_of(pipe).text_encoders)
+    assert template or all(torch.equal(*ids) for ids in cut.values())
 
 
 def test_a_picture_s_size_is_told_as_the_pipeline_tells_it():

@@ -42,7 +42,9 @@ def predict(pipe):
     denoiser, family = denoiser_of(pipe), family_of(pipe)
     read = encode_tokens(pipe, tokenize(pipe, ["a cat"]))
     size = {name: one[None] for name, one in family.read_size(Frame.whole(16, 16)).items()}
-    x_t = torch.randn(1, denoiser.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    packing = family.packing
+    channels = packing.channels(denoiser.config) if packing else denoiser.config.in_channels
+    x_t = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return ask(denoiser, x_t, torch.tensor([500]), read | size)
 
@@ -77,6 +79,7 @@ def test_a_shared_pipeline_has_its_own_style(styled):
     assert predict(second).equal(predict(styled))
 
 
+@pytest.mark.parametrize("styled", [n for n, one in FAMILIES.items() if one.reads_layers and n != "sd1"], indirect=True)
 def test_a_skipped_layer_shows_and_an_empty_negative_prompt_is_what_it_is_without_skipping(styled):
     whole = paint(styled, **SIZE)
     skipped = paint(styled, clip_skip=1, **SIZE)
@@ -121,7 +124,8 @@ def test_plugins_do_on_a_styled_model_what_they_do_on_a_baked_one(styled, files,
     if guide == "adapter":
         given["ip_adapter"] = IPAdapter(files / "ip" / "ip-adapter.safetensors", files / "image.png", 0.6)
     dmm.set_style(styled, MIX)
-    if family_of(styled).controlnet is None and guide != "image":
+    guides = {"image": {"image"}, "mask": {"image", "mask"}}.get(guide, {guide})
+    if family_of(styled).controlnet is None and frozenset(guides) not in family_of(styled).pipelines:
         with pytest.raises(UserError, match=r"is not guided by|A mask is for models"):
             add_plugins(styled, **given)
         return
@@ -137,6 +141,10 @@ def test_plugins_do_on_a_styled_model_what_they_do_on_a_baked_one(styled, files,
 
 
 def test_regions_have_styles_and_prompts_of_their_own(styled):
+    if not family_of(styled).takes_regions:
+        with pytest.raises(UserError, match=r"Regions are cut out of latents, and .* passes its own as tokens"):
+            paint_regions(styled, [Region((0, 0, 16, 16), "ink")], "a cat", width=16, height=16, steps=3)
+        return
     whole = Region((0, 0, 16, 16), "ink")
     settings = {"width": 16, "height": 16, "steps": 3}
     plain = np.asarray(paint_regions(styled, [whole], "a cat", **settings), dtype=int)

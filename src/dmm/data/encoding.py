@@ -2,7 +2,8 @@
 
 Both are stored in float16 whatever the training's precision: one cache serves all, and half the bytes are
 read. Its eleven bits are more than bfloat16's eight, and a rounded latent is the latent of an image that no
-eye tells from the other; student and teacher see the same one.
+eye tells from the other; student and teacher see the same one. Embeddings that may exceed float16, those of language
+models and of T5, are stored in bfloat16.
 """
 
 import os
@@ -21,6 +22,7 @@ from dmm.data.images import READER, CaptionedImages, load_image
 from dmm.data.keys import digest_tensors, digest_text_encoders, digest_vae, key_of
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
+from dmm.families import family_of
 from dmm.maths.buckets import Size
 from dmm.models.conditioning import check_clip_skip, encode_captions, takes_zeros, tokenize
 from dmm.pipeline.samplers import check_multiple
@@ -151,6 +153,7 @@ def encode_texts(
     Raises: UserError: the arithmetic overflowed, or the text encoder has not so many layers to skip.
     """
     check_clip_skip(pipeline, clip_skip)
+    kept = torch.bfloat16 if family_of(pipeline).has_wide_states else torch.float16
     encoders = digest_text_encoders(pipeline)
 
     def key(rows: range) -> str:
@@ -160,7 +163,7 @@ def encode_texts(
     def make(rows: range) -> dict[str, Tensor]:
         texts = captions[rows.start : rows.stop]
         encoded = encode_captions(pipeline, texts, clip_skip)
-        stored = {name: tensor.half() for name, tensor in encoded.items()}
+        stored = {name: tensor.to(kept) if tensor.is_floating_point() else tensor for name, tensor in encoded.items()}
         for tensor in stored.values():
             check_rows(tensor, [f"'{text}'" for text in texts], "embedding", pipeline.text_encoder.dtype)
         progress(len(rows))
@@ -179,7 +182,7 @@ def check_rows(tensor: Tensor, names: Sequence[str], what: str, dtype: torch.dty
         dtype: in which it was computed.
     Raises: UserError: naming the first row that holds NaN or infinity.
     """
-    finite = tensor.flatten(1).isfinite().all(1)
+    finite = tensor.reshape(len(tensor), -1).isfinite().all(1)
     if not finite.all():
         raise UserError(
             f"{names[int(finite.int().argmin())]}: the {what} came out as NaN or infinite, computed in "

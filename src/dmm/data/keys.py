@@ -13,7 +13,8 @@ from dmm.models.styles import styled_port
 
 _VERSION = 1  # raise it when our own way of making cached content changes
 _VAE_CONFIG = ("act_fn", "norm_num_groups", "scaling_factor", "shift_factor")
-_TEXT_ENCODER_CONFIG = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+_CLIP_CONFIG = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+_NO_SETTINGS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 def key_of(**parts: Any) -> str:
@@ -39,10 +40,14 @@ def digest_vae(vae: Any) -> str:
 
 def digest_text_encoders(pipeline: Any) -> list[str]:
     """Identity of a pipeline's text encoders, in order; tokenizers are told by the tokens that they make."""
-    return [
-        _digest_module(encoder, {name: getattr(encoder.config, name) for name in _TEXT_ENCODER_CONFIG})
-        for encoder in text_encoders_of(pipeline)
-    ]
+    return [_digest_module(encoder, _settings(encoder.config)) for encoder in text_encoders_of(pipeline)]
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """What a text encoder computes by, beside its weights."""
+    if all(hasattr(config, name) for name in _CLIP_CONFIG):
+        return {name: getattr(config, name) for name in _CLIP_CONFIG}
+    return {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS}
 
 
 def digest_unet(unet: Any) -> str:

@@ -14,11 +14,13 @@ from dmm.errors import UserError
 from dmm.families.anatomy import UNET, Anatomy
 from dmm.families.conditioning import Frame, arguments
 from dmm.families.family import Component, Family
+from dmm.families.flux import FLUX
 from dmm.families.sd1 import SD1
 from dmm.families.sd2 import SD2
 from dmm.families.sd3 import SD3
 from dmm.families.sdxl import SDXL
 from dmm.families.strangers import GUIDANCE_MARKERS, LIKELY_LORA_MARKERS, STRANGERS, SURE_LORA_MARKERS, Stranger
+from dmm.families.z_image import Z_IMAGE
 
 __all__ = [
     "FAMILIES",
@@ -44,7 +46,7 @@ __all__ = [
     "transformer_of",
 ]
 
-FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, SD3)}
+FAMILIES = {family.name: family for family in (SD1, SD2, SDXL, SD3, FLUX, Z_IMAGE)}
 
 
 def family_of_names(names: Iterable[str]) -> tuple[Family | Stranger, str] | None:

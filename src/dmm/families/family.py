@@ -40,6 +40,9 @@ class Component:
     num_tokens: int | None = None
     """Of a text encoder, the tokens of a prompt that it is given where that is not its tokenizer's to say; clip_skip
     counts no layers of such a one."""
+    template: Callable[[Any, str], str] | None = None
+    """Of a text encoder that is a language model: what stands in a prompt's place, given the tokenizer. Which of its
+    tokens are padding is told beside them, under the tokenizer's name with ``_mask``."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,18 @@ def unet_widths(configs: Mapping[str, Any]) -> list[Width]:
         ("reads text of width (cross_attention_dim)", unet.cross_attention_dim, text),
         ("reads latent channels (in_channels)", unet.in_channels, configs["vae"].latent_channels),
     ]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The form in which pipelines take latents and give them back."""
+
+    channels: Callable[[Any], int]
+    """Of latents, given the denoiser's config."""
+    pack: Callable[[Tensor], Tensor]
+    """(B, C, H, W) -> what a call takes as ``latents``."""
+    unpack: Callable[[Tensor, int, int], Tensor]
+    """What a call gives, and H and W -> (B, C, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +140,21 @@ class Family:
     """Those of :data:`dmm.pipeline.samplers.SAMPLERS` that its pipelines take, the first where none is asked for; None
     for all."""
 
+    has_wide_states: bool = False
+    """Whether what its text encoders say may exceed float16, and is stored in bfloat16."""
+    reads_layers: bool = True
+    """Whether it reads a layer of CLIP's, so that a layer before that may be read instead."""
+    takes_regions: bool = True
+    """Whether its denoiser is called with latents as they lie, of which regions can be cut."""
+    keeps_rows: bool = True
+    """Whether all layers of its denoiser see a batch's samples as rows; else several styles are painted in turn."""
+    patch: int | None = None
+    """Latents a side that its denoiser takes at a time; None where ``patch_size`` of its config says it."""
+    sample_size: int | None = None
+    """Latents a side of the pictures that its models are made for, of a family whose configs do not say it."""
+    packing: Packing | None = None
+    """How its pipelines pass latents to and fro; None where they do it as a VAE has them."""
+
     def __reduce__(self) -> tuple[Any, ...]:
         # by its name: other processes of a run know the same families
         return _family_named, (self.name,)
@@ -138,6 +168,14 @@ class Family:
     def prediction_types(self) -> tuple[PredictionType, ...]:
         """What its models may predict."""
         return ("flow_prediction",) if self.is_flow else ("epsilon", "v_prediction")
+
+    def patch_of(self, config: Any) -> int:
+        """Latents a side that a denoiser of this config takes at a time."""
+        return self.patch or int(config.get("patch_size") or 1)
+
+    def sample_size_of(self, config: Any) -> Any:
+        """Latents a side of the pictures that a denoiser of this config was made for: a number, two, or nothing."""
+        return self.sample_size if self.sample_size is not None else config.sample_size
 
     @property
     def denoiser(self) -> Component:

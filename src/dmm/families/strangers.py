@@ -69,22 +69,6 @@ STRANGERS = (
         transformer="ChromaTransformer2DModel",
     ),
     Stranger(
-        "FLUX",
-        ("double_blocks.",),
-        "Flux",
-        architecture="flux-1",
-        predicts=None,
-        transformer="FluxTransformer2DModel",
-    ),
-    Stranger(
-        "Z-Image",
-        ("cap_pad_token",),
-        "ZImage",
-        architecture="z-image",
-        predicts=None,
-        transformer="ZImageTransformer2DModel",
-    ),
-    Stranger(
         "Qwen-Image",
         (".img_mod.1.",),
         "QwenImage",

@@ -93,11 +93,12 @@ def check_config(config: Mapping[str, Any], path: Path, kind: Any) -> None:
             )
 
 
-def check_tokenizer(folder: Path, reader: Any) -> None:
+def check_tokenizer(folder: Path, reader: Any, num_tokens: int | None = None) -> None:
     """Check that a tokenizer can be opened, and what it makes of texts be read.
 
     Args:
         reader: the config of the text encoder that reads it.
+        num_tokens: that it is given, whatever the tokenizer says that it takes at most.
     Raises: UserError: a file of it is missing or damaged, or it belongs to another text encoder.
     """
     if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
@@ -113,9 +114,9 @@ def check_tokenizer(folder: Path, reader: Any) -> None:
         tokenizer: Any = kind.from_pretrained(folder, local_files_only=True)
         length, tokens = tokenizer.model_max_length, tokenizer("a cat").input_ids
         most = getattr(reader, "max_position_embeddings", _MOST_TOKENS)
-        if not (isinstance(length, int) and 1 <= length <= most):
+        if num_tokens is None and not (isinstance(length, int) and 1 <= length <= most):
             raise ValueError(f"its model_max_length is {length}, the text encoder reads {most} tokens at most")
-        tokenizer("a cat", padding="max_length", max_length=min(length, 100), truncation=True)
+        tokenizer("a cat", padding="max_length", max_length=min(num_tokens or length, 100), truncation=True)
         highest = max([*tokenizer.get_vocab().values(), *tokens])
         if highest >= reader.vocab_size:
             raise ValueError(f"it has a token {highest}, the text encoder has {reader.vocab_size}")

@@ -32,7 +32,8 @@ def complete_folder(folder: Path) -> None:
     for config in sorted(folder.glob("text_encoder*/config.json")):
         # transformers loads what the config names, diffusers float32 unless told: of two dtypes no pipeline paints
         _edit_json(config, drop=("torch_dtype",), dtype="float32")
-        _name_as_tools_do(config.with_name("model.safetensors"))
+        if str(read_json(config).get("model_type", "")).startswith("clip"):
+            _name_as_tools_do(config.with_name("model.safetensors"))
     for config in (folder / "model_index.json", *sorted(folder.glob("*/config.json"))):
         _edit_json(config, drop=("_name_or_path",))
 

@@ -52,9 +52,9 @@ def check_configs(folder: Path, family: Family, *, only_names: bool = False) -> 
     check_classes(index, folder / INDEX, family)
     read_scheduler_config(folder, family)
     skeletons = build_skeletons(folder, family, only_names=only_names)
-    for tokenizer, reader in family.tokenizers.items():
-        if reader in skeletons:
-            check_tokenizer(folder / tokenizer, skeletons[reader].config)
+    for reader in family.present(skeletons):
+        if reader.tokenizer:
+            check_tokenizer(folder / reader.tokenizer, skeletons[reader.name].config, reader.num_tokens)
     return skeletons
 
 

@@ -61,7 +61,11 @@ def read_scheduler_config(folder: Path, family: Family | None = None) -> dict[st
     noise_schedule(config, str(path))
     with building(f"{path} describes no {name}"):
         built = scheduler.from_config(config)
-        built.set_timesteps(min(25, built.config.num_train_timesteps))  # some begin with several steps of another kind
+        # what shifts by the picture's size is told it
+        size = {"mu": 1.0} if built.config.get("use_dynamic_shifting") else {}
+        built.set_timesteps(
+            min(25, built.config.num_train_timesteps), **size
+        )  # some begin with several steps of another kind
     return config
 
 

@@ -68,7 +68,10 @@ def check_tensors(model: Any, found: Mapping[str, Tensor], where: str, names: Ma
     expected = model.state_dict()
     shown = dict(names) if names else {name: name for name in expected}
     kind = type(model).__name__
-    missing = [name for name in expected if name not in found]
+    # what is one tensor under two names is saved under either
+    twins = getattr(model, "all_tied_weights_keys", None) or {}
+    twins = {**twins, **{other: name for name, other in twins.items()}}
+    missing = [name for name in expected if name not in found and twins.get(name) not in found]
     if missing:
         raise UserError(
             f"{where} lacks {len(missing)} of the {len(expected)} tensors of its {kind}, the first of them "
@@ -105,7 +108,7 @@ def from_config(model_class: Any, folder: Path) -> Any:
 def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family, *, only_names: bool) -> None:
     name = family.denoiser.name
     kind = "UNet" if name == "unet" else name
-    size = skeletons[name].config.sample_size
+    size = family.sample_size_of(skeletons[name].config)
     if not (isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2)):
         raise UserError(f"{folder / name / 'config.json'}: its sample_size is {size}; a number, or two, was expected.")
     configs = {part: skeleton.config for part, skeleton in skeletons.items()}

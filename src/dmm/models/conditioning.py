@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import components_of, family_of
+from dmm.families import Component, components_of, family_of
 
 
 def tokenize(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -25,20 +25,28 @@ def tokenize(pipeline: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
             continue
         tokenizer = getattr(pipeline, reader.tokenizer)
         tokens = tokenizer(
-            list(prompts),
+            _given(reader, tokenizer, prompts),
             padding="max_length",
             max_length=reader.num_tokens or tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
         found[reader.tokenizer] = tokens.input_ids
+        if reader.template:
+            found[f"{reader.tokenizer}_mask"] = tokens.attention_mask
     return found
+
+
+def _given(reader: Component, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """What a text encoder's tokenizer makes tokens of."""
+    return [reader.template(tokenizer, prompt) if reader.template else prompt for prompt in prompts]
 
 
 def num_cut(pipeline: Any, prompts: Sequence[str]) -> int:
     """How many prompts are longer than the text encoders read."""
     readers = [(one, getattr(pipeline, one.tokenizer)) for one in components_of(pipeline) if one.tokenizer]
-    counted = zip(*(tokenizer(list(prompts), verbose=False).input_ids for _, tokenizer in readers), strict=True)
+    given = (tokenizer(_given(reader, tokenizer, prompts), verbose=False) for reader, tokenizer in readers)
+    counted = zip(*(tokens.input_ids for tokens in given), strict=True)
     most = [reader.num_tokens or tokenizer.model_max_length for reader, tokenizer in readers]
     return sum(any(len(ids) > length for ids, length in zip(of_prompt, most, strict=True)) for of_prompt in counted)
 
@@ -90,6 +98,11 @@ def check_clip_skip(pipeline: Any, clip_skip: int | None) -> None:
     if clip_skip is None:
         return
     family = family_of(pipeline)
+    if not family.reads_layers:
+        raise UserError(
+            f"clip_skip is {clip_skip}, but {family.title} reads no layers of CLIP, only the embedding of the whole "
+            "prompt. Leave clip_skip out."
+        )
     clips = [getattr(pipeline, one.name) for one in family.text_encoders if one.num_tokens is None]
     layers = min(one.config.num_hidden_layers for one in clips)
     layers -= family.layers_left_out

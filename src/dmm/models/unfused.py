@@ -114,6 +114,8 @@ class _Hook:
         if index is None:
             return tensor
         blocks, rest = divmod(batch, len(index))
+        if len(index) == 1:  # whatever a model makes of its batch: some put all tokens of it in a row
+            return tensor[index.to(tensor.device)]
         if rest or not 1 <= blocks <= 3:
             raise ValueError(
                 f"{len(index)} styles were set, one for each image, and the model is given a batch of {batch}: set one "

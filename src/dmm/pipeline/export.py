@@ -138,7 +138,7 @@ def describe(pipe: Any, mix: Mapping[str, float] | None) -> dict[str, str]:
     """
     provenance = style_prompts_of(pipe).provenance
     told = "style-less average" if mix is None else ", ".join(f"{name}={weight:g}" for name, weight in mix.items())
-    size = denoiser_of(pipe).config.sample_size
+    size = family_of(pipe).sample_size_of(denoiser_of(pipe).config)
     height, width = (side * pipe.vae_scale_factor for side in ((size, size) if isinstance(size, int) else size))
     metadata = {
         "modelspec.title": f"DMM merge: {told}",

@@ -90,7 +90,7 @@ def add_plugins(
         have the channels that diffusers' inpainting takes.
     """
     if start is not None and start.mask is not None:
-        _check_takes_masks(denoiser_of(pipe))
+        _check_takes_masks(pipe)
     family = family_of(pipe)
     given = {"control": bool(controls), "image": start is not None, "mask": start is not None and bool(start.mask)}
     guides = frozenset(name for name, one in given.items() if one)
@@ -160,9 +160,10 @@ def _settings(kind: Any, pipe: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     return told | ({"requires_safety_checker": False} if "requires_safety_checker" in names else {})
 
 
-def _check_takes_masks(unet: Any) -> None:
+def _check_takes_masks(pipe: Any) -> None:
+    unet = denoiser_of(pipe)
     # of other models diffusers raises an error in the midst of painting, or, with a ControlNet, drops the mask
-    if unet.config.in_channels != MASKED_CHANNELS:
+    if not family_of(pipe).is_flow and unet.config.in_channels != MASKED_CHANNELS:
         raise UserError(
             f"A mask is for models whose latents have {MASKED_CHANNELS} channels; this one's have "
             f"{unet.config.in_channels}. Paint the whole --image, without --mask, or choose another model."

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import arguments, denoiser_of, set_denoiser
+from dmm.families import arguments, denoiser_of, family_of, set_denoiser
 from dmm.maths.canvas import WINDOWS, Box, box_mask, region_weights, tile_starts
 from dmm.maths.mixes import Mix
 from dmm.models.conditioning import encode_tokens, tokenize
@@ -92,6 +92,11 @@ def paint_regions(
         empty or lies outside of the canvas.
     Source: DMM §4.5; MultiDiffusion (arXiv:2302.08113); Mixture of Diffusers (arXiv:2302.02412).
     """
+    if not family_of(pipe).takes_regions:
+        raise UserError(
+            f"Regions are cut out of latents, and {family_of(pipe).title} passes its own as tokens: paint the whole "
+            "picture in one style or mix."
+        )
     names = style_names(pipe)
     for one in (style, *(region.style for region in regions)):
         check_style(names, one)

@@ -166,6 +166,8 @@ def _sample_batches(
         )
     if batch_size is None:
         batch_size = usual_batch_size(width, height)
+    if styles is not None and not family_of(pipeline).keeps_rows:
+        batch_size = 1
 
     # A shallow copy shares the weights, and what is set on it stays on it. (`from_pipe` would cast the
     # shared weights to float32.)
@@ -217,11 +219,13 @@ def _sample_batch(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     accepted = inspect.signature(type(pipeline).__call__).parameters
     sizes = {name: size for name, size in (("width", width), ("height", height)) if name in accepted}
+    packing, config, factor = family_of(pipeline).packing, denoiser_of(pipeline).config, pipeline.vae_scale_factor
     if "strength" not in accepted:  # what begins with an image adds noise of its own to it
-        factor = pipeline.vae_scale_factor
-        shape = (1, denoiser_of(pipeline).config.in_channels, height // factor, width // factor)
+        channels = packing.channels(config) if packing else config.in_channels
+        shape = (1, channels, height // factor, width // factor)
         # drawn here and in float32: left to itself, the pipeline draws other noise in half precision
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        noise = packing.pack(noise) if packing else noise
         inputs = {**inputs, "latents": noise.to(denoiser_of(pipeline).dtype)}
 
     def on_step(running: Any, step: int, timestep: Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +241,8 @@ def _sample_batch(
         **inputs,
         **settings,
     ).images
+    if packing and settings["output_type"] == "latent":
+        images = packing.unpack(images, height // factor, width // factor)
     if not images.isfinite().all():
         raise UserError(
             f"The pictures came out as NaN, computed in {str(denoiser_of(pipeline).dtype).removeprefix('torch.')}. "
@@ -319,11 +325,12 @@ def picture_size(pipeline: Any, width: int | None = None, height: int | None = N
 
     Raises: UserError: one is not a multiple of the pipeline's step (8 pixels, more where VAE and denoiser shrink more).
     """
-    own = denoiser_of(pipeline).config.sample_size
+    family, config = family_of(pipeline), denoiser_of(pipeline).config
+    own = family.sample_size_of(config)
     own_height, own_width = (own, own) if isinstance(own, int) else own
     factor = pipeline.vae_scale_factor
     # diffusers' pipelines insist on 8 whatever the VAE; transformers take several latents at a time
-    step = math.lcm(8, factor * (denoiser_of(pipeline).config.get("patch_size") or 1))
+    step = math.lcm(8, factor * family.patch_of(config))
     sizes = (own_width * factor if width is None else width, own_height * factor if height is None else height)
     for name, size in zip(("width", "height"), sizes, strict=True):
         check_multiple(name, size, step)

@@ -63,6 +63,8 @@ class Shapes:
                 continue
             length = reader.num_tokens or self.skeletons[reader.name].config.max_position_embeddings
             tokens[reader.tokenizer] = torch.zeros(num_samples, length, dtype=torch.int64, device=META)
+            if reader.template:
+                tokens[f"{reader.tokenizer}_mask"] = torch.ones(num_samples, length, dtype=torch.int64, device=META)
         told = self.family.read_size(Frame.whole(self.size, self.size))
         sizes = {name: value.to(META).expand(num_samples, *value.shape) for name, value in told.items()}
         with torch.no_grad():

@@ -98,7 +98,7 @@ def _samples(calibration: Calibration, name: str, prompts: list[str], pipeline: 
 
 
 def _own_size(name: str, pipeline: Any) -> int:
-    own = denoiser_of(pipeline).config.sample_size
+    own = family_of(pipeline).sample_size_of(denoiser_of(pipeline).config)
     if not own:
         raise UserError(
             f"teacher '{name}' does not say of what size its pictures are; say it as calibration.size, such as 512."

@@ -40,6 +40,14 @@ UNKNOWN_RANK = 16
 # the share of the student's timesteps below which a teacher would leave too much untaught
 _LEAST_REACH = 0.8
 # of a UNet's config, what says nothing of what it computes
+_ADVICE = {
+    "cross_attention_dim": "Choose teachers of one family.",
+    "guidance_embeds": (
+        "One was distilled to read a guidance scale, the other reads none, and no student paints as both: choose "
+        "teachers of one kind."
+    ),
+}
+"""Where configs differ, what to do about it."""
 _HARMLESS = ("sample_size", "upcast_attention")
 
 
@@ -117,9 +125,10 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device, *, wit
     beneath = check_model(_named_base(recipe), name="base") if recipe.earlier else base
     _check_noise_weighting(recipe.losses.noise_weighting, base)
     size = recipe.size or own_size(base.path, base.skeletons, base.family)
-    check_multiple("size", size, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
+    step = 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1) * base.family.patch_of(base.denoiser.config)
+    check_multiple("size", size, step)
     for side in {side for bucket in buckets_of(recipe, size) for side in bucket}:
-        check_multiple("size.step", side, 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1))
+        check_multiple("size.step", side, step)
     sources = tuple(
         teacher_source(teacher, recipe.base, beneath.configs, ema=recipe.ema) for teacher in recipe.teachers
     )
@@ -217,7 +226,7 @@ def own_size(path: Path | str, skeletons: Mapping[str, Any], family: Family) -> 
 
     Raises: UserError: it does not say.
     """
-    own = skeletons[family.denoiser.name].config.sample_size
+    own = family.sample_size_of(skeletons[family.denoiser.name].config)
     if not own:
         raise UserError(f"size: {path} does not say of what size its pictures are; say it, such as 512.")
     side: int = own if isinstance(own, int) else min(own)
@@ -458,12 +467,9 @@ def _check_structure(name: str, model: CheckedModel, base: CheckedModel) -> None
     # what tells families apart first
     for key in dict.fromkeys(["cross_attention_dim", *ours, *theirs]):
         if ours.get(key) != theirs.get(key):
-            advice = (
-                "Choose teachers of one family."
-                if key == "cross_attention_dim"
-                else "Choose teachers of one architecture."
-            )
-            raise UserError(f"{name}: the UNet has {key} {theirs.get(key)}, the student {ours.get(key)}. {advice}")
+            advice = _ADVICE.get(key, "Choose teachers of one architecture.")
+            kind = "UNet" if base.family.denoiser.name == "unet" else base.family.denoiser.name
+            raise UserError(f"{name}: the {kind} has {key} {theirs.get(key)}, the student {ours.get(key)}. {advice}")
 
 
 def _reach(name: str, model: CheckedModel, base: CheckedModel) -> Reach | None:
