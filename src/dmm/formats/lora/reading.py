@@ -96,21 +96,52 @@ def read_lora_file(path: Path, family: Family | None = None, *, allow_pickle: bo
     path = lora_file(path)
     header = read_header(path, allow_pickle=allow_pickle)
     _check_is_lora(path, header.tensors, family)
-    names = split_names(path, header.tensors)
-    for layer, parts in names.items():
-        check_complete(path, layer, parts)
+    split_names(path, header.tensors)
     if any(name.startswith(BUNDLED) for name in header.tensors):
         _logger.warning("%s: the embedding that is bundled with the LoRA is left out.", path)
     config = _peft_config(path, header.metadata)
     tensors = read_tensors(path)
     check_finite({name: tensor for name, tensor in tensors.items() if not name.startswith(BUNDLED)}, str(path))
+    return _file_of(path, tensors, config, header.metadata)
+
+
+def _file_of(
+    path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | str, metadata: Mapping[str, str]
+) -> LoraFile:
+    names = split_names(path, tensors)
+    for layer, parts in names.items():
+        check_complete(path, layer, parts)
     layers = {}
     for layer, parts in names.items():
         found = _layer(path, layer, {part: tensors[key] for part, key in parts.items()}, config)
         if found is not None:
             layers[layer] = found
     dtypes = [tensors[key].dtype for parts in names.values() for part, key in parts.items() if part != "alpha"]
-    return LoraFile(path, layers, max(set(dtypes), key=dtypes.count), header.metadata)
+    return LoraFile(path, layers, max(set(dtypes), key=dtypes.count), metadata)
+
+
+def _as_diffusers_names_it(file: LoraFile, family: Family) -> LoraFile:
+    """A LoRA of a transformer whose layers have its authors' names, by diffusers' own converter; else as it is.
+
+    Raises: UserError: the converter lost something of it.
+    """
+    tensors = read_tensors(file.path)
+    try:
+        converted = family.pipeline_class.lora_state_dict(dict(tensors))
+    except (KeyError, ValueError, IndexError, RuntimeError, TypeError, AttributeError, AssertionError):
+        return file  # of another model, which is told by its layers
+    converted = converted[0] if isinstance(converted, tuple) else converted
+    # what lies in a row is taken apart, and scaled: the outputs' side keeps its numbers that are not 0
+    before, after = (
+        sum(int(tensor.count_nonzero()) for name, tensor in found.items() if ".lora_up." in name or ".lora_B." in name)
+        for found in (tensors, converted)
+    )
+    if before != after:
+        raise UserError(
+            f"{file.path}: diffusers' converter keeps {after} of the {before} numbers of its layers' outputs. Convert "
+            "it to diffusers' layout with the tool that it comes from; none of it is dropped quietly."
+        )
+    return _file_of(file.path, converted, {}, file.metadata)
 
 
 def read_lora(
@@ -132,7 +163,10 @@ def read_lora(
     file = read_lora_file(path, family, allow_pickle=allow_pickle)
     models = {name: model for name, model in models.items() if name != "vae"}
     known = layers_by_name(models, family)
-    if family is not None and any(name not in known for name in file.layers):
+    told_apart = family is None or all(name in known for name in file.layers)
+    if family is not None and not told_apart and not family.denoiser.layout:
+        file = _as_diffusers_names_it(file, family)
+    elif family is not None and not told_apart:
         name = family.denoiser.name
         known = {**layers_by_original_name(name, original_names({name: models[name]}, family)[name]), **known}
     _check_known(file, known, family)
