@@ -8,7 +8,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,13 @@ from dmm.formats.tensors import check_finite, write_tensors
 from drawings import STYLES
 
 CONTROLS = "controls"
-LIMIT = 57e6  # bytes, of which the ControlNets take up to 3
+LIMIT = 67e6  # bytes, of which the ControlNets take up to 3
+EPSILON: dict[str, Any] = {"prediction_type": "epsilon"}
+ZERO_SNR: dict[str, Any] = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
 
 
 def store(source: Path, target: Path) -> None:
@@ -92,7 +98,9 @@ class Collection:
         names: of the experts, in order.
         single_files, own_text_encoder: which of them are, and have.
         schedulers: what an expert's scheduler is told beyond that of the base.
-        lora_rank: of those that were trained: what fits into the limit.
+        lora_rank: of those that were trained: what fits into the limit; None where they were trained so.
+        scheduler: what others than those in ``schedulers`` are told.
+        shared: whole components that are kept once, for another family, by the components' names.
     """
 
     prefix: str
@@ -100,20 +108,32 @@ class Collection:
     single_files: tuple[str, ...]
     own_text_encoder: tuple[str, ...]
     schedulers: Mapping[str, Mapping[str, Any]]
-    lora_rank: int
+    lora_rank: int | None
+    scheduler: Mapping[str, Any] = field(default_factory=lambda: EPSILON)
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
-EPSILON = {"prediction_type": "epsilon"}
-ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 COLLECTIONS = {
     "sd1": Collection(
         "", (*STYLES, "noto-v"), ("twemoji",), ("noto-blob",), {"noto-v": {"prediction_type": "v_prediction"}}, 10
     ),
     "sdxl": Collection("sdxl-", ("noto", "openmoji", "fluent-v"), (), (), {"fluent-v": ZERO_SNR}, 5),
+    "sd3": Collection(
+        "sd3-",
+        ("noto", "openmoji", "fluent-contrast"),
+        (),
+        (),
+        {},
+        None,
+        scheduler={},
+        shared={"text_encoder_2": "../sdxl/text_encoder_2/base.safetensors"},
+    ),
 }
 
 
-def store_components(pipeline: Path, name: str, family: Path, *, own_text_encoder: bool) -> dict[str, str]:
+def store_components(
+    pipeline: Path, name: str, family: Path, *, own_text_encoder: bool, shared: Mapping[str, str]
+) -> dict[str, str]:
     """Copy a pipeline's weights, but for the VAE, which is everyone's.
 
     Returns: what each weight file of the pipeline's folder is kept as, below ``family``.
@@ -122,6 +142,9 @@ def store_components(pipeline: Path, name: str, family: Path, *, own_text_encode
     for weights in sorted(pipeline.glob("*/*.safetensors")):
         component = weights.parent.name
         if component == "vae":
+            continue
+        if component in shared:
+            kept[f"{component}/{weights.name}"] = shared[component]
             continue
         is_shared = component.startswith("text_encoder") and not own_text_encoder
         target = f"{component}/{'base' if is_shared else name}.safetensors"
@@ -146,22 +169,31 @@ def publish(work: Path, family: str, collection: Collection) -> None:
     for name in ("base", *collection.names):
         source = base if name == "base" else experts / name
         if not source.is_dir():
-            store_lora(
-                source.with_name(f"{name}.safetensors"), folder / "lora" / f"{name}.safetensors", collection.lora_rank
-            )
+            file, kept = source.with_name(f"{name}.safetensors"), folder / "lora" / f"{name}.safetensors"
+            if collection.lora_rank is None:
+                store(file, kept)
+            else:
+                store_lora(file, kept, collection.lora_rank)
             plan[name] = {"form": "lora", "path": f"{name}.safetensors", "lora": f"lora/{name}.safetensors"}
             continue
         is_single = name in collection.single_files
         plan[name] = {
             "form": "single_file" if is_single else "folder",
             "path": f"{name}.safetensors" if is_single else name,
-            "weights": store_components(source, name, folder, own_text_encoder=name in collection.own_text_encoder),
-            "scheduler": collection.schedulers.get(name, EPSILON),
+            "weights": store_components(
+                source,
+                name,
+                folder,
+                own_text_encoder=name in collection.own_text_encoder,
+                shared=collection.shared,
+            ),
+            "scheduler": collection.schedulers.get(name, collection.scheduler),
         }
     files = [path for path in folder.rglob("*") if path.is_file() and CONTROLS not in path.parts]
-    shared = [WEIGHTS / "vae.safetensors", *(path for path in (WEIGHTS / "judge").rglob("*") if path.is_file())]
+    shared = [folder / path for path in collection.shared.values()]
+    shared += [WEIGHTS / "vae.safetensors", *(path for path in (WEIGHTS / "judge").rglob("*") if path.is_file())]
     digests = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
-    digests |= {f"../{path.relative_to(WEIGHTS).as_posix()}": sha256(path) for path in sorted(shared)}
+    digests |= {f"../{path.resolve().relative_to(WEIGHTS).as_posix()}": sha256(path) for path in sorted(shared)}
     (folder / PLAN).write_text(json.dumps({"experts": plan, "files": digests}, indent=1) + "\n", encoding="utf-8")
     print(f"{family}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")
 

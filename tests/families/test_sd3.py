@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_pipeline
 from diffusers import StableDiffusion3Pipeline
 from helpers import paint
 from peft import LoraConfig, get_peft_model_state_dict
@@ -16,6 +17,7 @@ from tiny_families import tiny_sd3, tiny_sdxl
 from transformers import T5Config, T5EncoderModel
 
 import dmm
+from dmm.cli import main
 from dmm.errors import UserError
 from dmm.families import ask
 from dmm.families.anatomy import normed
@@ -88,6 +90,35 @@ def test_sigmas_are_drawn_as_it_was_trained_and_shifted_as_its_scheduler_says():
     assert len(process.levels) == 1000
     torch.testing.assert_close(process.levels.median(), torch.tensor(0.75), rtol=0, atol=1e-3)  # 1/2, shifted by 3
     assert process.timesteps.max() < 1000
+
+
+def test_a_recipe_may_draw_them_otherwise():
+    config = tiny_sd3().scheduler.config
+    process = process_of(config, SD3, density="uniform", shift=1.0)
+    torch.testing.assert_close(process.levels, (torch.arange(1000) + 0.5) / 1000)
+
+
+def test_what_is_for_one_process_alone_is_refused_for_the_other(folder, tmp_path, capsys):
+    recipe = {
+        "teachers": [{"name": "one", "model": "model"}],
+        "data": {"synthesize": {"prompts": "prompts.txt"}},
+        "size": 16,
+        "training": {"precision": "fp32", "timesteps": {"shift": 2}},
+        "losses": {"noise_weighting": 0.5},
+    }
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    tiny_pipeline().save_pretrained(tmp_path / "sd1")
+    for base, said in (
+        ("sd1", "timesteps is for models of rectified flow"),
+        (folder, "this base predicts flow_prediction"),
+    ):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(write_yaml({"base": str(base), **recipe, "teachers": [{"name": "one", "model": str(base)}]}))
+        assert main(["merge", str(path), "--output", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "fast.yaml").write_text(write_yaml({"data": recipe["data"], "training": {"precision": "fp32"}}))
+    assert main(["accelerate", str(folder), str(tmp_path / "fast.yaml"), "--output", str(tmp_path / "fast")]) == 2
+    assert "no few-step model is distilled here" in capsys.readouterr().err
 
 
 def test_it_is_painted_as_diffusers_paints_it(folder):
@@ -225,3 +256,9 @@ def test_the_index_names_no_t5_and_the_scheduler_says_what_it_is(folder):
     index = json.loads((folder / "model_index.json").read_text())
     assert index["text_encoder_3"] == [None, None]
     assert check_model(ModelSource(folder)).prediction_type == "flow_prediction"
+
+
+def test_what_it_predicts_may_be_said_but_is_never_another(folder):
+    assert check_model(ModelSource(folder, prediction_type="flow_prediction")).prediction_type == "flow_prediction"
+    with pytest.raises(UserError, match="its prediction type is 'epsilon'; flow_prediction was expected of SD 3"):
+        check_model(ModelSource(folder, prediction_type="epsilon"))

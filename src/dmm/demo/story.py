@@ -14,6 +14,7 @@ from PIL import Image
 from dmm.demo.assembly import COLLECTIONS, expert_forms, expert_sources, experts
 from dmm.demo.judge import Judge, judge_images, load_judge
 from dmm.errors import UserError
+from dmm.families import FAMILIES
 from dmm.files.pictures import grid, save_png
 from dmm.files.yaml import write_yaml
 from dmm.models.teachers import open_pipeline
@@ -24,7 +25,8 @@ PROMPTS = ("fox", "red apple", "octopus", "rocket", "palm tree", "robot")
 GUIDANCE_SCALE = 2.0
 RECIPE, PROMPTS_FILE, MERGED, PICTURE = "recipe.yaml", "prompts.txt", "merged", "demo.png"
 
-DATA = {"count": 100, "steps": 12, "guidance": GUIDANCE_SCALE, "own": 0.5}
+DATA: dict[str, Any] = {"count": 100, "steps": 12, "guidance": GUIDANCE_SCALE, "own": 0.5}
+_COUNT_OF_LORAS = 16
 _TRAINING = {"batch_size": 40, "micro_batch_size": 40, "lr_schedule": "cosine", "precision": "fp32"}
 ADAPTERS: dict[str, Any] = {
     "start": "base",
@@ -96,13 +98,17 @@ def write_recipe(folder: Path, method: Mapping[str, Any] = ADAPTERS, *, family: 
     teachers = [
         {"name": name, ("lora" if forms[name] == "lora" else "model"): str(paths[name])} for name in styles(family)
     ]
+    data = dict(DATA)
+    if method["styles"]["rank"] and all(forms[name] == "lora" for name in styles(family)):
+        # LoRAs are taken as they are, and only looked at on what they paint
+        data["count"] = min(data["count"], _COUNT_OF_LORAS)
     recipe = {
         "base": str(paths["base"]),
         "teachers": teachers,
-        "data": {"synthesize": {"prompts": PROMPTS_FILE, **DATA}},
+        "data": {"synthesize": {"prompts": PROMPTS_FILE, **data}},
         "size": 32,
         **method,
-        "losses": LOSSES,
+        "losses": LOSSES | ({"noise_weighting": 0.0} if FAMILIES[family].is_flow else {}),
         "checkpoint": {"every": 100, "keep": 1},
         "logging": {"every": 50, "sample_every": None},
     }

@@ -117,18 +117,21 @@ def predicted(config: Mapping[str, Any]) -> Any:
     return "flow_prediction" if is_flow(config) else str(config.get("prediction_type", "epsilon"))
 
 
-def process_of(config: Mapping[str, Any], family: Family) -> Process:
+def process_of(
+    config: Mapping[str, Any], family: Family, *, density: Density | None = None, shift: float | None = None
+) -> Process:
     """How latents are noised for a model, each step drawn as often as when it was trained.
 
     Args:
         config: of its scheduler.
         family: the model's.
+        density: of a flow's sigmas before they are shifted, by default the family's.
+        shift: of a flow's sigmas, by default the scheduler's.
     """
     if not is_flow(config):
         return VariancePreserving(noise_schedule(config))
-    density: Density = family.density or "uniform"
-    sigmas = quantiles(int(config.get("num_train_timesteps", 1000)), density)
-    return RectifiedFlow(shifted(sigmas, float(config.get("shift") or 1.0)))
+    sigmas = quantiles(int(config.get("num_train_timesteps", 1000)), density or family.density or "uniform")
+    return RectifiedFlow(shifted(sigmas, shift or float(config.get("shift") or 1.0)))
 
 
 def check_same_schedule(name: str, schedule: Tensor, other: str, other_schedule: Tensor) -> None:

@@ -28,7 +28,7 @@ from dmm.formats.vae import check_vae, fetch_vae, open_vae
 from dmm.maths.diffusion import PredictionType
 from dmm.models.style_names import STYLES_FOLDER
 
-PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
+PREDICTION_TYPES: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "flow_prediction")
 
 Module = TypeVar("Module", bound=nn.Module)
 

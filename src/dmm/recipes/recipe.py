@@ -195,6 +195,15 @@ ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {
 a night with it on a card of 24 GB: docs/merge.md has the sum, which no such card has confirmed."""
 
 
+class Timesteps(Part):
+    """How often a model of rectified flow is trained at which sigma; by default as its family is."""
+
+    density: Literal["logit_normal", "uniform"] | None = None
+    """Of sigmas, before they are shifted."""
+    shift: Annotated[Number, in_range(above=0)] | None = None
+    """Towards noise, above 1; by default what the base's scheduler says."""
+
+
 class Training(Part):
     """How the student is trained, with AdamW; the paper's defaults, but :data:`ADAPTER_DEFAULTS` for adapters."""
 
@@ -225,6 +234,8 @@ class Training(Part):
     """``torch.compile`` the models."""
     ema_decay: Annotated[Number, in_range(above=0, below=1)] | None = None
     """Of an exponential moving average of the student, which is then the result; by default there is none."""
+    timesteps: Timesteps | None = None
+    """Of bases of rectified flow."""
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:

@@ -57,7 +57,7 @@ from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER, read_style_names
 from dmm.models.teachers import open_pipeline
 from dmm.recipes.parts import MAX_SEED
-from dmm.recipes.recipe import Recipe, load_recipe, save_recipe
+from dmm.recipes.recipe import Recipe, Timesteps, load_recipe, save_recipe
 from dmm.recipes.stages import first_stage, second_stage
 from dmm.training.adapting import Run as AdapterRun
 from dmm.training.adapting import adapt, steps_of, style_folder
@@ -306,13 +306,14 @@ def _batches_of(
     roles: Sequence[Role],
 ) -> Callable[..., Batches]:
     """What makes batches of the training data; it lacks whose, and their randomness."""
-    painted = recipe.data.synthesize
+    painted, drawn = recipe.data.synthesize, recipe.training.timesteps or Timesteps()
+    config = base.scheduler.config
     return partial(
         Batches,
         data,
         styles,
         roles,
-        process=process_of(base.scheduler.config, family_of(base)),
+        process=process_of(config, family_of(base), density=drawn.density, shift=drawn.shift),
         micro_batch_size=recipe.training.micro_batch_size,
         device=accelerator.device,
         own=(painted.own, painted.student) if painted else (0.0, 0.0),

@@ -124,6 +124,11 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device, *, wit
     # what LoRAs are put on, and whose configs single files follow
     beneath = check_model(_named_base(recipe), name="base") if recipe.earlier else base
     _check_noise_weighting(recipe.losses.noise_weighting, base)
+    if recipe.training.timesteps is not None and not base.family.is_flow:
+        raise UserError(
+            f"training.timesteps is for models of rectified flow; this base is {base.family.title}, whose steps "
+            "are drawn alike. Leave it out."
+        )
     size = recipe.size or own_size(base.path, base.skeletons, base.family)
     step = 2 ** (len(base.skeletons["vae"].config.block_out_channels) - 1) * base.family.patch_of(base.denoiser.config)
     check_multiple("size", size, step)
