@@ -11,7 +11,8 @@
 
 Every arm is one `dmm merge` or `dmm add`, of the demo's length or a part or multiple of it, and one `dmm evaluate`;
 its folder in WORK keeps both. Stopped in any way, the same command goes on; arms that are finished are not run again.
-At the end the table is printed, as docs/results.md has it.
+At the end the table is printed, as docs/results.md has it. Where there are many cores, each arm and seed can have a
+process of its own before that: ``--arm KEY --seed S`` runs one and prints nothing.
 """
 
 import argparse
@@ -224,7 +225,7 @@ def run_arm(arm: Arm, work: Path, seed: int, options: argparse.Namespace) -> Pat
     run_dmm(options, [*command, str(recipe), "--output", str(merged), "--resume"])
     if options.num_images and not (folder / "report" / "report.json").exists():
         settings = ["--num-images", str(options.num_images), "--extractor", "judge", "--guidance", "2", "--steps", "15"]
-        settings += ["--quick"] if options.quick else []
+        settings += ["--precision", "fp32", *(["--quick"] if options.quick else [])]
         teachers = [f"--teacher={name}={experts()[name]}" for name in all_styles(arm)]
         base = ["--base", str(experts()["base"])]
         run_dmm(options, ["evaluate", str(merged), *teachers, *base, *settings, "--output", str(folder / "report")])
@@ -402,6 +403,8 @@ def main() -> None:
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("work", type=Path)
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser.add_argument("--arm", metavar="KEY", help="run this one alone, named as its folder is")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of that one")
     parser.add_argument("--steps", type=int, default=STEPS, help="of a whole training, of 40 samples each")
     parser.add_argument("--num-images", type=int, default=400, help="of each style; 0: do not evaluate")
     parser.add_argument("--quick", action="store_true", help="evaluate without FID, on as few pictures as you like")
@@ -413,6 +416,10 @@ def main() -> None:
         except UserError as error:
             parser.error(str(error))
     arms, seeds = TABLES[options.table](), range(options.seeds)
+    if options.arm:
+        for arm in (one for one in arms if one.key == options.arm):
+            run_arm(arm, options.work, options.seed, options)
+        return
     for seed in seeds:
         for arm in arms:
             print(f"{arm.name}, seed {seed}", file=sys.stderr, flush=True)
