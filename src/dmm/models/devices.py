@@ -1,6 +1,7 @@
-"""Where models run: a device by its name."""
+"""Where models run: a device by its name, and the way of tensors to it."""
 
 import torch
+from torch import Tensor
 
 from dmm.errors import UserError
 
@@ -19,3 +20,10 @@ def find_device(name: str | None = None) -> torch.device:
             f"--device {device}: torch finds {counts[device.type]} of '{device.type}' here; choose another, or cpu."
         )
     return device
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU's on a device, without waiting for what that is still computing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)

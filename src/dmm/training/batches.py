@@ -12,6 +12,7 @@ from dmm.data.training import STUDENT, student_in
 from dmm.maths.draws import draw, draw_again, draw_size
 from dmm.maths.processes import Process
 from dmm.maths.sharing import Group
+from dmm.models.devices import send
 from dmm.training.distill import Batch, Part, Rediffusion
 
 
@@ -172,14 +173,14 @@ class Batches:
             parts.append(Part(teacher, samples, self._to_device(conditioning) | own))
         one_hot = torch.nn.functional.one_hot(torch.tensor(styles), len(self._styles))
         return Batch(
-            x_t=x_t.to(self._device),
-            timesteps=self._process.timesteps[steps].to(self._device),
-            levels=levels.to(self._device),
+            x_t=send(x_t, self._device),
+            timesteps=send(self._process.timesteps[steps], self._device),
+            levels=send(levels, self._device),
             process=self._process,
-            style_weights=one_hot.float().to(self._device),
+            style_weights=send(one_hot.float(), self._device),
             conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)) | shown,
-            loss_weights=torch.tensor(weights, device=self._device),
-            score_weights=self._score_weights[steps].to(self._device),
+            loss_weights=send(torch.tensor(weights), self._device),
+            score_weights=send(self._score_weights[steps], self._device),
             parts=parts,
             again=self._again(step, indices, steps, shape) if self._adversarial else None,
         )
@@ -200,7 +201,7 @@ class Batches:
             num_timesteps=self._num_steps,
         )
         told, levels = self._process.timesteps[later], self._process.levels[later]
-        return Rediffusion(told.to(self._device), levels.to(self._device), noise.to(self._device))
+        return Rediffusion(*(send(one, self._device) for one in (told, levels, noise)))
 
     def _to_device(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self._device) for name, value in conditioning.items()}
+        return {name: send(value, self._device) for name, value in conditioning.items()}

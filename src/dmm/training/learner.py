@@ -43,6 +43,7 @@ class Learner:
             [{"params": list(part.parameters()), "lr": rate} for part, rate in groups],
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
+            fused=accelerator.device.type == "cuda",  # a launch for many tensors
         )
         self._schedule = get_scheduler(
             training.lr_schedule, optimizer, num_warmup_steps=training.warmup_steps, num_training_steps=training.steps

@@ -12,6 +12,7 @@ from dmm.maths.diffusion import add_noise
 from dmm.maths.draws import draw, draw_shares
 from dmm.maths.schedules import timesteps_of_equal_power
 from dmm.maths.sharing import Group
+from dmm.models.devices import send
 from dmm.models.few_step import TOLD_DIM
 from dmm.training.batches import Data
 from dmm.training.distill import Samples
@@ -130,20 +131,20 @@ class Paths:
         every_caption = torch.ones_like(draws.dropped)
         on_device = self._to_device
         return PathBatch(
-            x_t=add_noise(self._data.latents(rows), draws.noise, alpha_bar_t).to(self._device),
-            timesteps=timesteps.to(self._device),
-            levels=alpha_bar_t.to(self._device),
-            style_weights=one_hot.float().to(self._device),
+            x_t=send(add_noise(self._data.latents(rows), draws.noise, alpha_bar_t), self._device),
+            timesteps=send(timesteps, self._device),
+            levels=send(alpha_bar_t, self._device),
+            style_weights=send(one_hot.float(), self._device),
             conditioning=on_device(self._data.conditioning(STUDENT, rows, draws.dropped)),
-            loss_weights=torch.tensor(weights, device=self._device),
-            earlier=earlier.to(self._device),
-            alpha_bar_s=alpha_bar_s.to(self._device),
-            gamma=gamma.to(self._device),
-            between=between.to(self._device),
-            guidance=guidance.to(self._device),
+            loss_weights=send(torch.tensor(weights), self._device),
+            earlier=send(earlier, self._device),
+            alpha_bar_s=send(alpha_bar_s, self._device),
+            gamma=send(gamma, self._device),
+            between=send(between, self._device),
+            guidance=send(guidance, self._device),
             unconditional=on_device(self._data.conditioning(STUDENT, rows, every_caption)),
             told=told,
         )
 
     def _to_device(self, conditioning: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self._device) for name, value in conditioning.items()}
+        return {name: send(value, self._device) for name, value in conditioning.items()}

@@ -123,7 +123,9 @@ class Trainer:
             head = adversary.discriminator.head
             self.learners[DISCRIMINATOR] = Learner(accelerator, head, [(head, training.learning_rate)], training)
         # of the weights as they now are: where there are several processes, the main one's in all of them
-        self.ema = EMAModel(self.parameters.values(), decay=training.ema_decay) if training.ema_decay else None
+        on_gpu = accelerator.device.type == "cuda"  # where a launch a tensor takes longer than the arithmetic
+        averaging = {"decay": training.ema_decay, "foreach": on_gpu}
+        self.ema = EMAModel(self.parameters.values(), **averaging) if training.ema_decay else None
         self.sample_every = recipe.sample_interval or math.inf
         self.watch_every = recipe.watch_interval or math.inf
         self.curves = Curves(styles, accelerator.device)
