@@ -31,6 +31,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from dmm.families.sd1 import SD1
+from dmm.maths.processes import VariancePreserving
 from dmm.maths.sharing import share_batch
 from dmm.models.adapters import Adapter, Factors
 from dmm.models.calibration import layers_of
@@ -197,7 +198,7 @@ def main() -> None:
         names,
         roles,
         groups=share_batch(args.batch_size, [role.share for role in roles], 1, 0),
-        alphas_cumprod=scheduler.alphas_cumprod,
+        process=VariancePreserving(scheduler.alphas_cumprod),
         caption_dropout=recipe.training.caption_dropout,
         micro_batch_size=args.batch_size,
         seed=0,

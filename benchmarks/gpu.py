@@ -18,24 +18,27 @@ from pathlib import Path
 from typing import Any
 
 BUDGET = 530  # seconds
+SWITCHES = ("compile", "gradient_checkpointing", "cudnn_benchmark", "profile")
 PART = Path(__file__).with_name("gpu_part.py")
 
 
-def part(shapes: str, rank: int, batch: int, *, limit: int = 60, **options: Any) -> dict[str, Any]:
-    """A training by its name; options are those of gpu_part.py."""
-    name = "-".join([shapes, f"rank{rank}", f"b{batch}", *(key.replace("_", "-") for key in options)])
-    return {"name": name, "limit": limit, "shapes": shapes, "rank": rank, "batch_size": batch, **options}
+def part(shapes: str, rank: int, micro_batch: int, *, limit: int = 70, **options: Any) -> dict[str, Any]:
+    """A training by its name; options are those of gpu_part.py. A step has eight micro-batches."""
+    name = "-".join([shapes, f"rank{rank}", f"b{micro_batch}", *(key.replace("_", "-") for key in options)])
+    sizes = {"micro_batch_size": micro_batch, "batch_size": 8 * micro_batch}
+    return {"name": name, "limit": limit, "shapes": shapes, "rank": rank, **sizes, **options}
 
 
 PARTS = [
     part("sd15", 0, 20),
-    part("sd15", 16, 16),
+    part("sd15", 16, 20),
     part("sdxl", 16, 4),
-    part("sd15", 0, 40),
-    part("sdxl", 0, 4, gradient_checkpointing=True),
     part("sd15", 0, 20, compile=True, limit=150),
-    part("sd15", 16, 32),
-    part("sd15", 16, 16, compile=True, limit=120),
+    part("sdxl", 0, 8, gradient_checkpointing=True),
+    part("sd15", 0, 20, profile=True),
+    part("sd15", 0, 32),
+    part("sd15", 0, 20, cudnn_benchmark=True),
+    part("sd15", 16, 20, compile=True, limit=120),
     part("sdxl", 16, 8, gradient_checkpointing=True),
     part("sd15", 0, 64, gradient_checkpointing=True),
 ]
@@ -44,8 +47,9 @@ PARTS = [
 def run_part(one: dict[str, Any], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """What one part came to, or how it ended."""
     command = [sys.executable, str(PART), "--shapes", one["shapes"], "--rank", str(one["rank"])]
-    command += ["--batch-size", str(one["batch_size"]), "--steps", str(args.steps)]
-    command += [f"--{key.replace('_', '-')}" for key in ("compile", "gradient_checkpointing") if one.get(key)]
+    command += ["--batch-size", str(one["batch_size"]), "--micro-batch-size", str(one["micro_batch_size"])]
+    command += ["--steps", str(args.steps)]
+    command += [f"--{key.replace('_', '-')}" for key in SWITCHES if one.get(key)]
     for key in ("width", "size"):
         command += [f"--{key}", str(getattr(args, key))] if getattr(args, key) else []
     limit = min(args.limit or one["limit"], seconds)
@@ -79,7 +83,7 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=10, help="of each; the first half warms up")
+    parser.add_argument("--steps", type=int, default=6, help="of each; the first half warms up")
     parser.add_argument("--width", type=int, help="channels of the first block, to try it narrow; a multiple of 32")
     parser.add_argument("--size", type=int, help="pixels a side")
     parser.add_argument("--only", action="append", help="the names of parts")

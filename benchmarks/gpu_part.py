@@ -8,8 +8,10 @@ import json
 import statistics
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from full_size import Unsaved, default_dtype, peak_bytes, some_adapter
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from dmm.families import FAMILIES
+from dmm.maths.processes import VariancePreserving
 from dmm.maths.sharing import share_batch
 from dmm.models.student import AdaptedStudent, StyledStudent
 from dmm.models.styles import StylePrompts
@@ -115,16 +119,27 @@ class RandomData:
         return {name: one[rows] for name, one in self._told.items()}
 
 
+def longest_kernels(profiler: profile) -> dict[str, float]:
+    """The kernels that take the longest, and their shares of the GPU's time, in per cent."""
+    kernels = [(one.key, one.self_device_time_total) for one in profiler.key_averages()]
+    total = sum(time for _, time in kernels) or 1
+    longest = sorted(kernels, key=itemgetter(1), reverse=True)[:25]
+    return {name[:120]: round(100 * time / total, 2) for name, time in longest}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SIZES, default="sd15")
     parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=160, help="of a step")
+    parser.add_argument("--micro-batch-size", type=int, default=20, help="at once; of one teacher")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--size", type=int)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="convolutions try out their kernels")
+    parser.add_argument("--profile", action="store_true", help="tell, too, where the GPU's time goes")
     args = parser.parse_args()
 
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
@@ -132,7 +147,7 @@ def main() -> None:
     names = [f"teacher {index}" for index in range(1 if args.rank else NUM_TEACHERS)]
     batch_size = max(args.batch_size, len(names))
     training = {
-        **{"steps": args.steps, "batch_size": batch_size, "micro_batch_size": batch_size},
+        **{"steps": args.steps, "batch_size": batch_size, "micro_batch_size": args.micro_batch_size},
         **{"gradient_checkpointing": args.gradient_checkpointing, "compile": args.compile},
     }
     recipe = Recipe.model_validate(
@@ -152,7 +167,7 @@ def main() -> None:
     shapes = RandomShapes(family, {"unet": meta}, size)
     on_gpu = device.type == "cuda"
     traced = trace_step(
-        recipe, shapes, rank=args.rank, num_styles=len(names), num_samples=min(batch_size, 4), on_gpu=on_gpu
+        recipe, shapes, rank=args.rank, num_styles=len(names), num_samples=min(args.micro_batch_size, 4), on_gpu=on_gpu
     )
     shared = build(args.shapes, args.width, torch.bfloat16 if args.rank else torch.float32, device, 0)
     student: AdaptedStudent | StyledStudent
@@ -167,20 +182,29 @@ def main() -> None:
             unet.compile()
         teachers[index] = Teacher(unet, "epsilon", "epsilon")
     roles = [Role([index], name, 1 / len(names)) for index, name in enumerate(names)]
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     batches = Batches(
         RandomData(shapes),
         names,
         roles,
         groups=share_batch(batch_size, [role.share for role in roles], 1, 0),
-        alphas_cumprod=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod,
+        process=VariancePreserving(scheduler.alphas_cumprod),
         caption_dropout=0.1,
-        micro_batch_size=batch_size,
+        micro_batch_size=args.micro_batch_size,
         seed=0,
         device=device,
     )
     lesson = Imitation(place_teachers(teachers, device, num_student_bytes=0), recipe.losses.feature)
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
+    profiled = (
+        profile(activities=[ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU])
+        if args.profile
+        else nullcontext()
+    )
     with tempfile.TemporaryDirectory() as folder:
-        Unsaved(accelerator, student, lesson, batches, recipe, Path(folder), names).train()
+        trainer = Unsaved(accelerator, student, lesson, batches, recipe, Path(folder), names)
+        with profiled as profiler:
+            trainer.train()
         log = [json.loads(line) for line in (Path(folder) / LOG).read_text(encoding="utf-8").splitlines()]
     seconds = [after["time"] - before["time"] for before, after in pairwise(log)]
     rate = batch_size / max(statistics.median(seconds[len(seconds) // 2 :]), 1e-9)
@@ -192,6 +216,8 @@ def main() -> None:
         "tflops_per_second": rate * traced.flops / 1e12,
         "peak_bytes": peak_bytes(device),
     }
+    if profiler:
+        told["kernels"] = longest_kernels(profiler)
     print(json.dumps(told))
 
 
