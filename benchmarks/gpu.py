@@ -4,7 +4,7 @@ Each training is a part, in a process of its own with a time limit: one that fai
 alone. The parts come in the order of what they are worth; those for which no time is left are left out, and said.
 
   python benchmarks/gpu.py gpu-results                 nine minutes at most
-  python benchmarks/gpu.py try --width 64 --size 64 --steps 2 --only sd15-rank0-b20      narrow, on a CPU, to try it
+  python benchmarks/gpu.py try --width 64 --size 64 --steps 2 --only sdxl-rank16-b4      narrow, on a CPU, to try it
 
 FOLDER gets results.json, which is written anew after every part, and results.md, a table.
 """
@@ -23,10 +23,9 @@ PART = Path(__file__).with_name("gpu_part.py")
 
 
 def part(shapes: str, rank: int, micro_batch: int, *, limit: int = 70, **options: Any) -> dict[str, Any]:
-    """A training by its name; options are those of gpu_part.py. A step has eight micro-batches."""
+    """A training by its name; options are those of gpu_part.py."""
     name = "-".join([shapes, f"rank{rank}", f"b{micro_batch}", *(key.replace("_", "-") for key in options)])
-    sizes = {"micro_batch_size": micro_batch, "batch_size": 8 * micro_batch}
-    return {"name": name, "limit": limit, "shapes": shapes, "rank": rank, **sizes, **options}
+    return {"name": name, "limit": limit, "shapes": shapes, "rank": rank, "micro_batch_size": micro_batch, **options}
 
 
 PARTS = [
@@ -47,8 +46,8 @@ PARTS = [
 def run_part(one: dict[str, Any], args: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """What one part came to, or how it ended."""
     command = [sys.executable, str(PART), "--shapes", one["shapes"], "--rank", str(one["rank"])]
-    command += ["--batch-size", str(one["batch_size"]), "--micro-batch-size", str(one["micro_batch_size"])]
-    command += ["--steps", str(args.steps)]
+    command += ["--micro-batch-size", str(one["micro_batch_size"]), "--steps", str(args.steps)]
+    command += ["--batch-size", str(args.micro_batches * one["micro_batch_size"])]
     command += [f"--{key.replace('_', '-')}" for key in SWITCHES if one.get(key)]
     for key in ("width", "size"):
         command += [f"--{key}", str(getattr(args, key))] if getattr(args, key) else []
@@ -84,6 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=6, help="of each; the first half warms up")
+    parser.add_argument("--micro-batches", type=int, default=8, help="of a step: one of each teacher")
     parser.add_argument("--width", type=int, help="channels of the first block, to try it narrow; a multiple of 32")
     parser.add_argument("--size", type=int, help="pixels a side")
     parser.add_argument("--only", action="append", help="the names of parts")

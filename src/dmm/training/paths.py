@@ -126,7 +126,7 @@ class Paths:
         if self._draws_gamma:
             noise_power = sub_path_noise(gamma, alpha_bar_t, alpha_bar_s)
             between = timesteps_of_equal_power(alpha_bar_t / (alpha_bar_t + noise_power), self._alphas_cumprod)
-        told = embed_guidance(guidance, TOLD_DIM).to(self._device) if least < most else None
+        told = send(embed_guidance(guidance, TOLD_DIM), self._device) if least < most else None
         one_hot = torch.nn.functional.one_hot(torch.tensor(styles), self._num_styles)
         every_caption = torch.ones_like(draws.dropped)
         on_device = self._to_device
