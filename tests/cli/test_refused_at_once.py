@@ -42,6 +42,8 @@ def folder(tmp_path, merged, sd1_folder, sd1_file):
     (tmp_path / "there.png").write_text("mine")
     (tmp_path / "bad.yaml").write_text("base: stock\nteachers: []\ndata: {}\n")
     (tmp_path / "good.yaml").write_text(RECIPE.format(merged="merged"))
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "unfinished" / "recipe.yaml").write_text(RECIPE.format(merged="merged"))
     (tmp_path / "empty.txt").write_text("\n")
     painted = "data: {synthesize: {prompts: empty.txt}}\n"
     (tmp_path / "painted.yaml").write_text("base: stock\nteachers: [{name: ink, model: stock}]\n" + painted)
@@ -86,6 +88,11 @@ def test_help(tmp_path, command):
         ("merge good.yaml --output there", "is not empty"),
         ("merge painted.yaml --output out", "empty.txt' is empty"),
         ("add merged bad.yaml --output out", "the list is empty, expected at least one teacher"),
+        ("add stock good.yaml --output out", "stock is no merged model: it has no styles/ folder"),
+        ("add model.safetensors good.yaml --output out", "model.safetensors is no merged model"),
+        ("add nowhere good.yaml --output out", "nowhere: no such file or folder"),
+        ("add merged good.yaml --output out", "teacher 'ink': merged has a style of that name"),
+        ("add unfinished good.yaml --output out", "unfinished is a merge that has not ended: no checkpoint is saved"),
         ("soup soup.yaml --output out", "found 'sup', expected"),
         ("soup nowhere.safetensors", "nowhere.safetensors: no such file or folder"),
     ],

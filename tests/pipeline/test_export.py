@@ -19,7 +19,15 @@ from dmm.models.style_names import read_style_names
 from dmm.models.styles import StylePrompts, styled_port
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.export import export_all, export_authors, export_style, patch_files
-from dmm.pipeline.styled import add_styles, load_pipeline, read_styles, save_pipeline, set_style, stock_twin
+from dmm.pipeline.styled import (
+    add_styles,
+    load_pipeline,
+    read_styles,
+    save_pipeline,
+    set_style,
+    stock_twin,
+    style_names,
+)
 
 MIX = {"ink": 0.7, "photo": 0.3}
 STYLES = [*STYLE_NAMES, MIX]
@@ -287,6 +295,15 @@ def test_a_controlnet_started_from_an_export_takes_its_style(styled, tmp_path):
     assert net.time_embedding.linear_2.bias.equal(unet.time_embedding.linear_2.bias)
     assert copy_folder(tmp_path / "x", tmp_path / "y").is_dir()
     assert np.isfinite(paint(plain_folder(tmp_path / "y"))).all()
+
+
+def test_adapters_alone_are_loras_however_narrow_the_model(adapted, tmp_path):
+    made = export_all(adapted, tmp_path / "all")
+    assert (made.are_loras, made.error) == (True, 0)
+    assert not (tmp_path / "all" / "loras" / "diffusers").exists()
+    assert {f"{name}.safetensors" for name in style_names(adapted)} <= {
+        path.name for path in (tmp_path / "all" / "loras").iterdir()
+    }
 
 
 def test_the_authors_layout_has_no_place_for_adapters(adapted, tmp_path):

@@ -12,7 +12,7 @@ from dmm.cli import main
 from dmm.families.sd1 import SD1
 from dmm.formats.lora import save_kohya_lora
 from dmm.formats.single_file import save_single_file
-from dmm.planning.finding import base_of_all, find_models
+from dmm.planning.finding import Contents, Found, base_of_all, find_models
 from dmm.recipes.recipe import load_recipe
 
 
@@ -59,6 +59,20 @@ def test_without_a_base_the_student_starts_as_the_average(tmp_path, capsys):
     assert (recipe.start, recipe.base) == ("average", str(tmp_path / "clay"))
     assert [teacher.name for teacher in recipe.teachers] == ["clay", "ink"]
     assert recipe.data.synthesize.prompts == tmp_path / "my prompts.txt"
+
+
+@pytest.mark.parametrize(
+    ("name", "is_base"),
+    [
+        *((name, True) for name in ("sd15", "SD-1.5", "sd_xl", "sdxl", "sd2.1", "stable-diffusion-v1-5", "model_base")),
+        *((name, True) for name in ("v1-5-pruned-emaonly", "stable diffusion")),
+        *((name, False) for name in ("ink_sd15", "sdxl-photo", "basement", "sd15 toon", "SDGirls", "sd_v15anime")),
+    ],
+)
+def test_a_base_is_told_by_its_name(name, is_base, tmp_path):
+    models = [Found(tmp_path / f"{one}.safetensors", "sd1", {}) for one in ("x", name)]
+    base, why = base_of_all(Contents(models, [], {}, None, None))
+    assert (base is not None and base.path.stem == name and why == "its name says so") == is_base
 
 
 def test_a_lora_knows_what_it_was_trained_on(models, tmp_path):

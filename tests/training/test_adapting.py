@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,7 +259,12 @@ def test_a_run_under_way_paints_with_what_it_has(run, tmp_path, monkeypatch, cap
     preview, untrained = open_preview(found), adapters_of(dmm.load_pipeline(folder / "untrained"))["photo"]
     assert main(["generate", str(folder), "a cat", "--output", str(tmp_path / "cat.png")]) == 2
     assert "`dmm generate --from-checkpoint` paints with what is saved" in capsys.readouterr().err
+    capsys.readouterr()
     assert run(["merge"], folder, [INK, PHOTO], "--resume") == 0
+    said = capsys.readouterr().out
+    assert "goes on:     where the style 'photo' has 2 steps\n" in said
+    (log,) = re.findall(r"curves: +(\S+);", said)
+    assert {path.parent.name for path in Path("/").glob(log.lstrip("/"))} == {"ink", "photo"}
     ink, photo = (adapters_of(preview)[style] for style in ("ink", "photo"))
     # the one was done by then, the other half
     assert is_same(ink, adapters_of(dmm.load_pipeline(folder))["ink"])

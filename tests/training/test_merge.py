@@ -584,7 +584,7 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(merge, models, tmp
     with monkeypatch.context() as patch:
         usage = shutil.disk_usage(tmp_path)._replace(free=10**5)
         patch.setattr(shutil, "disk_usage", lambda _: usage)
-        assert "GB for the checkpoints and the result, and its disk has 0.0001 GB free" in told()
+        assert "MB for the checkpoints and the result, and its disk has 0.1 MB free" in told()
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(finished, merge, tmp_path, monkeypatch, capsys):

@@ -24,6 +24,7 @@ Examples:
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,9 +103,10 @@ def _say(text: str) -> None:
 def _told(done: "Accelerated", args: argparse.Namespace) -> str:
     if done.was_finished:
         return f"{done.result} is finished already."
-    style = f" --style '{done.styles[-1]}'" if done.styles else ""
+    style = f" --style {shlex.quote(done.styles[-1])}" if done.styles else ""
     is_lora = done.result != args.output
-    paint = f"{args.model}{style} --lora {done.result}" if is_lora else f"{done.result}{style}"
+    result = shlex.quote(str(done.result))
+    paint = f"{shlex.quote(str(args.model))}{style} --lora {result}" if is_lora else f"{result}{style}"
     return (
         f"Wrote {done.result} in {done.seconds:.0f} s: "
         + ("a LoRA for few steps.\n" if is_lora else "a pipeline that paints in few steps.\n")

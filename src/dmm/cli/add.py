@@ -32,8 +32,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dmm.cli.merge import add_run_arguments, train
+from dmm.cli.opening import check_there
 from dmm.files.runs import FIRST_STAGE, RECIPE
 from dmm.files.yaml import read_yaml
+from dmm.models.style_names import check_addition, read_style_names
 from dmm.recipes.further import taken_from
 from dmm.recipes.recipe import load_recipe
 from dmm.training.ranks import is_main_process, told_once
@@ -54,8 +56,21 @@ def run(args: argparse.Namespace) -> None:
     # paths in a recipe are relative to it, those on a command line to where it is typed
     merged = Path(args.merged).resolve() if Path(args.merged).exists() else args.merged
     overrides = [f"earlier.model={json.dumps(str(merged))}", *args.overrides]
+    with told_once():
+        _check(args, overrides)
     # first, so that what is set by the user is set over it
     train(args, [*_taken(args, overrides), *overrides])
+
+
+def _check(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Refuse what can be known of the merged model without its weights.
+
+    Raises: UserError.
+    """
+    check_there(args.merged)
+    names = read_style_names(args.merged)
+    if names is not None:
+        check_addition(args.merged, names, [teacher.name for teacher in load_recipe(args.recipe, overrides).teachers])
 
 
 def _taken(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:

@@ -20,6 +20,7 @@ Examples:
 """
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
@@ -74,6 +75,6 @@ def run(args: argparse.Namespace) -> None:
         f"Of {shown.num_images} pictures each, the judge finds in the right hand: {shown.of_experts.right_styles} of "
         f"the experts', {shown.of_merged.right_styles} of the merged model's; of the right thing: "
         f"{shown.of_experts.right_concepts} and {shown.of_merged.right_concepts}.\n"
-        f"  mix: dmm generate {folder / story.MERGED} fox --style {names[0]}=0.5,{names[-1]}=0.5 --guidance 2 "
-        "--output fox.png"
+        f"  mix: dmm generate {shlex.quote(str(folder / story.MERGED))} fox --style {names[0]}=0.5,{names[-1]}=0.5 "
+        "--guidance 2 --output fox.png"
     )

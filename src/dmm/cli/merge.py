@@ -27,6 +27,7 @@ Examples:
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,8 @@ from dmm.errors import UserError
 from dmm.files.claims import check_unclaimed
 from dmm.files.outputs import held_bytes
 from dmm.files.prompts import read_prompts
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, RECIPE, STYLE_RUNS, check_new
+from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, LOG, RECIPE, STYLE_RUNS, check_new
+from dmm.files.sizes import told_bytes
 from dmm.recipes.recipe import load_recipe
 from dmm.training.ranks import is_main_process, told_once
 
@@ -108,8 +110,11 @@ def _write_recipe(folder: Path, path: Path, *, overwrite: bool) -> None:
     for one in left:
         print(f"left out: {one}")
     names = ", ".join(teacher.name for teacher in recipe.teachers)
+    typed = shlex.quote(str(path))
     print(
-        f"Wrote {path}: {names} on {recipe.base}.\n  plan:  dmm plan {path}\n  merge: dmm merge {path} --output merged"
+        f"Wrote {path}: {names} on {recipe.base}.\n"
+        f"  plan:  dmm plan {typed}\n"
+        f"  merge: dmm merge {typed} --output merged"
     )
 
 
@@ -172,17 +177,19 @@ def _told(merged: "Merged") -> str:
     what = "ControlNet, with the controls" if merged.is_control else "diffusers pipeline, with the styles"
     if merged.was_finished:
         return f"{folder} is finished already: a stock {what} {styles}."
-    paint = f"{folder} --style '{merged.styles[-1]}' PROMPT"
+    place, style = shlex.quote(str(folder)), shlex.quote(merged.styles[-1])
+    paint = f"{place} --style {style} PROMPT"
     if merged.is_control:
-        paint = f"MODEL PROMPT --controlnet {folder} --control '{merged.styles[-1]}' --control-image FILE"
+        paint = f"MODEL PROMPT --controlnet {place} --control {style} --control-image FILE"
+    # styles that are adapters have been trained one after another, each with a log and checkpoints of its own
+    logs = LOG if (folder / LOG).is_file() else f"{STYLE_RUNS}/*/{LOG}"
     lines = [
         f"Wrote {folder} in {merged.seconds:.0f} s: a stock {what} {styles}.",
         f"  paint:       dmm generate {paint}",
-        f"  curves:      {folder}/log.jsonl; samples, if any, in {folder}/samples",
+        f"  curves:      {folder}/{logs}; samples, if any, in {folder}/samples",
     ]
-    # styles that are adapters have been trained one after another, each with checkpoints of its own
     for where in (CHECKPOINTS, f"{STYLE_RUNS}/*/{CHECKPOINTS}"):
         if kept := sum(held_bytes(found) for found in folder.glob(where)):
-            what = f"{folder}/{where}, {kept / 1e9:.2g} GB"
+            what = f"{folder}/{where}, {told_bytes(kept)}"
             lines.append(f"  checkpoints: {what}; remove them once no --resume will need them")
     return "\n".join(lines)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from dmm.cli.arguments import add_overwrite
 from dmm.errors import UserError
 from dmm.files.outputs import check_file, check_new_folder
+from dmm.files.sizes import told_bytes
 
 if TYPE_CHECKING:
     from dmm.soup.ledger import Ledger
@@ -122,9 +123,7 @@ def _cook(recipe: "SoupRecipe", output: Path, ledger: "Ledger | None", args: arg
     for note in made.notes:
         print(f"dmm: note: {note}", file=sys.stderr)
     what = "a LoRA" if recipe.kind == "lora" else f"{recipe.method} of {', '.join(sorted(recipe.names))}"
-    print(
-        f"Wrote {output}: {what}, {made.num_tensors} tensors, {made.num_bytes / 1e9:.3g} GB, in {made.seconds:.1f} s."
-    )
+    print(f"Wrote {output}: {what}, {made.num_tensors} tensors, {told_bytes(made.num_bytes)}, in {made.seconds:.1f} s.")
 
 
 def _changed(ledger: "Ledger", args: argparse.Namespace) -> "SoupRecipe":

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dmm.errors import UserError
+from dmm.files.sizes import told_bytes
 from dmm.files.swap import glob_safe, mend, swap_in
 
 # what the place of the output can be blamed for; any other OSError is not about writing
@@ -96,7 +97,7 @@ def check_disk(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:
     free = shutil.disk_usage(existing_parent(path)).free
     if num_bytes > free:
         raise UserError(
-            f"'{path}' needs {num_bytes / 1e9:.3g} GB for {purpose}, and its disk has {free / 1e9:.3g} GB free. Make "
+            f"'{path}' needs {told_bytes(num_bytes)} for {purpose}, and its disk has {told_bytes(free)} free. Make "
             f"room, {remedy}."
         )
 

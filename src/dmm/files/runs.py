@@ -1,6 +1,7 @@
 """The folder of a merge, or of a few-step distillation: the names in it, and how far one that is under way has come."""
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,9 @@ def check_finished(folder: Path) -> None:
             f"{folder} is a few-step distillation that has not ended: {run.told()}. Go on with the command that it "
             "began with, and --resume."
         )
-    go_on = f"`dmm merge {folder / RECIPE} --output {folder} --resume`"
+    go_on = f"`dmm merge {shlex.quote(str(folder / RECIPE))} --output {shlex.quote(str(folder))} --resume`"
     if run.is_first_stage:  # whose own recipe knows of no second one
-        go_on = f"the recipe that it began with, --output {folder} and --resume"
+        go_on = f"the recipe that it began with, --output {shlex.quote(str(folder))} and --resume"
     paint = "; `dmm generate --from-checkpoint` paints with what is saved" if run.can_paint else ""
     raise UserError(f"{folder} is a merge that has not ended: {run.told()}. Go on with {go_on}{paint}.")
 

@@ -3,6 +3,7 @@
 Nothing heavy at import, so that a style that there is none of is told before anything is loaded.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from dmm.errors import UserError
@@ -36,6 +37,23 @@ def read_style_names(model: str) -> list[str] | None:
     index = folder / "model_index.json"
     # the authors' pipelines, whose classes are named for the method, have their styles among the UNet's weights
     return [] if index.is_file() and "DMM" not in str(read_json(index).get("_class_name")) else None
+
+
+def check_addition(model: str, names: Sequence[str], added: Sequence[str]) -> None:
+    """Refuse to add styles to what is no merged model, or has a style of one of these names.
+
+    Args:
+        names: of the model's styles; none of a stock model.
+    Raises: UserError.
+    """
+    if not names:
+        raise UserError(
+            f"{model} is no merged model: it has no {STYLES_FOLDER}/ folder. Merge models with `dmm merge`, then "
+            "add to what that has made."
+        )
+    for name in added:
+        if name in names:
+            raise UserError(f"teacher '{name}': {model} has a style of that name; choose another name.")
 
 
 def find_side_car(folder: Path) -> Path | None:

@@ -31,7 +31,8 @@ class StyleLoras:
     """What was written.
 
     Attributes:
-        error: how far ``u . h`` is from 1 at the worst timestep: the relative error of every style's term.
+        error: how far ``u . h`` is from 1 at the worst timestep: the relative error of every style's term; 0 where
+            none has one.
         are_loras: the error is small enough for them to be.
     """
 
@@ -52,9 +53,10 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
         metadata: by style, strings for the headers.
     Raises: UserError: a term is not finite.
     """
-    (folder / DIFFUSERS_FOLDER).mkdir(parents=True)
+    folder.mkdir(parents=True)
     prompts, family = style_prompts_of(pipe), family_of(pipe)
-    direction, error = constant_of(denoiser_of(pipe), family.port)
+    # adapters alone have no term, whatever the layer's width
+    direction, error = constant_of(denoiser_of(pipe), family.port) if prompts.config.dim else (torch.zeros(0), 0.0)
     direction = direction.float()
     are_loras = error <= MAX_ERROR
     weight = f"{family.port}.weight"
@@ -72,6 +74,7 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
             else:
                 differences[f"diffusion_model.{layer}.diff_b"] = term
             if adapter is NOTHING:
+                (folder / DIFFUSERS_FOLDER).mkdir(exist_ok=True)
                 write_tensors(folder / DIFFUSERS_FOLDER / f"{stem}.safetensors", _as_peft(pipe, term), header)
         layers = lora_tensors(loras, family.denoiser.name)[0]
         ranks = {one.rank for one in loras.factors.values()}

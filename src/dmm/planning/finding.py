@@ -17,8 +17,12 @@ from dmm.formats.pickles import PICKLE_SUFFIXES
 from dmm.formats.tensors import read_header
 
 _WEIGHTS = (".safetensors", *PICKLE_SUFFIXES)
-# words in the names of models that others were made from
-_BASES = re.compile(r"(?:^|[^a-z])(?:base|pruned|emaonly|v1[-_.]?[45])(?:[^a-z]|$)", re.IGNORECASE)
+# words in the names of models that others were made from; "sd15" and the like only as a whole, since tunes have it too
+_BASES = re.compile(
+    r"(?:^|[^a-z])(?:base|pruned|emaonly|v1[-_.]?[45])(?:[^a-z]|$)"
+    r"|^(?:sd|stable[-_. ]?diffusion)[-_. ]?(?:v?\d(?:[-_.]?\d)?|xl)?$",
+    re.IGNORECASE,
+)
 # what kohya's scripts call the model that a LoRA was trained on: its digest, and its file
 _TRAINED_ON = ("ss_new_sd_model_hash", "ss_sd_model_name")
 

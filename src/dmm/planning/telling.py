@@ -7,7 +7,8 @@ import torch
 
 from dmm.data import CaptionedImages, Synthesis
 from dmm.files.outputs import existing_parent
-from dmm.files.runs import CHECKPOINTS, FIRST_STAGE, SAMPLES, checkpoints, step_of
+from dmm.files.runs import FIRST_STAGE, SAMPLES, find_run
+from dmm.files.sizes import told_bytes
 from dmm.maths.sharing import share_batch
 from dmm.planning.advice import cheapest, told
 from dmm.planning.cards import CARDS, MEASURED
@@ -17,7 +18,7 @@ from dmm.planning.memory import LIBRARIES, micro_batch
 from dmm.recipes.recipe import Recipe
 from dmm.training.costs import Sizes
 from dmm.training.merge_costs import checkpoint_bytes, disk_parts, student_bytes, training_parts
-from dmm.training.outlook import Outlook, count, every, gigabytes, kept, told_device
+from dmm.training.outlook import Outlook, count, every, kept, told_device
 from dmm.training.preflight import shares_of
 
 
@@ -36,10 +37,14 @@ def outlook_lines(outlook: Outlook) -> str:
         found = looked.estimate(recipe, on_gpu=on_gpu, num_bytes=num_bytes, num_processes=outlook.num_processes)
         lines |= need_lines(recipe, looked, found, outlook.num_processes)
     place = existing_parent(folder)
-    lines["disk"] += f"; {gigabytes(shutil.disk_usage(place).free)} are free at {place}"
-    saved = checkpoints(folder / CHECKPOINTS)
-    if saved:
-        lines["goes on"] = f"from step {step_of(saved[-1]):,} of {recipe.training.steps:,}"
+    lines["disk"] += f"; {told_bytes(shutil.disk_usage(place).free)} are free at {place}"
+    run = find_run(folder)
+    if run is not None and run.style is not None:
+        lines["goes on"] = f"where the style '{run.style}' has {count(run.step, 'step')}"
+    elif run is not None and run.step:
+        lines["goes on"] = f"from step {run.step:,} of {recipe.training.steps:,}"
+    elif run is not None and run.is_calibrated:
+        lines["goes on"] = "with the styles as they were calibrated"
     stage = "First stage of two: " if folder.name == FIRST_STAGE else ""
     stage = "Second stage: " if (folder / FIRST_STAGE).is_dir() else stage
     processes = "" if outlook.num_processes == 1 else f" in {outlook.num_processes} processes, each"
@@ -85,15 +90,15 @@ def _counted_lines(recipe: Recipe, sizes: Sizes, num_processes: int) -> dict[str
     weights = sum(training_parts(sizes, recipe, num_teachers=served).values())
     at_once = count(micro_batch(recipe.training, num_processes), "sample")
     lines = _checkpoint_line(recipe, sizes)
-    lines["memory"] = f"{gigabytes(weights)} of weights, gradients and moments, and what {at_once} at a time take"
-    lines["disk"] = f"{gigabytes(sum(disk_parts(sizes, recipe).values()))} written, beside the cache"
+    lines["memory"] = f"{told_bytes(weights)} of weights, gradients and moments, and what {at_once} at a time take"
+    lines["disk"] = f"{told_bytes(sum(disk_parts(sizes, recipe).values()))} written, beside the cache"
     return lines
 
 
 def _checkpoint_line(recipe: Recipe, sizes: Sizes) -> dict[str, str]:
     if recipe.styles.trained == "none":
         return {}
-    size, checkpoint = gigabytes(checkpoint_bytes(sizes, recipe)), recipe.checkpoint
+    size, checkpoint = told_bytes(checkpoint_bytes(sizes, recipe)), recipe.checkpoint
     return {"checkpoints": f"{every(checkpoint.every)} and at the end, of {size} each; {kept(checkpoint.keep)}"}
 
 
@@ -101,15 +106,15 @@ def need_lines(recipe: Recipe, looked: Looked, found: Estimate, num_processes: i
     """What it takes."""
     lines = _checkpoint_line(recipe, looked.sizes(recipe))
     parts = sorted(found.memory[found.phase].items(), key=lambda part: -part[1])
-    most = ", ".join(f"{gigabytes(size)} {name}" for name, size in parts[:4])
+    most = ", ".join(f"{told_bytes(size)} {name}" for name, size in parts[:4])
     turns = "; teachers take turns" if found.in_turn else ""
     at_once = micro_batch(recipe.training, num_processes)
     lines["memory"] = (
-        f"about {gigabytes(found.num_bytes)} at most, in {found.phase} ({most}), by {count(at_once, 'sample')} at a "
+        f"about {told_bytes(found.num_bytes)} at most, in {found.phase} ({most}), by {count(at_once, 'sample')} at a "
         f"time{turns}"
     )
     written = sum(size for name, size in found.disk.items() if name != "cache")
-    lines["disk"] = f"{gigabytes(written)} written, beside {gigabytes(found.disk['cache'])} of cache at most"
+    lines["disk"] = f"{told_bytes(written)} written, beside {told_bytes(found.disk['cache'])} of cache at most"
     known = next(card for card in CARDS if card.rate is not None)
     seconds, how = found.seconds_on(known)
     many = "" if num_processes == 1 else f" each of {num_processes}"
@@ -126,7 +131,9 @@ def phase_table(found: Estimate) -> str:
     rows = [["memory by phase", "bytes", "of which"]]
     for phase, parts in found.memory.items():
         ordered = sorted(parts.items(), key=lambda part: -part[1])
-        rows.append([phase, gigabytes(sum(parts.values())), ", ".join(f"{n} {gigabytes(size)}" for n, size in ordered)])
+        rows.append(
+            [phase, told_bytes(sum(parts.values())), ", ".join(f"{n} {told_bytes(size)}" for n, size in ordered)]
+        )
     return _table(rows)
 
 
@@ -143,7 +150,7 @@ def card_table(recipe: Recipe, looked: Looked, num_processes: int) -> str:
         seconds, how = found.seconds_on(card)
         does = "no" if changes is None else told(changes) if changes else "yes"
         turns = ", teachers in turn" if found.in_turn and not changes else ""
-        rows.append([card.name, gigabytes(found.num_bytes), does + turns, _duration(seconds / num_processes), how])
+        rows.append([card.name, told_bytes(found.num_bytes), does + turns, _duration(seconds / num_processes), how])
     told_of = (
         f"Measured: {MEASURED.samples_per_second} samples/s on an H200 ({MEASURED.where}); all else follows from it."
     )
@@ -152,7 +159,7 @@ def card_table(recipe: Recipe, looked: Looked, num_processes: int) -> str:
 
 def advice_line(recipe: Recipe, looked: Looked, num_bytes: float, num_processes: int) -> str:
     """What makes a merge fit a memory."""
-    room = gigabytes(num_bytes)
+    room = told_bytes(num_bytes)
     changes = cheapest(recipe, lambda one: fits_on_gpu(one, looked, num_bytes, num_processes))
     if changes is None:
         return f"It does not fit {room}, whatever is changed of the recipe: take a larger GPU."

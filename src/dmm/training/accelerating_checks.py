@@ -14,6 +14,7 @@ from dmm.files.few_steps import FILE, FewSteps
 from dmm.files.outputs import existing_parent
 from dmm.files.prompts import read_prompts
 from dmm.files.runs import ACCELERATION, CHECKPOINTS, checkpoints, step_of
+from dmm.files.sizes import told_bytes
 from dmm.formats.schedules import ends_in_noise, noise_schedule
 from dmm.maths.diffusion import PredictionType
 from dmm.maths.sharing import share_batch
@@ -24,7 +25,7 @@ from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate
 from dmm.pipeline.samplers import check_multiple
 from dmm.recipes.accelerating import FewStepRecipe
 from dmm.training.costs import Sizes, checkpoint_bytes, disk_bytes, student_bytes, teacher_bytes
-from dmm.training.outlook import count, every, gigabytes, kept, told_device
+from dmm.training.outlook import count, every, kept, told_device
 from dmm.training.preflight import check_precision, check_space, check_trackers, own_size
 
 _POINTS = 50
@@ -170,12 +171,12 @@ def describe_acceleration(
         f"{training.learning_rate:g}",
         "data": f"{count(num_pictures, 'picture')} of {plan.size} x {plan.size} pixels",
         "checkpoints": f"{every(recipe.checkpoint.every)} and at the end, of "
-        f"{gigabytes(checkpoint_bytes(sizes, averaged=averaged))} each; {kept(recipe.checkpoint.keep)}",
-        "memory": f"{gigabytes(student_bytes(sizes, averaged=averaged))} for what is trained, "
-        f"{gigabytes(teacher_bytes(sizes, num_teachers=1, half=half))} for the teacher, and what "
+        f"{told_bytes(checkpoint_bytes(sizes, averaged=averaged))} each; {kept(recipe.checkpoint.keep)}",
+        "memory": f"{told_bytes(student_bytes(sizes, averaged=averaged))} for what is trained, "
+        f"{told_bytes(teacher_bytes(sizes, num_teachers=1, half=half))} for the teacher, and what "
         f"{min(training.micro_batch_size, training.batch_size)} samples at a time take",
-        "disk": f"{gigabytes(disk_bytes(sizes, keep=recipe.checkpoint.keep, averaged=averaged))} of "
-        f"{gigabytes(shutil.disk_usage(place).free)} that are free at {place}",
+        "disk": f"{told_bytes(disk_bytes(sizes, keep=recipe.checkpoint.keep, averaged=averaged))} of "
+        f"{told_bytes(shutil.disk_usage(place).free)} that are free at {place}",
     }
     saved = checkpoints(folder / ACCELERATION / CHECKPOINTS)
     if saved:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dmm.errors import UserError
 from dmm.families import components_of, set_denoiser
 from dmm.files.runs import CALIBRATION, CHECKPOINTS, STYLE_RUNS, UNTRAINED, step_of
+from dmm.files.sizes import told_bytes
 from dmm.formats.lora import LowRank, read_lora
 from dmm.maths.schedules import timesteps_of_equal_power
 from dmm.maths.sharing import Group, share_batch
@@ -180,17 +181,17 @@ def _budget(recipe: Recipe, unet: nn.Module, found: Mapping[str, Calibrated]) ->
     if budget <= 0:
         raise UserError(
             f"styles.size is {styles.size}, of which the differences of biases and norms alone take "
-            f"{NUM_BYTES * offsets / 1e6:.3g} MB; choose more."
+            f"{told_bytes(NUM_BYTES * offsets)}; choose more."
         )
     return budget
 
 
 def _told(name: str, one: Calibrated, adapter: Adapter, is_own: bool) -> str:
     """What a style comes to before training."""
-    size = f"{NUM_BYTES * adapter.num_parameters / 1e6:.3g} MB"
+    size = f"{told_bytes(NUM_BYTES * adapter.num_parameters)}"
     if is_own:
         return f"{name}: {size}, its teacher's own LoRA"
-    points = ", ".join(f"{NUM_BYTES * count / 1e6:.3g} MB {error:.2g}" for count, error in one.curve)
+    points = ", ".join(f"{told_bytes(NUM_BYTES * count)} {error:.2g}" for count, error in one.curve)
     return f"{name}: {size}; score error before training by size: {points}"
 
 

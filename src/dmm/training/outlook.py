@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from dmm.data import CaptionedImages, Synthesis
+from dmm.files.sizes import told_bytes
 from dmm.recipes.recipe import Recipe
 from dmm.training.preflight import Plan
 
@@ -32,7 +33,7 @@ def told_device(device: torch.device) -> str:
     """A device, for people."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
-        return f"{device} ({torch.cuda.get_device_name(device)}, {gigabytes(memory)})"
+        return f"{device} ({torch.cuda.get_device_name(device)}, {told_bytes(memory)})"
     return f"the CPU with {count(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
 
 
@@ -49,8 +50,3 @@ def kept(keep: int) -> str:
 def count(number: int, noun: str) -> str:
     """A number of things, for people."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def gigabytes(num_bytes: float) -> str:
-    """A size, for people."""
-    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3g} MB"

@@ -25,7 +25,7 @@ from dmm.models.calibration import layers_of
 from dmm.models.conditioning import check_clip_skip
 from dmm.models.discriminator import build_head
 from dmm.models.side_car import read_side_car
-from dmm.models.style_names import STYLES_FOLDER
+from dmm.models.style_names import check_addition
 from dmm.models.styles import Provenance, StylePrompts
 from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming
 from dmm.pipeline.samplers import check_multiple
@@ -423,16 +423,9 @@ def _read_earlier(recipe: Recipe, merged: CheckedModel) -> StylePrompts:
             "which takes part in styles that are added later, too."
         )
     style_prompts = read_side_car(merged.path)
-    if style_prompts is None:
-        raise UserError(
-            f"{recipe.earlier.model} is no merged model: it has no {STYLES_FOLDER}/ folder. Merge models with `dmm "
-            "merge`, then add to what that has made."
-        )
-    for teacher in recipe.teachers:
-        if teacher.name in style_prompts.names:
-            raise UserError(
-                f"teacher '{teacher.name}': {recipe.earlier.model} has a style of that name; choose another name."
-            )
+    names = [] if style_prompts is None else style_prompts.names
+    check_addition(recipe.earlier.model, names, [teacher.name for teacher in recipe.teachers])
+    assert style_prompts is not None  # without one there are no names
     return style_prompts
 
 
