@@ -8,7 +8,14 @@ import torch
 from adapter_helpers import some_adapter
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BitImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from dmm.formats.single_file import save_single_file
 from dmm.models.styles import Provenance, StylePrompts
@@ -166,3 +173,15 @@ def sd1_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sd1") / "model.safetensors"
     save_single_file(tiny_pipeline(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def dino(tmp_path_factory) -> Path:
+    """A tiny DINOv2, to compare pictures in."""
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
+    Dinov2Model(config).save_pretrained(folder)
+    crop = {"height": 16, "width": 16}
+    BitImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop).save_pretrained(folder)
+    return folder

@@ -7,22 +7,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 from dmm.cli import main
 from dmm.recipes.recipe import load_recipe, save_recipe
-
-
-@pytest.fixture(scope="module")
-def dino(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=12, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
-    Dinov2Model(config).save_pretrained(folder)
-    crop = {"height": 16, "width": 16}
-    BitImageProcessorPil(size={"shortest_edge": 16}, crop_size=crop).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,13 @@ def test_shipped_recipes_are_planned_by_the_bases_configs_alone(path, folder, ca
     assert plan["samples"]["training"] == 32_000_000
 
 
+def test_adapters_may_be_more_than_a_batch_has_samples(folder, capsys):
+    teachers = [{"name": f"style-{i}", "model": "teacher"} for i in range(9)]
+    training = {"steps": 5, "batch_size": 2, "precision": "fp32"}
+    plan = planned(capsys, recipe_of(folder, teachers=teachers, styles={"rank": 2}, training=training))
+    assert plan["samples"]["training"] == 9 * 5 * 2
+
+
 def test_what_cannot_fit_is_told(folder, capsys):
     assert main(["plan", str(recipe_of(folder)), "--memory", "0.1GB"]) == 0
     assert "It does not fit 100 MB, whatever is changed" in capsys.readouterr().out

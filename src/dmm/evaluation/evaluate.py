@@ -39,7 +39,15 @@ from dmm.evaluation.figures import (
     kid_figures,
     pairwise_figures,
 )
-from dmm.evaluation.held_out import HeldOut, Model, held_out_error, join, synthesize_held_out
+from dmm.evaluation.held_out import (
+    NUM_LATENTS,
+    NUM_QUICK_LATENTS,
+    HeldOut,
+    Model,
+    held_out_error,
+    join,
+    synthesize_held_out,
+)
 from dmm.evaluation.mixing import Mix, mixing_scores
 from dmm.evaluation.painting import Painting, paint, share_of
 from dmm.evaluation.preference import Scorer
@@ -294,7 +302,8 @@ def _score_error(
     def synthesize(styles: Sequence[str], progress: Callable[[float], object]) -> HeldOut:
         painters = {style: teachers[style] for style in styles}
         arguments = (student, base, protocol.prompts, protocol.painting, size, cache, protocol.seed, progress)
-        return synthesize_held_out(painters, *arguments)
+        num_latents = NUM_LATENTS if protocol.with_fid else NUM_QUICK_LATENTS
+        return synthesize_held_out(painters, *arguments, num_latents=num_latents)
 
     made = []
     with bar("errors", 3 * len(mine)) as progress:

@@ -27,10 +27,12 @@ from dmm.training.batches import CaptionedLatents
 
 NUM_LATENTS = 64
 """Of each style."""
+NUM_QUICK_LATENTS = 16
+"""Of each style, where the whole is to be quick."""
 NUM_BANDS = 10
 """Of timesteps."""
-DRAWS = 1024
-"""Of noise and timesteps, for each style."""
+DRAWS_PER_LATENT = 16
+"""Of noise and timesteps: as many for each style, whosever latents they are of, as it has latents times these."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,7 @@ def held_out_error(
             base_pipeline,
             data,
             {style: everything},
-            # as many samples of a style, whosever latents they are
-            draws_per_row=DRAWS // len(everything) or 1,
+            draws_per_row=DRAWS_PER_LATENT * held_out.by_teacher[style].num_rows // len(everything) or 1,
             num_bands=NUM_BANDS,
             seed=held_out.settings["seed"],
             keep=keep,

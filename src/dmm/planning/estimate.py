@@ -86,8 +86,7 @@ def estimate(
         styles: the student's.
         on_gpu, num_bytes: see :class:`dmm.planning.memory.Place`.
     """
-    served = len(share_batch(recipe.training.batch_size, shares_of(recipe), num_processes, 0))
-    place = Place(on_gpu, served, num_bytes)
+    place = Place(on_gpu, num_served(recipe, num_processes), num_bytes)
     at_once = micro_batch(recipe.training, num_processes)
     memory = phases(recipe, sizes, activations, place, at_once)
     num_samples = samples_of(recipe)
@@ -111,6 +110,14 @@ def estimate(
         num_operations=num_operations,
         step_flops=step_flops,
     )
+
+
+def num_served(recipe: Recipe, num_processes: int) -> int:
+    """How many teachers a process serves."""
+    batch_size, shares = recipe.training.batch_size, shares_of(recipe)
+    if recipe.styles.trained != "all":  # by themselves: they share no batch, however many they are
+        batch_size, shares = num_processes * len(shares), [1 / len(shares)] * len(shares)
+    return len(share_batch(batch_size, shares, num_processes, 0))
 
 
 def num_pictures_of(source: CaptionedImages | Synthesis | None) -> int:

@@ -9,10 +9,9 @@ from dmm.data import CaptionedImages, Synthesis
 from dmm.files.outputs import existing_parent
 from dmm.files.runs import FIRST_STAGE, SAMPLES, find_run
 from dmm.files.sizes import told_bytes
-from dmm.maths.sharing import share_batch
 from dmm.planning.advice import cheapest, told
 from dmm.planning.cards import CARDS, MEASURED
-from dmm.planning.estimate import Estimate, samples_of
+from dmm.planning.estimate import Estimate, num_served, samples_of
 from dmm.planning.look import Looked, look_at
 from dmm.planning.memory import LIBRARIES, micro_batch
 from dmm.recipes.recipe import Recipe
@@ -86,8 +85,8 @@ def what_lines(
 
 def _counted_lines(recipe: Recipe, sizes: Sizes, num_processes: int) -> dict[str, str]:
     """What a merge of ControlNets takes, as far as it is counted: their steps are not traced."""
-    served = len(share_batch(recipe.training.batch_size, shares_of(recipe), num_processes, 0))
-    weights = sum(training_parts(sizes, recipe, num_teachers=served).values())
+    num_teachers = num_served(recipe, num_processes)
+    weights = sum(training_parts(sizes, recipe, num_teachers=num_teachers).values())
     at_once = count(micro_batch(recipe.training, num_processes), "sample")
     lines = _checkpoint_line(recipe, sizes)
     lines["memory"] = f"{told_bytes(weights)} of weights, gradients and moments, and what {at_once} at a time take"
