@@ -17,7 +17,7 @@ from dmm.formats.pickles import PICKLE_SUFFIXES
 from dmm.formats.tensors import read_header
 
 _WEIGHTS = (".safetensors", *PICKLE_SUFFIXES)
-# words in the names of models that others were made from; what they were first called only as a whole: tunes have it too
+# words in the names of models that others were made from; a first name only as a whole, since tunes have it too
 _BASES = re.compile(
     r"(?:^|[^a-z])(?:base|pruned|emaonly|v1[-_.]?[45])(?:[^a-z]|$)"
     r"|^(?:sd|stable[-_. ]?diffusion)[-_. ]?(?:v?\d(?:[-_.]?\d)?|xl)?$",
