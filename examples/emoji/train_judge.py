@@ -7,7 +7,8 @@ judge that is shipped is then trained on everything.
 In training the concept head has a class for each of the 1,636 concepts, since many concepts in many
 hands teach the features what a hand does not change; what is shipped are the published ones' rows.
 
-With ``--treated`` it is a judge of the thirty-two hands of ``treatments.py``, left as ``WORK/judge-treated``.
+With ``--treated`` it is a judge of the thirty-two hands of ``treatments.py``, left as ``WORK/judge-treated``; it begins
+as the embedded one, and a tenth of the steps will do.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dmm.demo.judge import Judge
+from dmm.demo.judge import Judge, load_judge
 from drawings import CONCEPTS, STYLES, Drawings, augment, nudge, read_drawings, shrink
 from training import fit
 from treatments import ALL_STYLES, TREATMENTS, treat
@@ -89,6 +90,8 @@ def train_judge(
     class_of = {text: i for i, text in enumerate((*CONCEPTS, *others))}
     classes = torch.tensor([class_of[text] for text in train.texts])
     judge = Judge(styles=ALL_STYLES if treated else STYLES, concepts=CONCEPTS)
+    if treated:
+        judge.stages.load_state_dict(load_judge().stages.state_dict())
     judge.concept_head = nn.Linear(judge.concept_head.in_features, len(class_of))
     judge.to(device, memory_format=torch.channels_last)
     published = (train.concepts >= 0).nonzero().flatten()
@@ -117,7 +120,16 @@ def train_judge(
         style, concept = accuracy(judge, test, shrink)
         return {"unseen_style": style.float().mean().item(), "unseen_concept": concept.float().mean().item()}
 
-    fit(judge, step, folder, steps=steps, learning_rate=3e-3, weight_decay=0.05, seed=seed, evaluate=evaluate)
+    fit(
+        judge,
+        step,
+        folder,
+        steps=steps,
+        learning_rate=1e-3 if treated else 3e-3,
+        weight_decay=0.05,
+        seed=seed,
+        evaluate=evaluate,
+    )
     kept = nn.Linear(judge.concept_head.in_features, len(CONCEPTS))
     kept.load_state_dict({name: value[: len(CONCEPTS)] for name, value in judge.concept_head.state_dict().items()})
     judge.concept_head = kept

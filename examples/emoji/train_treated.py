@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=8)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=48, help="of each LoRA")
+    parser.add_argument("--views", type=int, default=VIEWS, help="of each drawing, moved a little")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seconds", type=float, default=math.inf, help="end the schedule after so long, if not before")
     args = parser.parse_args()
@@ -108,14 +109,14 @@ def main() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(experts()["base"], dtype=torch.float32).to(device)
     wanted = torch.tensor([ALL_STYLES.index(style) for style in args.styles])
     rows = [(published.styles == style % len(STYLES)).nonzero().flatten() for style in wanted]
-    views = torch.Generator().manual_seed(0)
-    latents = []  # of each style: (drawings, VIEWS, C, h, w)
+    moves = torch.Generator().manual_seed(0)
+    latents = []  # of each style: (drawings, views, C, h, w)
     with torch.no_grad():
         for style, own in zip(wanted, rows, strict=True):
-            moved = torch.cat([nudge(published.images[own], views, 2) for _ in range(VIEWS)])
+            moved = torch.cat([nudge(published.images[own], moves, 2) for _ in range(args.views)])
             treated = treat(moved, style.expand(len(moved))).to(device)
             encoded = torch.cat([pipeline.vae.encode(some).latent_dist.mode() for some in treated.split(256)])
-            latents.append(encoded.unflatten(0, (VIEWS, -1)).transpose(0, 1) * pipeline.vae.config.scaling_factor)
+            latents.append(encoded.unflatten(0, (args.views, -1)).transpose(0, 1) * pipeline.vae.config.scaling_factor)
         texts = ["", *(template.format(one) for one in CONCEPTS for template in TEMPLATES)]
         tokens = [tokenize(pipeline.tokenizer, texts[i : i + 64]).to(device) for i in range(0, len(texts), 64)]
         states = torch.cat([pipeline.text_encoder(some).last_hidden_state for some in tokens])
@@ -140,7 +141,7 @@ def main() -> None:
         clean, read = [], []
         for own, encoded in zip(rows, latents, strict=True):
             drawn = torch.randint(len(own), (size,), generator=generator)
-            view = torch.randint(VIEWS, (size,), generator=generator)
+            view = torch.randint(args.views, (size,), generator=generator)
             clean.append(encoded[drawn.to(device), view.to(device)])
             template = torch.randint(len(TEMPLATES), (size,), generator=generator)
             dropped = torch.rand(size, generator=generator) < CAPTION_DROPOUT
