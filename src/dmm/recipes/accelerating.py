@@ -1,7 +1,7 @@
 """The recipe of a few-step distillation: of what model, by what method, on what data.
 
 Defaults are those of DMM §A.3 for DMM-SPLAM, of eight GPUs, and of SPLAM's code where that is silent; but the method
-is LCM's, which learns much in a few steps, where SPLAM's at first unlearns.
+is LCM's, of which pictures have been measured.
 """
 
 from collections.abc import Sequence
