@@ -18,6 +18,7 @@ from dmm.families.flux import FLUX_ANATOMY
 from dmm.families.flux2 import FLUX2_ANATOMY
 from dmm.families.qwen_image import QWEN_IMAGE_ANATOMY
 from dmm.families.z_image import Z_IMAGE_ANATOMY
+from dmm.models.features import BlockTap
 from dmm.models.styles import StylePrompts, attach_styles, bake
 
 B, H, W, TEXT = 2, 8, 6, 5
@@ -209,3 +210,23 @@ def test_half_a_model_looks_at_latents(asked):
     assert seen.shape == (B, anatomy.width(model), *size)
     assert sum(1 for _ in half.parameters()) < sum(1 for _ in model.parameters())
     assert model.state_dict().keys() == whole.keys()
+
+
+@pytest.mark.parametrize("kind", ["flux-dev", "z-image"])
+def test_features_teach_alike_whether_blocks_are_computed_once_or_twice(kind):
+    make, anatomy, _, given = KINDS[kind]
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model, x = make().train(), torch.randn(B, 4, H, W)
+        read = given()
+        if again:
+            model.enable_gradient_checkpointing()
+        tap = BlockTap(model)
+        with tap.catch() as features:
+            anatomy.ask(model, x, TIMES, read)
+        sum((one * one.detach().roll(1, 0)).sum() for one in features.values()).backward()
+        gradients.append([one.grad for one in model.parameters() if one.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -126,7 +126,8 @@ def test_nothing_is_caught_outside_of_a_catch(student):
     batch = new_batch(student)
     student.unet(batch.x_t, batch.timesteps, batch.conditioning["encoder_hidden_states"])
     with tap.catch() as features:
-        assert features == {}
+        pass
+    assert features == {}
 
 
 def test_a_toy_student_overfits_two_toy_teachers(student):

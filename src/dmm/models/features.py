@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dmm.families import anatomy_of
-from dmm.families.anatomy import Block
 
 
 class BlockTap:
@@ -18,23 +17,30 @@ class BlockTap:
     """
 
     def __init__(self, denoiser: Any) -> None:
-        self._caught: dict[str, Tensor] | None = None
-        for name, block in anatomy_of(denoiser).blocks(denoiser).items():
-            block.module.register_forward_hook(self._hook(name, block))
+        self._outputs: dict[str, Any] | None = None
+        self._blocks = anatomy_of(denoiser).blocks(denoiser)
+        for name, block in self._blocks.items():
+            block.module.register_forward_hook(self._hook(name))
 
     @contextmanager
     def catch(self) -> Iterator[Mapping[str, Tensor]]:
-        """Within the block, a call of the denoiser fills the mapping: block name to what is the picture's, (B, ...)."""
+        """Catch what a call of the denoiser within the block puts out.
+
+        Returns: filled when the block ends: block name to what is the picture's, (B, ...).
+        """
         caught: dict[str, Tensor] = {}
-        self._caught = caught
+        outputs: dict[str, Any] = {}
+        self._outputs = outputs
         try:
             yield caught
         finally:
-            self._caught = None
+            self._outputs = None
+        # not in the hook: gradient checkpointing runs a block again, without it, and counts what was kept
+        caught.update({name: self._blocks[name].pick(output) for name, output in outputs.items()})
 
-    def _hook(self, name: str, block: Block) -> Any:
+    def _hook(self, name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if self._caught is not None:
-                self._caught[name] = block.pick(output)
+            if self._outputs is not None:
+                self._outputs[name] = output
 
         return hook
