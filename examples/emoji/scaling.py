@@ -13,9 +13,9 @@ that the judge looks at, beside the teacher's of the same noise; stopped in any 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -106,14 +106,20 @@ def run_cell(work: Path, cell: str, options: argparse.Namespace) -> None:
             words = [str(merged), *teachers, "--base", recipe["base"], "--num-images", str(options.num_images)]
             words += ["--extractor", f"judge={work / 'judge-treated'}", "--guidance", "2", "--steps", "15"]
             words += ["--output", str(folder / "report")]
-        begun = time.monotonic()
+        begun = _spent()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, "-m", "dmm", part, *words], check=True, env=environment)
-        seconds[part] = round(time.monotonic() - begun, 1)
+        seconds[part] = round(_spent() - begun, 1)
         spent.write_text(json.dumps(seconds) + "\n", encoding="utf-8")
     if options.look and not (folder / "look.json").exists():
         looked = look(work, merged, recipe["teachers"], options.look)
         (folder / "look.json").write_text(json.dumps(looked, indent=1) + "\n", encoding="utf-8")
+
+
+def _spent() -> float:
+    """Seconds of CPU time that finished commands took."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def look(work: Path, merged: Path, teachers: Sequence[dict[str, str]], count: int) -> dict[str, dict[str, Any]]:
@@ -183,7 +189,7 @@ def costs(work: Path, cell: str, count: int) -> dict[str, str]:
     """What the styles take on disk, and the merge took."""
     added = sum(one.stat().st_size for one in (work / cell / "merged" / "styles").rglob("*") if one.is_file())
     seconds = json.loads((work / cell / "seconds.json").read_text(encoding="utf-8"))["merge"]
-    return {"a style, KB": f"{added / count / 1000:.0f}", "seconds of the merge": f"{seconds:.0f}"}
+    return {"a style, KB": f"{added / count / 1000:.0f}", "CPU seconds of the merge": f"{seconds:.0f}"}
 
 
 def row_of(work: Path, cell: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ In training the concept head has a class for each of the 1,636 concepts, since m
 hands teach the features what a hand does not change; what is shipped are the published ones' rows.
 
 With ``--treated`` it is a judge of the thirty-two hands of ``treatments.py``, left as ``WORK/judge-treated``; it begins
-as the embedded one, and a tenth of the steps will do.
+as the embedded one.
 """
 
 import argparse
