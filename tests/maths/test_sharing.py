@@ -8,7 +8,7 @@ import pytest
 from dmm.maths.sharing import is_uneven, share_batch
 from dmm.recipes.recipe import Earlier, Recipe, Teacher
 from dmm.training.building import roles_of
-from dmm.training.preflight import shares_of
+from dmm.training.machine import shares_of
 
 CASES = [(320, 8, 16), (320, 8, 8), (40, 8, 1), (41, 8, 1), (30, 8, 3), (29, 3, 8), (4, 4, 2), (7, 1, 1), (9, 2, 3)]
 

@@ -14,7 +14,7 @@ from dmm.models.style_names import STYLES_FOLDER
 from dmm.models.styles import Provenance
 from dmm.models.teachers import ModelSource
 from dmm.recipes.recipe import Recipe, load_recipe
-from dmm.training.preflight import teacher_source
+from dmm.training.sources import teacher_source
 
 
 @dataclass(frozen=True)

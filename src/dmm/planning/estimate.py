@@ -12,8 +12,8 @@ from dmm.planning.memory import Activations, Parts, Place, micro_batch, phases, 
 from dmm.planning.step import Shapes
 from dmm.recipes.recipe import Recipe
 from dmm.training.costs import Sizes
+from dmm.training.machine import shares_of
 from dmm.training.merge_costs import disk_parts, trained
-from dmm.training.preflight import shares_of
 from dmm.training.watch import SAMPLES_PER_STYLE
 
 STORED = 2

@@ -17,7 +17,11 @@ from dmm.planning.step import Shapes
 from dmm.recipes.recipe import Recipe
 from dmm.recipes.stages import second_stage
 from dmm.training.costs import Sizes
-from dmm.training.preflight import Plan, base_of, check_merge, open_source, own_size, sizes_of
+from dmm.training.merge_plan import Plan
+from dmm.training.model_sizes import sizes_of
+from dmm.training.picture_sizes import own_size
+from dmm.training.preflight import check_merge
+from dmm.training.sources import base_of, open_source
 
 
 class Looked:

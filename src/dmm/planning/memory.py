@@ -14,7 +14,7 @@ from dmm.planning.step import Shapes, Traced, trace_calibration, trace_forward, 
 from dmm.recipes.recipe import Recipe, Training
 from dmm.training.costs import FULL, HALF, Sizes
 from dmm.training.merge_costs import frozen_bytes, student_bytes, training_parts
-from dmm.training.preflight import UNKNOWN_RANK
+from dmm.training.model_sizes import UNKNOWN_RANK
 from dmm.training.residency import FOR_ACTIVATIONS
 
 Parts = Mapping[str, int]

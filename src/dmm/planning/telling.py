@@ -16,9 +16,9 @@ from dmm.planning.look import Looked, look_at
 from dmm.planning.memory import LIBRARIES, micro_batch
 from dmm.recipes.recipe import Recipe
 from dmm.training.costs import Sizes
+from dmm.training.machine import shares_of
 from dmm.training.merge_costs import checkpoint_bytes, disk_parts, student_bytes, training_parts
 from dmm.training.outlook import Outlook, count, every, kept, told_device
-from dmm.training.preflight import shares_of
 
 
 def outlook_lines(outlook: Outlook) -> str:

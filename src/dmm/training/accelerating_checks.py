@@ -25,8 +25,9 @@ from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate
 from dmm.pipeline.samplers import check_multiple
 from dmm.recipes.accelerating import FewStepRecipe
 from dmm.training.costs import Sizes, checkpoint_bytes, disk_bytes, student_bytes, teacher_bytes
+from dmm.training.machine import check_precision, check_space, check_trackers
 from dmm.training.outlook import count, every, kept, told_device
-from dmm.training.preflight import check_precision, check_space, check_trackers, own_size
+from dmm.training.picture_sizes import own_size
 
 _POINTS = 50
 """Of the teacher's path, where the recipe does not say; LCM's."""

@@ -67,7 +67,7 @@ from dmm.training.calibrating import (
 )
 from dmm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 from dmm.training.distill import Imitation
-from dmm.training.preflight import Plan, Reach
+from dmm.training.merge_plan import Plan, Reach
 from dmm.training.preparing import free_memory
 from dmm.training.processes import on_all, on_main
 from dmm.training.trainer import STUDENT, Trainer

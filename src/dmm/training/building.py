@@ -15,8 +15,9 @@ from dmm.models.teachers import freeze, open_pipeline
 from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Role
 from dmm.training.distill import Adversary, EarlierStudent, Teacher, Teachers
+from dmm.training.machine import shares_of
 from dmm.training.merge_costs import student_bytes
-from dmm.training.preflight import Plan, shares_of
+from dmm.training.merge_plan import Plan
 from dmm.training.residency import place_teachers
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

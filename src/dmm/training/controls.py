@@ -22,7 +22,11 @@ from dmm.recipes.recipe import Recipe
 from dmm.training.batches import Batches
 from dmm.training.building import DTYPES
 from dmm.training.costs import Sizes
-from dmm.training.preflight import Plan, adapter_sizes, base_of, check_machine, frame_of
+from dmm.training.machine import check_machine
+from dmm.training.merge_plan import Plan
+from dmm.training.model_sizes import adapter_sizes
+from dmm.training.picture_sizes import frame_of
+from dmm.training.sources import base_of
 from dmm.training.subject import Controls
 from dmm.training.watch import watched_groups
 

@@ -66,13 +66,17 @@ from dmm.training.building import build_adversary, build_student, open_teachers,
 from dmm.training.checkpoint import newest_checkpoint
 from dmm.training.controls import check_controls, measure_residuals
 from dmm.training.distill import Imitation
+from dmm.training.machine import check_space
 from dmm.training.merge_costs import disk_parts
+from dmm.training.merge_plan import Plan
 from dmm.training.outlook import Outlook
-from dmm.training.preflight import Plan, check_merge, check_space, open_source, with_size
+from dmm.training.picture_sizes import with_size
+from dmm.training.preflight import check_merge
 from dmm.training.preparing import Terms, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
 from dmm.training.run_folder import check_same, flat, put_in_place, remove
 from dmm.training.samples import Rows, paint_teachers, show
+from dmm.training.sources import open_source
 from dmm.training.subject import Controls
 from dmm.training.trainer import Trainer
 from dmm.training.watch import Watch, watched_groups

@@ -8,7 +8,7 @@ import torch
 from dmm.data import CaptionedImages, Synthesis
 from dmm.files.sizes import told_bytes
 from dmm.recipes.recipe import Recipe
-from dmm.training.preflight import Plan
+from dmm.training.merge_plan import Plan
 
 
 @dataclass(frozen=True)

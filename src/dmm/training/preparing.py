@@ -18,7 +18,9 @@ from dmm.models.styles import StylePrompts, bake
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.recipes.recipe import Recipe
 from dmm.training.building import DTYPES
-from dmm.training.preflight import Plan, buckets_of, open_source, paints_earlier, paints_itself
+from dmm.training.merge_plan import Plan
+from dmm.training.picture_sizes import buckets_of
+from dmm.training.sources import open_source, paints_earlier, paints_itself
 from dmm.training.subject import Controls
 
 THE_BASE = "/base"

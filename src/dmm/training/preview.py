@@ -17,7 +17,7 @@ from dmm.pipeline.styled import add_styles
 from dmm.recipes.recipe import Recipe, load_recipe
 from dmm.training.adapting import adapters_at, stored, style_folder
 from dmm.training.checkpoint import load_checkpoint, newest_checkpoint
-from dmm.training.preflight import base_of
+from dmm.training.sources import base_of
 from dmm.training.trainer import STUDENT
 
 

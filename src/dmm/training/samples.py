@@ -16,7 +16,7 @@ from dmm.files.pictures import grid, save_png
 from dmm.files.runs import SAMPLES
 from dmm.pipeline.sampling import sample
 from dmm.recipes.recipe import Recipe
-from dmm.training.preflight import Plan
+from dmm.training.merge_plan import Plan
 from dmm.training.preparing import Terms, free_memory, painters_of
 
 Rows = list[list[Image.Image]]
