@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 
 from dmm.demo import expert_sources, experts
@@ -45,12 +45,14 @@ def test_what_is_stored_fits():
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
     assert size(WEIGHTS / "sdxl") < 14e6
+    assert size(WEIGHTS / "sd3") < 10e6
     assert size(WEIGHTS / "sd1" / "controls") < 3e6
-    assert size(WEIGHTS) - size(WEIGHTS / "sdxl") - size(WEIGHTS / "sd1" / "controls") < 40e6
+    others = size(WEIGHTS / "sdxl") + size(WEIGHTS / "sd3") + size(WEIGHTS / "sd1" / "controls")
+    assert size(WEIGHTS) - others < 40e6
 
 
 def test_a_family_without_experts_is_told(cache):
-    with pytest.raises(UserError, match="no embedded experts of 'sd9'; there are of sd1, sdxl"):
+    with pytest.raises(UserError, match="no embedded experts of 'sd9'; there are of sd1, sd3, sdxl"):
         experts("sd9", cache=cache)
 
 
@@ -72,6 +74,26 @@ def test_the_small_sdxl_paints_in_its_hands_with_plain_diffusers(cache, name, ha
     verdict = judge_images(judge, pictures)
     right = [judge.config.styles[i] == hand for i in verdict.style_logits.argmax(1).tolist()]
     assert sum(right) >= 6
+
+
+@pytest.mark.parametrize("hand", ["noto", "openmoji", "fluent-contrast"])
+def test_the_small_sd3_paints_in_its_hands_with_plain_diffusers(cache, hand):
+    paths = experts("sd3", cache=cache)
+    assert list(paths) == ["base", "noto", "openmoji", "fluent-contrast"]
+    pipe = StableDiffusion3Pipeline.from_pretrained(paths["base"], text_encoder_3=None, tokenizer_3=None)
+    pipe.load_lora_weights(paths[hand])
+    pipe.set_progress_bar_config(disable=True)
+    things = ["fox", "red apple", "rocket", "castle"]
+    generators = [torch.Generator().manual_seed(i) for i in range(len(things))]
+    pictures = pipe(things, num_inference_steps=14, guidance_scale=2.0, generator=generators).images
+    judge = load_judge()
+    verdict = judge_images(judge, pictures)
+    right = [judge.config.styles[i] == hand for i in verdict.style_logits.argmax(1).tolist()]
+    known = [
+        judge.config.concepts[i] == thing for i, thing in zip(verdict.concept_logits.argmax(1), things, strict=True)
+    ]
+    assert sum(right) >= 2
+    assert sum(known) >= 3
 
 
 def paint(pipeline):
