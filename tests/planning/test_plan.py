@@ -6,18 +6,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_pipeline
+from tiny_families import TINY
 
 from dmm.cli import main
 from dmm.demo.story import PAPER, write_recipe
 from dmm.files.yaml import write_yaml
 from dmm.planning import look as looking
+from dmm.planning import step as steps
 from dmm.planning.advice import changed, cheapest, told
 from dmm.planning.look import look
-from dmm.planning.step import trace_step
+from dmm.planning.step import trace_calibration, trace_step
 from dmm.recipes.recipe import Recipe, load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -110,6 +113,21 @@ def test_adapters_may_be_more_than_a_batch_has_samples(folder, capsys):
     assert plan["samples"]["training"] == 9 * 5 * 2
 
 
+@pytest.mark.parametrize("styles", [{"rank": 0}, {"rank": 2}], ids=["rank 0", "rank 2"])
+def test_a_merge_of_sdxl_is_planned_with_both_of_its_text_encoders(tmp_path, capsys, styles):
+    for seed, name in enumerate(("base", "teacher")):
+        TINY["sdxl"](seed).save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    plan = planned(capsys, recipe_of(tmp_path, styles=styles), "--device", "cpu")
+    base = TINY["sdxl"]()
+    readers = sum(
+        one.numel() for part in (base.text_encoder, base.text_encoder_2, base.vae) for one in part.parameters()
+    )
+    assert plan["memory"]["phases"]["encoding"]["readers"] == 4 * readers
+    denoiser = sum(one.numel() for one in base.unet.parameters())
+    assert plan["memory"]["phases"]["training"]["shared weights"] == 4 * denoiser
+
+
 def test_what_cannot_fit_is_told(folder, capsys):
     assert main(["plan", str(recipe_of(folder)), "--memory", "0.1GB"]) == 0
     assert "It does not fit 100 MB, whatever is changed" in capsys.readouterr().out
@@ -142,6 +160,18 @@ def test_activations_grow_evenly_with_the_samples(folder):
     assert four.num_bytes - two.num_bytes == pytest.approx(2 * (two.num_bytes - one.num_bytes), rel=0.02)
     assert one.flops == pytest.approx(four.flops)
     assert one.num_operations == pytest.approx(four.num_operations, rel=0.05)
+
+
+def test_a_calibration_is_traced_with_what_looks_at_its_layers(folder, monkeypatch):
+    recipe = load_recipe(recipe_of(folder))
+    shapes = look(recipe, device=CPU, num_processes=1).shapes
+    looked = trace_calibration(recipe, shapes, num_samples=4, on_gpu=False)
+    monkeypatch.setattr(
+        steps, "Observer", lambda layer, difference: SimpleNamespace(layer=layer, see=lambda *_: None, num_samples=0)
+    )
+    alone = trace_calibration(recipe, shapes, num_samples=4, on_gpu=False)
+    assert looked.flops > 1.3 * alone.flops
+    assert looked.num_bytes >= alone.num_bytes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -7,6 +7,7 @@ bound of memory allows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +68,8 @@ def calibrated_components(
     """
     layers = {name: layer for name, layer in layers_of(teacher).items() if differences(name).any()}
     for names in _passes(layers, max_bytes):
-        observers = {name: _Observer(layers[name], differences(name)) for name in names}
-        _run(teacher, list(observers.values()), batches(), seed)
+        observers = {name: Observer(layers[name], differences(name)) for name in names}
+        observe(teacher, list(observers.values()), batches(), seed)
         for name in names:
             yield name, observers.pop(name).components()
 
@@ -93,7 +94,13 @@ def sides(layer: Any) -> tuple[int, int]:
     return layer.weight.shape[0], layer.weight[0].numel()
 
 
-def _run(teacher: nn.Module, observers: Sequence["_Observer"], batches: Iterable[Noised], seed: int) -> None:
+def observe(teacher: nn.Module, observers: Sequence["Observer"], batches: Iterable[Noised], seed: int) -> None:
+    """Let observers add up what samples make of their layers, forward and backward.
+
+    Args:
+        teacher: frozen; its layers are the observers'.
+        seed: of the directions of the output.
+    """
     generator = torch.Generator().manual_seed(seed)
     hooks = [observer.layer.register_forward_hook(observer.see) for observer in observers]
     try:
@@ -104,14 +111,20 @@ def _run(teacher: nn.Module, observers: Sequence["_Observer"], batches: Iterable
                 # frozen weights ask for no gradient; the inputs carry it to every layer
                 output = ask(teacher, batch.x_t.detach().requires_grad_(), batch.timesteps, batch.conditioning)
                 direction = torch.randn(output.shape, generator=generator).to(output)
-                (output * direction).sum().backward()
+                # Tensor.backward would leave a function mode, such as a plan's
+                torch.autograd.backward([(output * direction).sum()])
     finally:
         for hook in hooks:
             hook.remove()
 
 
-class _Observer:
-    """Adds up a layer's two covariances, on its smaller side."""
+class Observer:
+    """Adds up a layer's two covariances, on its smaller side.
+
+    Args:
+        layer: of a frozen teacher.
+        difference: of its weight, teacher minus start, in the weight's shape.
+    """
 
     def __init__(self, layer: nn.Module, difference: Tensor) -> None:
         self.layer = layer
@@ -128,7 +141,7 @@ class _Observer:
 
     def see(self, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """As a forward hook: add up what comes by, and ask for the gradient."""
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        with torch.no_grad(), _without_autocast(output.device):
             seen, num_positions = self._look_at_inputs(inputs[0].detach())
             self._forward.addmm_(seen.T, seen)
             self._num_seen += len(seen)
@@ -165,7 +178,7 @@ class _Observer:
             step = _side_step(*gradient.shape[2:])
             rows = gradient[:, :, ::step, ::step].permute(0, 2, 3, 1).flatten(0, 2)
         # a hook runs in whatever precision the pass that calls it does
-        with torch.autocast(gradient.device.type, enabled=False):
+        with _without_autocast(gradient.device):
             rows = rows.float()
             self._size += rows.square().mean() * len(rows)
             if not self._by_output:
@@ -183,6 +196,11 @@ class _Observer:
         size = 0.05 * float(self._size) / max(self._num_seen, 1)
         backward = backward + size * (difference.double().T @ difference.double())
         return input_components(difference, forward, backward * positions, damping=1e-3)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Each operation in its tensors' own precision; the meta device, on which plans are made, knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _step(num_rows: int, num_samples: int) -> int:

@@ -17,7 +17,7 @@ from dmm.families import Family, ask
 from dmm.families.conditioning import Frame
 from dmm.maths.processes import VariancePreserving
 from dmm.models.adapters import Adapter, Factors
-from dmm.models.calibration import layers_of
+from dmm.models.calibration import Noised, Observer, layers_of, observe
 from dmm.models.discriminator import Discriminator
 from dmm.models.student import AdaptedStudent, StyledStudent
 from dmm.models.styles import StylePrompts
@@ -115,13 +115,17 @@ def trace_step(recipe: Recipe, shapes: Shapes, *, rank: int, num_styles: int, nu
 
 
 def trace_calibration(recipe: Recipe, shapes: Shapes, *, num_samples: int, on_gpu: bool) -> Traced:
-    """Run a frozen teacher forward and backward, as it is calibrated."""
+    """Run a frozen teacher forward and backward, as it is calibrated, and each layer's observer beside it.
+
+    The covariances and differences that observers hold were there before, and are not among what is told.
+    """
     with META:
         batch = _batch(shapes, num_samples, 1, with_adversary=False)
         teacher = freeze(copy.deepcopy(shapes.denoiser))
+        layers: list[Any] = list(layers_of(teacher).values())
+        observers = [Observer(layer, torch.empty_like(layer.weight, dtype=torch.float32)) for layer in layers]
     with Meter() as meter, Imitated(half_of(recipe), on_gpu=on_gpu):
-        output = ask(teacher, batch.x_t.requires_grad_(), batch.timesteps, batch.conditioning)
-        torch.autograd.backward([output.sum()])
+        observe(teacher, observers, [Noised(batch.x_t, batch.timesteps, batch.conditioning)], seed=0)
     return _traced(meter, num_samples)
 
 
