@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from dmm.maths.sharing import is_uneven, share_batch
-from dmm.recipes.recipe import Earlier, Recipe, Teacher
+from dmm.recipes.recipe import Earlier, Recipe
+from dmm.recipes.teacher import Teacher
 from dmm.training.building import roles_of
 from dmm.training.machine import shares_of
 

@@ -7,18 +7,11 @@ from pathlib import Path
 import pytest
 
 from dmm.errors import UserError
-from dmm.recipes.recipe import (
-    Data,
-    Logging,
-    Losses,
-    Recipe,
-    Styles,
-    Synthesize,
-    Teacher,
-    Training,
-    load_recipe,
-    save_recipe,
-)
+from dmm.recipes.data import Data, Synthesize
+from dmm.recipes.recipe import Recipe, load_recipe, save_recipe
+from dmm.recipes.styles import Styles
+from dmm.recipes.teacher import Teacher
+from dmm.recipes.training import Logging, Losses, Training
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

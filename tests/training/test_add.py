@@ -31,7 +31,8 @@ from dmm.pipeline.samplers import DEFAULT_SAMPLER
 from dmm.pipeline.sampling import sample_latents
 from dmm.pipeline.styled import set_style
 from dmm.recipes.further import taken_from
-from dmm.recipes.recipe import Styles, load_recipe
+from dmm.recipes.recipe import load_recipe
+from dmm.recipes.styles import Styles
 from dmm.training.batches import Batches, Role
 from dmm.training.distill import EarlierStudent, Part, distill
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dmm.recipes.recipe import ADAPTER_DEFAULTS, Recipe
+from dmm.recipes.recipe import Recipe
+from dmm.recipes.training import ADAPTER_DEFAULTS
 
 Changes = dict[str, Any]
 """Of a recipe's keys, as ``--set`` has them."""

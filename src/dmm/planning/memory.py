@@ -11,7 +11,8 @@ from functools import cached_property
 from dmm.models.calibration import MAX_BYTES, layers_of, sides
 from dmm.pipeline.sampling import usual_batch_size
 from dmm.planning.step import Shapes, Traced, trace_calibration, trace_forward, trace_step, trace_vae
-from dmm.recipes.recipe import Recipe, Training
+from dmm.recipes.recipe import Recipe
+from dmm.recipes.training import Training
 from dmm.training.costs import FULL, HALF, Sizes
 from dmm.training.merge_costs import frozen_bytes, student_bytes, training_parts
 from dmm.training.model_sizes import UNKNOWN_RANK

@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
+from dmm.recipes.data import Data
+from dmm.recipes.finetune import FinetuneSynthesize
 from dmm.recipes.parts import Count, Model, Number, Part, Seed, Whole, in_range, read_recipe, write_recipe
-from dmm.recipes.recipe import Checkpoint, Data, FinetuneSynthesize, Training, check_size
+from dmm.recipes.picture_sizes import check_size
+from dmm.recipes.training import Checkpoint, Training
 
 LORA_TRAINING = {"learning_rate": 1e-4, "ema_decay": None}
 """The defaults where a LoRA is trained: those of LCM-LoRA (arXiv:2311.05556), whose target is the student as it is."""

@@ -1,6 +1,8 @@
 """A recipe of two stages as two recipes of one."""
 
-from dmm.recipes.recipe import Data, Recipe, Synthesize, Training
+from dmm.recipes.data import Data, Synthesize
+from dmm.recipes.recipe import Recipe
+from dmm.recipes.training import Training
 
 
 def first_stage(recipe: Recipe) -> Recipe:

@@ -40,7 +40,8 @@ from dmm.models.styles import StylePrompts, style_weights, term_change
 from dmm.models.teachers import freeze
 from dmm.models.unfused import set_changes
 from dmm.pipeline.styled import add_styles
-from dmm.recipes.recipe import Recipe, Teacher
+from dmm.recipes.recipe import Recipe
+from dmm.recipes.teacher import Teacher
 from dmm.training.batches import Batches, Role
 from dmm.training.building import (
     DTYPES,

@@ -22,7 +22,7 @@ from dmm.formats.tensors import read_header, read_tensors, write_tensors
 from dmm.maths.low_rank import Components, deal_ranks
 from dmm.models.adapters import NOTHING, Adapter, Factors, KeptWeights
 from dmm.models.calibration import Noised, calibrated_components, layers_of
-from dmm.recipes.recipe import Styles
+from dmm.recipes.styles import Styles
 
 CURVE = (1, 2, 4, 8, 16, 32, 64, 128)
 """Ranks of uniform adapters of as many bytes, at which a style's error is measured."""

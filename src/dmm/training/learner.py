@@ -10,7 +10,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from dmm.errors import UserError
-from dmm.recipes.recipe import Training
+from dmm.recipes.training import Training
 from dmm.training.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from dmm.training.ranks import leave
 

@@ -57,8 +57,9 @@ from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER, read_style_names
 from dmm.models.teachers import open_pipeline
 from dmm.recipes.parts import MAX_SEED
-from dmm.recipes.recipe import Recipe, Timesteps, load_recipe, save_recipe
+from dmm.recipes.recipe import Recipe, load_recipe, save_recipe
 from dmm.recipes.stages import first_stage, second_stage
+from dmm.recipes.training import Timesteps
 from dmm.training.adapting import Run as AdapterRun
 from dmm.training.adapting import adapt, steps_of, style_folder
 from dmm.training.batches import Batches, Role

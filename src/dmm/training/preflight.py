@@ -18,7 +18,8 @@ from dmm.models.style_names import check_addition
 from dmm.models.styles import Provenance, StylePrompts
 from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, naming
 from dmm.pipeline.samplers import check_multiple
-from dmm.recipes.recipe import Recipe, Teacher
+from dmm.recipes.recipe import Recipe
+from dmm.recipes.teacher import Teacher
 from dmm.training.machine import check_machine
 from dmm.training.merge_plan import Plan, Reach
 from dmm.training.model_sizes import sizes_of

@@ -6,7 +6,8 @@ from pathlib import Path
 from dmm.data import CaptionedImages, ImageDataset, ImageFolder, Synthesis
 from dmm.files.prompts import read_prompts
 from dmm.models.teachers import ModelSource
-from dmm.recipes.recipe import Recipe, Teacher
+from dmm.recipes.recipe import Recipe
+from dmm.recipes.teacher import Teacher
 
 
 def base_of(recipe: Recipe) -> ModelSource:

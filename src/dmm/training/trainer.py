@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from dmm.errors import UserError
 from dmm.files.runs import CHECKPOINTS, LOG
-from dmm.recipes.recipe import Checkpoint as Kept
-from dmm.recipes.recipe import Training
+from dmm.recipes.training import Checkpoint as Kept
+from dmm.recipes.training import Training
 from dmm.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint, sweep
 from dmm.training.curves import Curves
 from dmm.training.distill import Adversary, Distillation, Lesson, Samples, Seen, discriminate
