@@ -234,7 +234,7 @@ def test_a_prediction_type_that_cannot_be_merged(sd1_folder, tmp_path):
     folder = copy_folder(sd1_folder, tmp_path / "x")
     config = folder / "scheduler/scheduler_config.json"
     config.write_text(config.read_text().replace("epsilon", "sample"))
-    refused(ModelSource(folder), "prediction type is 'sample'; one of epsilon, v_prediction was expected")
+    refused(ModelSource(folder), "prediction type is 'sample'; epsilon or v_prediction was expected of SD 1.x")
 
 
 # bad input
@@ -332,7 +332,7 @@ def test_a_refiner_s_file(sd1_folder, sd1_file, tmp_path):
 @pytest.mark.parametrize(
     ("class_name", "linear", "title"),
     [
-        ("StableDiffusion3Pipeline", True, "SD 3"),
+        ("QwenImagePipeline", True, "Qwen-Image"),
         ("StableDiffusionDMMPipeline", False, "a DMM merge in the authors' layout"),
         ("KandinskyPipeline", False, "KandinskyPipeline"),
     ],
