@@ -179,6 +179,6 @@ def test_what_cannot_be_measured_is_told_in_a_sentence(run, tmp_path, monkeypatc
         run(STUDENT, mixes=[{"ink": 0.5, "clay": 0.5}])
     usage = shutil.disk_usage(tmp_path)._replace(free=NUM_IMAGES)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"GB for the pictures, and its disk has .* GB free\. Make room, ask for fewer"):
+    with pytest.raises(UserError, match=r"MB for the pictures, and its disk has .* MB free\. Make room, ask for fewer"):
         evaluate_in(tmp_path, STUDENT)
     assert not (tmp_path / "pictures").exists()

@@ -250,7 +250,7 @@ def test_earlier_styles_are_drawn_at_random_on_their_own_rows():
     roles = [Role([2], "line", 0.5), Role([0, 1], STUDENT, 0.5)]
     groups = share_batch(64, [0.5, 0.5], 1, 0)
     settings = {
-        "alphas_cumprod": ALPHAS_CUMPROD,
+        "process": VariancePreserving(ALPHAS_CUMPROD),
         "caption_dropout": 0.1,
         "micro_batch_size": 64,
         "seed": 0,

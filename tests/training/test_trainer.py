@@ -130,7 +130,9 @@ def test_a_process_that_is_killed_ends_the_run_which_then_goes_on(tmp_path, rank
     ended = launch_two(tmp_path / "cut", settings, f"{rank}:3")
     assert time.monotonic() - start < LAUNCH_SECONDS + 30
     assert ended.returncode != 0
-    assert f"Rank {1 - rank} of 2, step 3: another process of the run is gone" in ended.stderr
+    told = f"Rank {1 - rank} of 2, step 3: another process of the run is gone"
+    # the launcher may be the quicker one, and ends the process that is left before that has told
+    assert told in ended.stderr or "closing signal SIGTERM" in ended.stderr
     assert saved(tmp_path / "cut").step == 2
     launch_two(tmp_path / "cut", settings).check_returncode()
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "cut"))
