@@ -180,7 +180,9 @@ def unpack_optimizer(
         key, _, name = entry.partition("/")
         states.setdefault(name, {})[key] = value
     for group, saved in zip(optimizer.param_groups, info["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved["options"].items()})
+        # which kernel steps is this device's matter: the run may have begun on another
+        options = {key: value for key, value in saved["options"].items() if key != "fused"}
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
         # where torch keeps the count of steps: on the CPU, unless a kernel reads it
         step_on_device = group.get("capturable") or group.get("fused")
         for parameter in group["params"]:
