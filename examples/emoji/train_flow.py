@@ -29,6 +29,7 @@ from denoising import CAPTION_DROPOUT, TEMPLATES, encode_views
 from dmm.demo import experts
 from dmm.demo.judge import judge_images, load_judge
 from dmm.models.libraries import quiet_libraries
+from dmm.models.teachers import ModelSource, open_pipeline
 from drawings import STYLES, read_drawings
 from training import log
 
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--source", type=Path, help="an SDXL whose VAE and text encoders are taken (default: the embedded base)"
     )
+    parser.add_argument("--base", type=Path, help="a base that was trained before: only LoRAs of it are")
     parser.add_argument("--seconds", type=float, default=200.0, help="of the base")
     parser.add_argument("--lora-seconds", type=float, default=30.0, help="of each LoRA")
     parser.add_argument("--batch-size", type=int, default=1024)
@@ -164,15 +166,19 @@ def main() -> None:
 
     drawings = read_drawings(args.drawings)
     published = drawings.select(drawings.concepts >= 0)
-    source = StableDiffusionXLPipeline.from_pretrained(
-        args.source or experts("sdxl")["base"], unet=None, torch_dtype=torch.float32
-    )
     concepts = sorted(set(published.texts))
     texts = ["", *(template.format(one) for one in concepts for template in TEMPLATES)]
-    width = source.text_encoder.config.hidden_size + source.text_encoder_2.config.hidden_size
     torch.manual_seed(0)
-    transformer = flow.new_transformer(source.vae.config.latent_channels, width, width, args.patch_size)
-    pipeline = flow.new_pipeline(transformer, source).to(device)
+    if args.base:
+        pipeline = open_pipeline(ModelSource(args.base)).to(device)
+    else:
+        source = StableDiffusionXLPipeline.from_pretrained(
+            args.source or experts("sdxl")["base"], unet=None, torch_dtype=torch.float32
+        )
+        width = source.text_encoder.config.hidden_size + source.text_encoder_2.config.hidden_size
+        transformer = flow.new_transformer(source.vae.config.latent_channels, width, width, args.patch_size)
+        pipeline = flow.new_pipeline(transformer, source).to(device)
+    transformer = pipeline.transformer
     latents = encode_views(pipeline.vae, published.images.to(device))
     states, pooled = flow.read(pipeline, texts)
     text_of = torch.tensor([concepts.index(one) for one in published.texts])
@@ -206,13 +212,14 @@ def main() -> None:
         figures[name] = measure(pipeline, name, args.count, run)
         (args.work / "sd3-judged.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
-    run = args.work / "sd3-base-run"
-    fit(run, torch.arange(len(published)), args.batch_size, args.seconds, args.learning_rate)
-    pipeline.save_pretrained(args.work / "sd3-base")
-    judge("base", run)
+    if not args.base:
+        run = args.work / "sd3-base-run"
+        fit(run, torch.arange(len(published)), args.batch_size, args.seconds, args.learning_rate)
+        pipeline.save_pretrained(args.work / "sd3-base")
+        judge("base", run)
     transformer.requires_grad_(False)
     made = args.work / "sd3-experts"
-    made.mkdir(exist_ok=True)
+    made.mkdir(parents=True, exist_ok=True)
     targets = list(flow.LORA_TARGETS)
     for hand in args.hands:
         run = args.work / f"sd3-{hand}-run"
