@@ -73,6 +73,14 @@ def test_a_list_that_does_not_fit_the_batch_is_refused(styled):
         paint(styled, ["a cat"] * 2)
 
 
+def test_two_styles_for_one_image_are_refused_under_guidance_whose_halves_they_would_pass_for(styled):
+    set_style(styled, ["ink", "photo"])
+    with pytest.raises(ValueError, match="2 styles were set, one for each image, and the images of a batch are 1, und"):
+        paint(styled, ["a cat"])
+    unguided = styled(["a cat"] * 2, guidance_scale=1, num_inference_steps=1, output_type="latent").images
+    assert len(unguided) == 2
+
+
 def test_a_baked_style_paints_as_the_prompted_one(styled):
     set_style(styled, {"ink": 0.7, "photo": 0.3})
     prompted = paint(styled)

@@ -9,7 +9,7 @@ is added to the embedding of the timestep (DMM §3.3, §A.1). For fixed weights 
 can also be baked into a bias, or, where there is none, into a weight, which leaves an ordinary checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -102,13 +102,22 @@ class StyledLinear(nn.Linear):
     style_prompts: StylePrompts
     term: Tensor | None
     adaptation: Adaptation
+    guided: Callable[[], bool]
+    """Whether the images that are painted now stand in a batch more than once each, for guidance."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (B, ..., D_in) to (B, ..., D), with the style term where one is set.
 
-        Raises: ValueError: the term is of S styles and B is not S, 2 S or 3 S (guidance makes blocks of S).
+        Raises: ValueError: the term is of S styles and B is not S, 2 S or 3 S (guidance makes blocks of S), or S under
+            guidance.
         """
         embedding = super().forward(input)
+        if self._num_chosen == len(embedding) and self.guided():
+            raise ValueError(
+                f"{len(embedding)} styles were set, one for each image, and the images of a batch are "
+                f"{len(embedding) // 2}, under guidance: set one style for all, or as many as prompts x images per "
+                "prompt, on the pipeline that paints."
+            )
         if self.term is None:
             return embedding
         term = self.term.to(embedding)  # its device, too: offloading moves parameters only
@@ -125,6 +134,14 @@ class StyledLinear(nn.Linear):
             term = term.repeat(blocks, 1)
             term = term.reshape(len(term), *(1,) * (embedding.ndim - 2), -1)
         return embedding + term
+
+    @property
+    def _num_chosen(self) -> int | None:
+        """Of styles, where each image has one of its own."""
+        if self.term is not None and self.term.ndim == 2:
+            return len(self.term)
+        chosen = self.adaptation.chosen
+        return len(chosen) if isinstance(chosen, Sequence) and not isinstance(chosen, str) else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "StyledLinear":
         super()._apply(fn, recurse)
@@ -152,6 +169,7 @@ def attach_styles(model: Any, style_prompts: StylePrompts, port: str) -> None:
     vars(linear)["style_prompts"] = style_prompts  # __setattr__ would register the side-car as a submodule
     linear.term = None
     linear.adaptation = Adaptation()
+    linear.guided = bool  # nothing is known of it: False
 
 
 def styled_port(model: nn.Module) -> StyledLinear | None:

@@ -7,6 +7,7 @@ current style is state of that denoiser, as adapters are.
 import copy
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,16 +134,22 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     Raises: UserError: the pipeline has no styles, there is none of that name, weights do not sum to 1, the list is
         empty, or it is something else. A list that does not fit the batch is a ``ValueError`` once it is painted.
     """
-    _port(pipe)  # a stock pipeline is told
+    port = _port(pipe)  # a stock pipeline is told
     choose(denoiser_of(pipe), style)
+    port.guided = _guidance_of(pipe)
 
 
 @contextmanager
 def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iterator[None]:
     """:func:`set_style` for the length of a block; the style that was set before is set again after it."""
-    _port(pipe)
+    port = _port(pipe)
+    before = port.guided
     with temporarily(denoiser_of(pipe), style):
-        yield
+        port.guided = _guidance_of(pipe)
+        try:
+            yield
+        finally:
+            port.guided = before
 
 
 @contextmanager
@@ -308,6 +315,15 @@ def _port(pipe: Any) -> StyledLinear:
     if port is None:
         raise UserError("This pipeline has no styles: it is a stock model. Load a merged one with dmm.load_pipeline.")
     return port
+
+
+def _guidance_of(pipe: Any) -> Callable[[], bool]:
+    """What tells whether a pipeline doubles its batch now, as pipelines of UNets do in every guided step."""
+    if family_of(pipe).is_flow:  # some of these guide in passes of their own, or not in every step
+        return bool
+    running = weakref.ref(pipe)
+    # a pipeline that has not run yet does not know
+    return lambda: bool(getattr(running(), "do_classifier_free_guidance", False))
 
 
 def _twin(denoiser: Any) -> ModelMixin:
