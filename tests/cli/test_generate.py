@@ -175,7 +175,7 @@ def test_an_interrupted_run_leaves_nothing(generate, tmp_path, monkeypatch, caps
         (["a cat", "--guidance", "0"], "guidance scale must be at least 1"),
         (["a cat", "--output", "cat.jpg"], "written as PNG"),
         (["a cat", "--device", "gpu"], "no device 'gpu'"),
-        (["a cat", "--device", "cuda:99"], "torch finds"),
+        (["a cat", "--device", "cuda:99"], "of 'cuda'; choose another, or cpu"),
         (["a cat", "--config", "nowhere"], "--config nowhere: no such folder"),
         (["a cat", "--lora", "nowhere.safetensors:0.5"], "--lora nowhere.safetensors: no such file"),
         ([], "There is no prompt"),

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import add_device, read_scaled_path
+from dmm.cli.hardware import count_devices
 from dmm.errors import UserError
 from dmm.files.runs import check_finished, find_run
+from dmm.files.weights import check_model_file
 
 if TYPE_CHECKING:
     import torch
 
     from dmm.models.styles import StylePrompts
     from dmm.models.teachers import ModelSource
+
+NOTHING_TO_FREE = "--offload frees the memory of a GPU, and there is none in use here; leave it out."
 
 
 def add_opening_options(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +71,11 @@ def check_opening(args: argparse.Namespace) -> None:
     if args.from_checkpoint:
         _check_run(args)
     else:
-        check_there(args.model)
+        check_there(args.model, allow_pickle=args.allow_pickle)
+    if args.offload and (
+        args.device == "cpu" or (not args.device and count_devices("cuda") == count_devices("mps") == 0)
+    ):
+        raise UserError(NOTHING_TO_FREE)
     if args.config is not None and not args.config.is_dir():
         raise UserError(f"--config {args.config}: no such folder. Name a stock pipeline folder.")
     for lora, _ in args.loras:
@@ -75,8 +83,11 @@ def check_opening(args: argparse.Namespace) -> None:
             raise UserError(f"--lora {lora}: no such file. Check the path.")
 
 
-def check_there(model: str) -> None:
-    """Refuse a model that is neither here nor might be on the hub, and a merge that has not ended.
+def check_there(model: str, *, allow_pickle: bool = True) -> None:
+    """Refuse a model that is neither here nor might be on the hub, a file of no model, and a merge that has not ended.
+
+    Args:
+        allow_pickle: whether a pickle may be one; by default that is settled where it is opened.
 
     Raises: UserError.
     """
@@ -84,6 +95,8 @@ def check_there(model: str) -> None:
     might_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not path.parent.exists()
     if not path.exists() and not might_be_hub_id:
         raise UserError(f"{model}: no such file or folder. Check the path.")
+    if path.is_file():
+        check_model_file(path, allow_pickle=allow_pickle)
     check_finished(path)
 
 
@@ -135,7 +148,7 @@ def find_dtype(args: argparse.Namespace) -> "torch.dtype":
 
     device = find_device(args.device)
     if args.offload and device.type == "cpu":
-        raise UserError("--offload frees the memory of a GPU, and there is none in use here; leave it out.")
+        raise UserError(NOTHING_TO_FREE)
     precision = args.precision or ("fp32" if device.type == "cpu" else "fp16")
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 

@@ -98,9 +98,6 @@ def run(args: argparse.Namespace) -> None:
     recipe = load_soup_recipe(source, args.overrides) if is_recipe else None
     if recipe is None and not source.exists():
         raise UserError(f"{source}: no such file or folder. Name a recipe (.yaml) or a soup.")
-    from dmm.models.libraries import quiet_libraries
-
-    quiet_libraries()
     ledger = None
     if recipe is None:
         from dmm.soup.ledger import read_ledger
@@ -114,6 +111,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _cook(recipe: "SoupRecipe", output: Path, ledger: "Ledger | None", args: argparse.Namespace) -> None:
+    from dmm.models.libraries import quiet_libraries
+
+    quiet_libraries()
     from dmm.soup.cook import cook
 
     try:

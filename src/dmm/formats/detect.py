@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dmm.errors import UserError
 from dmm.families import FAMILIES, Family, Stranger, family_of_names, known_titles
-from dmm.formats.lora.parts import is_lora
+from dmm.files.weights import check_no_lora
 from dmm.formats.tensors import Header
 
 _READS = "model.diffusion_model.input_blocks.0.0.weight"
@@ -21,11 +21,7 @@ def family_of_file(path: Path, header: Header, expected: Family | None = None) -
     Raises: UserError: a LoRA, of another family, one part of a model, or nothing that we know.
     """
     names = header.tensors
-    if is_lora(names):
-        raise UserError(
-            f"{path} is a LoRA, not a full model. Pass it as the LoRA (lora=, --lora) and the model it was trained "
-            "on as the model."
-        )
+    check_no_lora(path, names)
     title = expected.title if expected else known_titles()
     told = family_of_names(names)
     if told is None and any(part in name for name in names for part in _DIFFUSERS_PARTS):

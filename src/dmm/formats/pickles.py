@@ -17,30 +17,10 @@ from torch import Tensor
 
 from dmm.errors import UserError
 
-PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 _MAX_STAND_INS = 200  # of a file: more is no checkpoint of a trainer's
 _REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _BLOCKED = re.compile(r"GLOBAL (\S+) whose module")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def is_pickle(beginning: bytes) -> bool:
-    """Whether a file that begins so is a pickle, whatever its name."""
-    return beginning.startswith((b"PK\x03\x04", b"\x80\x02"))
-
-
-def check_pickle_allowed(path: Path, allow_pickle: bool) -> None:
-    """Refuse a pickle that was not asked for.
-
-    Raises: UserError: ``allow_pickle`` is false, or its name says that it is something else.
-    """
-    if not allow_pickle:
-        raise UserError(
-            f"{path} is a pickle, which can run code when it is opened. Pass a .safetensors file, or allow pickles "
-            "(allow_pickle, --allow-pickle) if you trust it."
-        )
-    if path.suffix.lower() not in PICKLE_SUFFIXES:
-        raise UserError(f"{path} is a pickle by content but not by name. Rename it to end in .ckpt.")
 
 
 def unpickle(path: Path, device: str) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.formats.pickles import check_pickle_allowed, is_pickle, unpickle
+from dmm.files.weights import check_beginning, read_declared
+from dmm.formats.pickles import unpickle
 from dmm.formats.quantised import check_not_packed, declared_unpacked, is_of_quantisation, scales_of, unpack
 
-_MAX_HEADER = 100_000_000  # bytes, as the format has it; what claims more is no header at all
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -65,24 +64,8 @@ def read_header(path: Path, *, allow_pickle: bool = False) -> Header:
         path: a .safetensors file; a pickle only with ``allow_pickle``, and then read with ``weights_only``.
     Raises: UserError: missing, empty, cut short, a pickle that is not allowed, or no weight file at all.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Check the path.")
-    with path.open("rb") as file:
-        beginning = file.read(64)
-    if not beginning:
-        raise UserError(f"{path} is empty. Download it again.")
-    if beginning.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` where it came from.")
-    if beginning.startswith(b"GGUF"):
-        raise UserError(
-            f"{path} is quantised: it is a GGUF file. Get the model as .safetensors, in fp16, bf16 or fp32."
-        )
-    # a pickle is told by what it holds: a name can lie
-    if is_pickle(beginning):
-        check_pickle_allowed(path, allow_pickle)
+    if check_beginning(path, allow_pickle=allow_pickle):
         return _unpacked(path, Header(unpickle(path, "meta"), {}))
-    if path.suffix.lower() != ".safetensors":
-        raise UserError(f"{path} is neither a pickle nor named .safetensors. Pass weights in the safetensors format.")
     return _unpacked(path, _read_safetensors_header(path))
 
 
@@ -157,23 +140,15 @@ def check_safetensors(path: Path) -> None:
 
 
 def _read_safetensors_header(path: Path) -> Header:
+    declared, start = read_declared(path)
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        possible = length <= _MAX_HEADER
-        text = file.read(length) if possible and 8 + length <= size else None
-    if text is None and possible:
-        raise UserError(
-            f"{path} is cut short: its header alone takes {8 + length} bytes, the file has {size}. Download it again."
-        )
     try:
-        declared: dict[str, Any] = json.loads(text or b"")
         metadata = declared.pop("__metadata__", None) or {}  # null, which the library opens, is none
         offsets = {}
         for name, entry in declared.items():
             begin, stop = entry["data_offsets"]
-            offsets[name] = (8 + length + begin, 8 + length + stop)
-        end = max((stop for _, stop in offsets.values()), default=8 + length)
+            offsets[name] = (start + begin, start + stop)
+        end = max((stop for _, stop in offsets.values()), default=start)
         unknown = {str(entry["dtype"]): name for name, entry in declared.items() if entry["dtype"] not in DTYPES}
         if not unknown:
             tensors = {
@@ -193,12 +168,12 @@ def _read_safetensors_header(path: Path) -> Header:
             f"{path} has bytes too many: its header declares {end} bytes, the file has {size}. Download it again."
         )
     if end > size:
-        lost = min((start, name) for name, (start, stop) in offsets.items() if stop > size)[1]
+        lost = min((begin, name) for name, (begin, stop) in offsets.items() if stop > size)[1]
         raise UserError(
             f"{path} is cut short: its header declares {end} bytes, the file has {size}, which ends before or within "
             f"'{lost}'. Download it again."
         )
-    _check_offsets(path, tensors, offsets, 8 + length)
+    _check_offsets(path, tensors, offsets, start)
     try:
         with safe_open(path, framework="pt"):  # the library's own checks, whatever is left
             pass

@@ -15,12 +15,12 @@ from torch import nn
 from dmm.errors import UserError
 from dmm.families import Family, components_of
 from dmm.files.runs import check_finished
+from dmm.files.weights import PICKLE_SUFFIXES
 from dmm.formats.configs import find_configs
 from dmm.formats.detect import check_is_checkpoint, family_of_file
 from dmm.formats.ema import choose_weights
 from dmm.formats.folder import UNUSED_COMPONENTS, check_folder, family_of_folder, open_folder, weight_files
 from dmm.formats.lora import LoraChange, fuse_lora, lora_file, read_lora
-from dmm.formats.pickles import PICKLE_SUFFIXES
 from dmm.formats.schedules import open_scheduler, predicted, read_scheduler_config
 from dmm.formats.single_file import check_single_file, open_single_file, scheduler_config_of
 from dmm.formats.tensors import check_finite, read_header

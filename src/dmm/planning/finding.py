@@ -10,10 +10,10 @@ from dmm.errors import UserError
 from dmm.files.digest import sha256
 from dmm.files.prompts import read_prompts
 from dmm.files.runs import INDEX
+from dmm.files.weights import PICKLE_SUFFIXES
 from dmm.formats.detect import family_of_file
 from dmm.formats.folder import family_of_folder
 from dmm.formats.lora import is_lora
-from dmm.formats.pickles import PICKLE_SUFFIXES
 from dmm.formats.tensors import read_header
 
 _WEIGHTS = (".safetensors", *PICKLE_SUFFIXES)

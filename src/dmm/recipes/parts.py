@@ -26,6 +26,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from dmm.errors import UserError, nearest
 from dmm.files.outputs import new_file
+from dmm.files.weights import is_lora_file
 from dmm.files.yaml import Place, Places, parse_yaml, read_yaml, write_yaml
 
 MAX_SEED = 2**32 - 1
@@ -140,11 +141,15 @@ def path_or_id(value: str, info: ValidationInfo) -> str:
 def check_model_name(value: str, info: ValidationInfo) -> str:
     """A model's path, made absolute, or its hub id.
 
-    Raises: ValueError: it is neither.
+    Raises: ValueError: it is neither, or a LoRA.
     """
     found = path_or_id(value, info)
     if found == value and "/" not in value:  # datasets have ids of one word, models do not
         raise ValueError(f"found '{value}', expected a path that exists or a hub id such as 'owner/name'")
+    if is_lora_file(Path(found)):
+        raise ValueError(
+            f"{found} is a LoRA, not a full model; pass it as lora, and the model it was trained on as model"
+        )
     return found
 
 

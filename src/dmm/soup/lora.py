@@ -17,7 +17,8 @@ from dmm.files.digest import sha256
 from dmm.files.outputs import check_file, new_file
 from dmm.formats.lora import LowRank, kohya_name_of, lora_file, read_lora_file
 from dmm.formats.tensors import check_finite, write_tensors
-from dmm.soup.ledger import check_digests, describe_recipe, labelled_digests
+from dmm.soup.describing import describe_recipe, labelled_digests
+from dmm.soup.ledger import check_digests
 from dmm.soup.make import Bar, Made, digest_files, no_bar
 from dmm.soup.plan import plan_soup
 from dmm.soup.reading import Digests

@@ -19,7 +19,8 @@ from dmm.formats.completing import complete_folder
 from dmm.formats.folder import PARTS, UNUSED_COMPONENTS
 from dmm.formats.schedules import write_scheduler_config
 from dmm.formats.stock_files import config_files, read_index
-from dmm.soup.ledger import check_digests, describe, labelled_digests
+from dmm.soup.describing import describe, labelled_digests
+from dmm.soup.ledger import check_digests
 from dmm.soup.models import Layout
 from dmm.soup.plan import Plan, plan_soup
 from dmm.soup.reading import Digests

@@ -1,8 +1,8 @@
-"""LoRAs and their relatives: ``parts`` tells tensors' names, ``forms`` is their maths, ``names`` knows the layouts."""
+"""LoRAs and their relatives: ``forms`` is their maths, ``names`` knows the layouts."""
 
+from dmm.files.lora_names import is_lora
 from dmm.formats.lora.forms import LoraChange, LowRank
 from dmm.formats.lora.names import kohya_name, kohya_name_of
-from dmm.formats.lora.parts import is_lora
 from dmm.formats.lora.reading import lora_file, read_lora, read_lora_file
 from dmm.formats.lora.writing import fuse_lora, save_kohya_lora
 

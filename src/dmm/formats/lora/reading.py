@@ -14,9 +14,9 @@ from torch import Tensor
 from dmm.errors import UserError
 from dmm.families import Family, family_of_names, title_of_lora
 from dmm.files.json import parse_json
+from dmm.files.lora_names import BUNDLED, check_complete, is_lora, split_names
 from dmm.formats.lora.forms import Form, Hadamard, Kronecker, LoraChange, LowRank, Whole
 from dmm.formats.lora.names import is_layer, layers_by_name, layers_by_original_name
-from dmm.formats.lora.parts import BUNDLED, check_complete, is_lora, split_names
 from dmm.formats.original_layout import original_names
 from dmm.formats.tensors import check_finite, read_header, read_tensors
 
