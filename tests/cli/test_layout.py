@@ -18,5 +18,5 @@ def test_labels_are_for_people():
     third = {"ink": 1 / 3, "clay": 2 / 3}
     assert lay_out(["a"], [1], [third, over_time]).column_labels == [
         "ink 0.333\nclay 0.667",
-        "0-0.4: ink\n0.4-1: ink=0.5, clay=0.5",
+        "0-0.4: ink\n0.4-1: ink=0.5\nclay=0.5",
     ]

@@ -99,7 +99,7 @@ def stack(layout: Layout, names: list[str], first: str) -> Layout:
 def _label(style: Style) -> str:
     """A style for people: of a mix or a style over time, a line for each of its parts."""
     if isinstance(style, StyleSchedule):
-        return write_style(style).replace(";", "\n").replace(":", ": ").replace(",", ", ")
+        return write_style(style).replace(";", "\n").replace(",", "\n").replace(":", ": ")
     return "\n".join(name if weight == 1 else f"{name} {weight:.3g}" for name, weight in style.items())
 
 
