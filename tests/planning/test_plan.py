@@ -66,8 +66,19 @@ def test_every_figure_has_its_parts(folder, capsys):
     assert {"cache", "checkpoints", "result"} == plan["disk"]["parts"].keys()
     assert plan["samples"] == {"training": 30, "pictures": 20}
     assert plan["flops"]["total"] == pytest.approx(sum(plan["flops"]["parts"].values()))
-    assert {"painting", "training", "watching"} == plan["flops"]["parts"].keys()
+    assert {"painting", "training", "watching", "samples"} == plan["flops"]["parts"].keys()
     assert all(one["hours"] > 0 and one["known"] for one in plan["hours"].values())
+
+
+def test_grids_of_samples_cost_what_their_pictures_do(folder, capsys):
+    recipe = recipe_of(folder, training={"steps": 10, "batch_size": 3, "micro_batch_size": 3})
+    settings = ["--set", "logging.sample_every=4", "--set", "logging.sample_steps=3"]
+    parts = planned(capsys, recipe, "--device", "cpu", *settings, "--set", "logging.sample_guidance=1")["flops"][
+        "parts"
+    ]
+    num_styles, num_prompts, num_grids = 2, 4, 3
+    pictures = (num_grids + 1) * num_styles * num_prompts  # the teachers' beside them
+    assert parts["samples"] / (3 * pictures) == pytest.approx(parts["painting"] / (20 * 3 * 2))  # guided
 
 
 def test_adapters_are_calibrated_and_dealt_and_every_style_is_trained_by_itself(folder, capsys):

@@ -14,6 +14,7 @@ from dmm.recipes.recipe import Recipe
 from dmm.training.costs import Sizes
 from dmm.training.machine import shares_of
 from dmm.training.merge_costs import disk_parts, trained
+from dmm.training.samples import NUM_PROMPTS
 from dmm.training.watch import SAMPLES_PER_STYLE
 
 STORED = 2
@@ -99,6 +100,10 @@ def estimate(
         if recipe.logging.score_error_every:
             times = recipe.training.steps // recipe.logging.score_error_every + 1
             flops["watching"] = times * SAMPLES_PER_STYLE * len(styles) * activations.of_painting(recipe).flops
+        if recipe.sample_interval:
+            guided = 2 if recipe.logging.sample_guidance > 1 else 1
+            evaluations = _num_samples_shown(recipe, len(styles)) * recipe.logging.sample_steps * guided
+            flops["samples"] = evaluations * activations.of_painting(recipe).flops
         step_flops, num_operations = step.flops, step.num_operations / at_once
     cache = _cache(recipe, activations.shapes, source, num_pictures)
     return Estimate(
@@ -155,6 +160,14 @@ def _other_flops(
         looking = activations.of_calibration(recipe, min(at_once, recipe.styles.samples)).flops
         flops["calibration"] = count * (looking + NUM_CURVE_POINTS * activations.of_painting(recipe).flops)
     return flops
+
+
+def _num_samples_shown(recipe: Recipe, num_styles: int) -> int:
+    """Pictures in the grids of samples: by the student as often as it is shown, and once by its teachers."""
+    assert recipe.sample_interval
+    num_grids = math.ceil(recipe.training.steps / recipe.sample_interval)
+    num_prompts = len(recipe.logging.sample_prompts) or NUM_PROMPTS
+    return (num_grids + 1) * num_styles * num_prompts
 
 
 def _cache(recipe: Recipe, shapes: Shapes, source: CaptionedImages | Synthesis | None, num_pictures: int) -> int:

@@ -76,7 +76,7 @@ from dmm.training.preflight import check_merge
 from dmm.training.preparing import Terms, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
 from dmm.training.run_folder import check_same, flat, put_in_place, remove
-from dmm.training.samples import Rows, paint_teachers, show
+from dmm.training.samples import NUM_PROMPTS, Rows, paint_teachers, show
 from dmm.training.sources import open_source
 from dmm.training.subject import Controls
 from dmm.training.trainer import Trainer
@@ -96,7 +96,6 @@ _WRITTEN = (
 _BINDING = (
     *("kind", "base", "config", "start", "earlier", "teachers", "data", "size", "buckets", "frame", "styles", "seed"),
 )
-_NUM_SAMPLE_PROMPTS = 4
 _WATCHED = 0x9E3779B9  # a factor that takes seeds far away from those that people choose
 
 _logger = logging.getLogger(__name__)
@@ -207,7 +206,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     # they paint is found by these bits
     terms = on_main(lambda: style_terms(plan))
     data, captions = on_all(lambda: prepare_data_of(recipe, plan, base, terms, accelerator))
-    prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:_NUM_SAMPLE_PROMPTS]
+    prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:NUM_PROMPTS]
     by_teachers = on_all(lambda: _paint_teachers(recipe, plan, terms, base, prompts, accelerator))
     show_step = partial(_show, recipe, plan, prompts, by_teachers, folder, accelerator.device)
     batches_of = partial(_batches_of, recipe, data, base, accelerator)

@@ -21,6 +21,8 @@ from dmm.training.preparing import Terms, free_memory, painters_of
 
 Rows = list[list[Image.Image]]
 """By prompt, a picture in each style."""
+NUM_PROMPTS = 4
+"""That samples show where the recipe names none."""
 
 
 @torch.no_grad()
