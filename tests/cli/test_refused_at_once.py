@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dmm.cli import COMMANDS
 
@@ -37,6 +39,7 @@ def folder(tmp_path, merged, sd1_folder, sd1_file):
     (tmp_path / "model.safetensors").symlink_to(sd1_file)
     (tmp_path / "merged").symlink_to(merged)
     (tmp_path / "stock").symlink_to(sd1_folder)
+    save_file({"lora_unet_mid.lora_down.weight": torch.zeros(1)}, tmp_path / "lora.safetensors")
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "mine").write_text("mine")
     (tmp_path / "there.png").write_text("mine")
@@ -47,6 +50,7 @@ def folder(tmp_path, merged, sd1_folder, sd1_file):
     (tmp_path / "empty.txt").write_text("\n")
     painted = "data: {synthesize: {prompts: empty.txt}}\n"
     (tmp_path / "painted.yaml").write_text("base: stock\nteachers: [{name: ink, model: stock}]\n" + painted)
+    (tmp_path / "fast.yaml").write_text(painted)
     (tmp_path / "soup.yaml").write_text("method: sup\nteachers: []\n")
     return tmp_path
 
@@ -95,6 +99,19 @@ def test_help(tmp_path, command):
         ("add unfinished good.yaml --output out", "unfinished is a merge that has not ended: no checkpoint is saved"),
         ("soup soup.yaml --output out", "found 'sup', expected"),
         ("soup nowhere.safetensors", "nowhere.safetensors: no such file or folder"),
+        ("soup lora.safetensors", "lora.safetensors has no ledger"),
+        ("soup model.safetensors", "model.safetensors has no ledger"),
+        ("generate lora.safetensors fox", "lora.safetensors is a LoRA, not a full model"),
+        ("generate stock fox --device cuda:99", "of 'cuda'; choose another, or cpu"),
+        ("generate stock fox --device cpu --offload model", "--offload frees the memory of a GPU"),
+        ("serve lora.safetensors", "lora.safetensors is a LoRA, not a full model"),
+        ("accelerate lora.safetensors fast.yaml --output out", "lora.safetensors is a LoRA, not a full model"),
+        # a teacher may be one: what comes next is told
+        ("evaluate merged --num-images 3000 --teacher ink=lora.safetensors --output out", "--prompts FILE is missing"),
+        (
+            "evaluate merged --quick --base lora.safetensors --output out",
+            "lora.safetensors is a LoRA, not a full model",
+        ),
     ],
 )
 def test_refusals(folder, command, message):

@@ -1,8 +1,5 @@
 """What is told of a weight file without torch: fast, and in the words of what reads it whole."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -58,28 +55,3 @@ def test_pickles_are_allowed_by_name_and_by_word(tmp_path):
     assert check_beginning(tmp_path / "model.ckpt", allow_pickle=True)
     with pytest.raises(UserError, match="by content but not by name"):
         check_beginning(tmp_path / "model.safetensors", allow_pickle=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["generate", "LORA", "a cat"], "is a LoRA, not a full model"),
-        (["soup", "LORA"], "has no ledger"),
-        (["serve", "LORA"], "is a LoRA, not a full model"),
-        (["accelerate", "LORA", "fast.yaml", "--output", "fast"], "is a LoRA, not a full model"),
-        (["generate", "FOLDER", "a cat", "--device", "cuda:99"], "of 'cuda'; choose another, or cpu"),
-        (
-            ["generate", "FOLDER", "a cat", "--device", "cpu", "--offload", "model"],
-            "--offload frees the memory of a GPU",
-        ),
-    ],
-)
-def test_commands_refuse_before_torch_is_imported(arguments, message, lora, tmp_path):
-    (tmp_path / "fast.yaml").write_text("data: {synthesize: {prompts: prompts.txt}}")
-    (tmp_path / "prompts.txt").write_text("a cat")
-    paths = {"LORA": str(lora), "FOLDER": str(tmp_path)}
-    code = "import sys; from dmm.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
-    command = [sys.executable, "-c", code, *(paths.get(one, one) for one in arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert message in ended.stderr
-    assert ended.stdout.split() == ["2", "False"]

@@ -12,6 +12,7 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
 )
 from helpers import copy_folder, rewrite
@@ -166,6 +167,12 @@ def test_schedulers_that_need_several_steps_are_taken(sd1_folder, tmp_path, skip
     folder = copy_folder(sd1_folder, tmp_path / "folder")
     PNDMScheduler.from_config(STOCK, skip_prk_steps=skip).save_pretrained(folder / "scheduler")
     assert check_model(ModelSource(folder)).scheduler_config["skip_prk_steps"] is skip
+
+
+def test_a_scheduler_for_few_steps_is_taken_whose_path_has_fewer_points_than_are_usual(sd1_folder, tmp_path):
+    folder = copy_folder(sd1_folder, tmp_path / "folder")
+    LCMScheduler.from_config(STOCK, original_inference_steps=10).save_pretrained(folder / "scheduler")
+    assert check_model(ModelSource(folder)).scheduler_config["original_inference_steps"] == 10
 
 
 def test_other_schedules_are_told_with_the_values_where_they_differ_most():

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import add_device, read_scaled_path
 from dmm.cli.evaluate_controls import run_controls
-from dmm.cli.opening import check_there
+from dmm.cli.opening import check_path, check_there
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
 from dmm.evaluation.extractor_names import NUM_FEATURES, check_count, check_quick_count, read_extractor
@@ -245,8 +245,10 @@ def _check(args: argparse.Namespace) -> list[str] | None:
     styles = read_style_names(args.model) or ()  # a stock model paints the same in any
     for name in [*names, *(name for mix in args.mixes for name in mix)] if styles else ():
         check_name(styles, name)
-    for path in [*(path for _, (path, _) in args.teachers), *([args.base] if args.base else [])]:
-        check_there(path)
+    for _, (path, _) in args.teachers:  # a model, or a LoRA on the base
+        check_path(path)
+    if args.base:
+        check_there(args.base)
     if args.prompts is None and extractor != "judge":
         raise UserError("--prompts FILE is missing: name a file with what to paint, one prompt a line.")
     return None if args.prompts is None else read_prompts(args.prompts)

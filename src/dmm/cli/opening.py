@@ -84,10 +84,20 @@ def check_opening(args: argparse.Namespace) -> None:
 
 
 def check_there(model: str, *, allow_pickle: bool = True) -> None:
-    """Refuse a model that is neither here nor might be on the hub, a file of no model, and a merge that has not ended.
+    """Refuse a model that :func:`check_path` refuses, and a file that is no full model's.
 
     Args:
         allow_pickle: whether a pickle may be one; by default that is settled where it is opened.
+    Raises: UserError.
+    """
+    check_path(model)
+    path = Path(model).expanduser()
+    if path.is_file():
+        check_model_file(path, allow_pickle=allow_pickle)
+
+
+def check_path(model: str) -> None:
+    """Refuse a model or LoRA that is neither here nor might be on the hub, and a merge that has not ended.
 
     Raises: UserError.
     """
@@ -95,8 +105,6 @@ def check_there(model: str, *, allow_pickle: bool = True) -> None:
     might_be_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", model) and not path.parent.exists()
     if not path.exists() and not might_be_hub_id:
         raise UserError(f"{model}: no such file or folder. Check the path.")
-    if path.is_file():
-        check_model_file(path, allow_pickle=allow_pickle)
     check_finished(path)
 
 

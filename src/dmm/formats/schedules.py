@@ -6,6 +6,7 @@ schedule was rescaled to end in pure noise; other tools know no more. Files of o
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,9 @@ def read_scheduler_config(folder: Path, family: Family | None = None) -> dict[st
         built = scheduler.from_config(config)
         # what shifts by the picture's size is told it
         size = {"mu": 1.0} if built.config.get("use_dynamic_shifting") else {}
-        built.set_timesteps(
-            min(25, built.config.num_train_timesteps), **size
-        )  # some begin with several steps of another kind
+        # some begin with several steps of another kind, and those for few steps have no more than their path has points
+        most = min(built.config.num_train_timesteps, built.config.get("original_inference_steps") or math.inf)
+        built.set_timesteps(int(min(25, most)), **size)
     return config
 
 
