@@ -26,11 +26,13 @@ class Adaptation:
     Attributes:
         chosen: what is on the model now.
         shared: whether others paint with the same weights.
+        of_prompts: whether the model reads prompts; else it paints images.
     """
 
-    def __init__(self, *, shared: bool = False) -> None:
+    def __init__(self, *, shared: bool = False, of_prompts: bool = False) -> None:
         self.chosen: Chosen = None
         self.shared = shared
+        self.of_prompts = of_prompts
         self._kept = KeptWeights()
 
     def choose(self, model: nn.Module, names: Sequence[str], adapters: Mapping[str, Adapter], chosen: Chosen) -> None:
@@ -58,7 +60,7 @@ class Adaptation:
             weight = next(model.parameters())
             made = [one.to(weight.device, weight.dtype) for one in made]
             index = None if one_for_all else torch.tensor([distinct.index(one) for one in mixes])
-            set_changes(model, changes_of(made, index))
+            set_changes(model, changes_of(made, index, of_prompts=self.of_prompts))
         self.chosen = chosen
 
     def share(self, model: nn.Module, names: Sequence[str], adapters: Mapping[str, Adapter]) -> None:

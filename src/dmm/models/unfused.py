@@ -25,12 +25,14 @@ class Change:
         down: (U, rank, in, ...).
         offsets: by parameter's own name, (U, n).
         index: (S,) int64, which of the U each image of a batch of S has; None where U is 1 and all have it.
+        of_prompts: whether what the module is given is prompts, of which several of the images may be painted.
     """
 
     up: Tensor | None
     down: Tensor | None
     offsets: Mapping[str, Tensor]
     index: Tensor | None
+    of_prompts: bool = False
 
 
 def set_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
@@ -49,18 +51,22 @@ def set_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
             continue
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.register_forward_hook(_Beside(change))
+        elif isinstance(module, nn.Embedding):
+            module.register_forward_hook(_LookedUp(change))
         else:
             affine = _Affine(change)
             module.register_forward_pre_hook(_Bare(affine))
             module.register_forward_hook(affine, always_call=True)
 
 
-def changes_of(adapters: Sequence[Adapter], index: Tensor | None = None) -> dict[str, Change]:
+def changes_of(
+    adapters: Sequence[Adapter], index: Tensor | None = None, *, of_prompts: bool = False
+) -> dict[str, Change]:
     """What adapters change, by module.
 
     Args:
         adapters: of U styles.
-        index: see :class:`Change`.
+        index, of_prompts: see :class:`Change`.
     """
     assert index is not None or len(adapters) == 1
     names = dict.fromkeys(name for one in adapters for name in (*one.factors, *one.offsets))
@@ -68,10 +74,12 @@ def changes_of(adapters: Sequence[Adapter], index: Tensor | None = None) -> dict
     for name in names:
         module, _, parameter = name.rpartition(".")
         modules.setdefault(module, set()).add(parameter)
-    return {module: _change(adapters, module, parameters, index) for module, parameters in modules.items()}
+    return {name: _change(adapters, name, parameters, index, of_prompts) for name, parameters in modules.items()}
 
 
-def _change(adapters: Sequence[Adapter], module: str, parameters: set[str], index: Tensor | None) -> Change:
+def _change(
+    adapters: Sequence[Adapter], module: str, parameters: set[str], index: Tensor | None, of_prompts: bool
+) -> Change:
     name = f"{module}.weight"
     up, down = _stack([one.factors.get(name) for one in adapters])
     offsets = {}
@@ -80,7 +88,7 @@ def _change(adapters: Sequence[Adapter], module: str, parameters: set[str], inde
         like = next((one for one in found if one is not None), None)
         if like is not None:
             offsets[parameter] = torch.stack([torch.zeros_like(like) if one is None else one for one in found])
-    return Change(up, down, offsets, index)
+    return Change(up, down, offsets, index, of_prompts)
 
 
 def _stack(factors: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -113,6 +121,8 @@ class _Hook:
         index = self.change.index
         if index is None:
             return tensor
+        if self.change.of_prompts:
+            index = _by_prompt(index, batch)
         blocks, rest = divmod(batch, len(index))
         if len(index) == 1:  # whatever a model makes of its batch: some put all tokens of it in a row
             return tensor[index.to(tensor.device)]
@@ -122,6 +132,19 @@ class _Hook:
                 "style for all, or as many as images in a batch."
             )
         return tensor[index.to(tensor.device)]
+
+
+def _by_prompt(index: Tensor, num_prompts: int) -> Tensor:
+    """Which style each prompt is read in, (P,), where each image has a style, (S,), and each prompt S / P of them."""
+    if len(index) <= num_prompts or len(index) % num_prompts:
+        return index
+    by_prompt = index.reshape(num_prompts, -1)
+    if not (by_prompt == by_prompt[:, :1]).all():
+        raise ValueError(
+            "Images of one prompt have styles whose text encoders differ, and a prompt is read once for all its "
+            "images: give each image a prompt of its own, the same one as often as it is painted."
+        )
+    return by_prompt[:, 0]
 
 
 class _Beside(_Hook):
@@ -169,6 +192,20 @@ def _convolve(conv: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     height, width = low.shape[2:]
     high = up @ low.reshape(-1, num_images, rank, height * width)
     return high.reshape(len(x), -1, height, width)
+
+
+class _LookedUp(_Hook):
+    """Of an embedding, which takes rows of its weight."""
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        up, down, ids = self.change.up, self.change.down, inputs[0]
+        if up is None or down is None:
+            return output
+        up, down = (self.for_batch(one, len(ids)).to(output) for one in (up, down))
+        if len(up) == 1:
+            return output + F.embedding(ids, up[0]) @ down[0]
+        rows = torch.arange(len(ids), device=ids.device) % len(up)
+        return output + up[rows[:, None], ids] @ down[rows]
 
 
 class _Affine(_Hook):

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 import dmm
 from dmm.errors import UserError
-from dmm.families import components_of, denoiser_of, family_of
+from dmm.families import Family, components_of, denoiser_of, family_of
 from dmm.files.outputs import new_file, new_folder
 from dmm.formats.folder import PARTS
+from dmm.formats.lora import in_files
 from dmm.formats.original_layout import original_names
 from dmm.formats.single_file import save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
@@ -26,6 +28,7 @@ from dmm.models.adapter_files import file_stems
 from dmm.models.authors import authors_layout, rewrite_file, rewrite_folder
 from dmm.models.few_step import is_told
 from dmm.models.styles import StylePrompts
+from dmm.models.text_adapters import clips_of
 from dmm.pipeline.style_loras import StyleLoras, write_style_loras
 from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
 
@@ -65,7 +68,8 @@ def export_all(
     """Write every style at once: one checkpoint, and for each style a patch and LoRAs of a few kilobytes.
 
     The checkpoint is the style-less average; a patch is what the style changes of it (one bias, where styles have no
-    adapters), by the name that it has in the checkpoint: ``styles/NAME.safetensors``. Other tools load the LoRAs, which
+    adapters), by the name that it has in the checkpoint, in a folder with that of the text encoder in front of it:
+    ``styles/NAME.safetensors``. Other tools load the LoRAs, which
     are always float32: ``loras/NAME.safetensors``, see :func:`dmm.pipeline.style_loras.write_style_loras`.
 
     Args:
@@ -75,8 +79,13 @@ def export_all(
     Raises: UserError: see :func:`export_style`.
     """
     stock, family, styles = stock_twin(pipe), family_of(pipe), style_prompts_of(pipe).names
-    shared = dict(denoiser_of(stock).named_parameters())
-    names = original_names(stock.components, family)[family.denoiser.name] if single_file else {n: n for n in shared}
+    shared = _weights_of_styles(stock)
+    names = {name: name for name in shared}
+    if single_file:
+        by_component = original_names(stock.components, family)
+        names = {
+            _patched(family, one, name): by_component[one][name] for one in by_component for name in by_component[one]
+        }
     headers = {style: {"format": "pt", **describe(pipe, {style: 1.0})} for style in styles}
     with new_folder(folder, overwrite=overwrite, parts=(*PARTS, LORA_FOLDER)) as temporary, told_of_full_disk(folder):
         if single_file:
@@ -85,15 +94,26 @@ def export_all(
             _write_folder(stock, temporary, dtype, describe(pipe, None))
         (temporary / PATCH_FOLDER).mkdir()
         for style, file in zip(styles, patch_files(pipe), strict=True):
-            own = denoiser_of(stock_twin(pipe, style)).named_parameters()
+            own = _weights_of_styles(stock_twin(pipe, style))
             patch = {
                 names[name]: parameter.detach().to(dtype)
-                for name, parameter in own
+                for name, parameter in own.items()
                 if parameter is not shared[name] and not parameter.equal(shared[name])
             }
             check_finite(patch, f"the style '{style}'")
             write_tensors(temporary / PATCH_FOLDER / file, patch, headers[style])
         return write_style_loras(pipe, temporary / LORA_FOLDER, headers)
+
+
+def _weights_of_styles(pipe: Any) -> dict[str, Tensor]:
+    """What styles may change of a stock pipeline, by the names of patches in folders."""
+    family = family_of(pipe)
+    models = {family.denoiser.name: denoiser_of(pipe), **clips_of(pipe)}
+    return {_patched(family, one, name): weight for one in models for name, weight in models[one].named_parameters()}
+
+
+def _patched(family: Family, component: str, name: str) -> str:
+    return name if component == family.denoiser.name else f"{component}.{in_files(component, name)}"
 
 
 def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
