@@ -3,7 +3,7 @@
     styles/NAME.safetensors        the low-rank part: a LoRA in kohya's layout, which diffusers, too, loads; of
                                    transformers in diffusers' own
            NAME.diff.safetensors   the differences of biases and norms, in the layout that ComfyUI and LyCORIS read;
-                                   of a text encoder also that of its embeddings, low-rank, which no LoRA is read with
+                                   of a text encoder also those of its embeddings, low-rank, which no LoRA is read with
            adapters.json           which files a style has, their sha256, and that of the weights that they change
 
 A style's files say nothing of other styles. Their headers name every parameter in full, which kohya's names do not.
@@ -35,7 +35,8 @@ _TRANSFORMER = "transformer"
 """The component whose LoRAs diffusers reads in its own layout alone: kohya's counts its blocks otherwise."""
 _IN = "/"
 """Between a text encoder's component and its parameter, in a header; a denoiser's parameters stand alone."""
-_EMBEDDINGS = "embeddings."
+_WITH_LORAS = "encoder.layers."
+"""Where in a text encoder tools look for low-rank changes: not at its embeddings, or its projection."""
 # of a parameter's name, what stands for it in the layouts that carry whole differences
 _ENDINGS = {"weight": "diff", "bias": "diff_b"}
 
@@ -185,7 +186,7 @@ def difference_tensors(
     adapter: Adapter, component: str = COMPONENT, family: Family | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's whole differences as ComfyUI reads them, and the parameter that each key stands for; with them what
-    changes the embeddings of text encoders.
+    changes a text encoder outside of its layers.
     """
     tensors, names = {}, {}
     for name, offset in adapter.offsets.items():
@@ -199,7 +200,7 @@ def difference_tensors(
             key = f"{prefix}{in_files(of, module)}.{_ENDINGS.get(parameter, parameter)}"
             tensors[key], names[key] = offset.contiguous(), _told(of, component, name)
         for name, one in text.factors.items():
-            if _EMBEDDINGS in name:
+            if _WITH_LORAS not in name:
                 layer = f"{prefix}{in_files(of, name.removesuffix('.weight'))}"
                 tensors |= {f"{layer}.lora_down.weight": one.down.contiguous()}
                 tensors |= {f"{layer}.lora_up.weight": one.up.contiguous()}
@@ -214,7 +215,7 @@ def _layers(adapter: Adapter, component: str) -> Iterator[tuple[str, str, Factor
         yield component, name, one
     for of, text in adapter.text.items():
         for name, one in text.factors.items():
-            if _EMBEDDINGS not in name:
+            if _WITH_LORAS in name:
                 yield of, name, one
 
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 import dmm
 from dmm.errors import UserError
-from dmm.families import Family, components_of, denoiser_of, family_of
+from dmm.families import components_of, denoiser_of, family_of
 from dmm.files.outputs import new_file, new_folder
 from dmm.formats.folder import PARTS
 from dmm.formats.lora import in_files
-from dmm.formats.original_layout import original_names
+from dmm.formats.original_layout import original_places, to_original
 from dmm.formats.single_file import save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.maths.mixes import Mix
@@ -78,14 +78,8 @@ def export_all(
     Returns: what the LoRAs are.
     Raises: UserError: see :func:`export_style`.
     """
-    stock, family, styles = stock_twin(pipe), family_of(pipe), style_prompts_of(pipe).names
-    shared = _weights_of_styles(stock)
-    names = {name: name for name in shared}
-    if single_file:
-        by_component = original_names(stock.components, family)
-        names = {
-            _patched(family, one, name): by_component[one][name] for one in by_component for name in by_component[one]
-        }
+    stock, styles = stock_twin(pipe), style_prompts_of(pipe).names
+    shared = _patchable(stock, single_file=single_file)
     headers = {style: {"format": "pt", **describe(pipe, {style: 1.0})} for style in styles}
     with new_folder(folder, overwrite=overwrite, parts=(*PARTS, LORA_FOLDER)) as temporary, told_of_full_disk(folder):
         if single_file:
@@ -94,26 +88,28 @@ def export_all(
             _write_folder(stock, temporary, dtype, describe(pipe, None))
         (temporary / PATCH_FOLDER).mkdir()
         for style, file in zip(styles, patch_files(pipe), strict=True):
-            own = _weights_of_styles(stock_twin(pipe, style))
-            patch = {
-                names[name]: parameter.detach().to(dtype)
-                for name, parameter in own.items()
-                if parameter is not shared[name] and not parameter.equal(shared[name])
-            }
+            own = _patchable(stock_twin(pipe, style), single_file=single_file)
+            patch = {name: weight.to(dtype) for name, weight in own.items() if not weight.equal(shared[name])}
             check_finite(patch, f"the style '{style}'")
             write_tensors(temporary / PATCH_FOLDER / file, patch, headers[style])
         return write_style_loras(pipe, temporary / LORA_FOLDER, headers)
 
 
-def _weights_of_styles(pipe: Any) -> dict[str, Tensor]:
-    """What styles may change of a stock pipeline, by the names of patches in folders."""
+def _patchable(pipe: Any, *, single_file: bool) -> dict[str, Tensor]:
+    """What styles may change of a stock pipeline, by the names of patches."""
     family = family_of(pipe)
     models = {family.denoiser.name: denoiser_of(pipe), **clips_of(pipe)}
-    return {_patched(family, one, name): weight for one in models for name, weight in models[one].named_parameters()}
-
-
-def _patched(family: Family, component: str, name: str) -> str:
-    return name if component == family.denoiser.name else f"{component}.{in_files(component, name)}"
+    if single_file:
+        placed = original_places(models, family).items()
+        return {
+            name: one for part, places in placed for name, one in to_original(models[part].state_dict(), places).items()
+        }
+    prefixes = {part: "" if part == family.denoiser.name else f"{part}." for part in models}
+    return {
+        f"{prefixes[part]}{in_files(part, name)}": weight.detach()
+        for part, model in models.items()
+        for name, weight in model.named_parameters()
+    }
 
 
 def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:
