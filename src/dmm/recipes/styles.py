@@ -21,7 +21,7 @@ DEFAULT_RANK = 16
 
 
 DEFAULT_TEXT_RANK = 16
-"""Of SD 1.x's text encoder that is 7 MB a style in half precision, where a teacher's differs."""
+"""Of a CLIP text encoder of 123 M parameters that is 7 MB a style in half precision, where a teacher's differs."""
 
 
 class Styles(Part):
