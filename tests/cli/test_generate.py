@@ -59,7 +59,7 @@ def test_one_picture_says_what_it_was_made_from(generate, tmp_path, sd1_folder, 
         "CFG scale": "7",
         "Seed": "3",
         "Size": "24x16",
-        "Model hash": model_hash(sd1_folder),
+        "Model hash": model_hash(sd1_folder, "unet"),
         "Model": "folder",
     }
     assert pixels(tmp_path / "cat.png").shape == (16, 24, 3)

@@ -75,8 +75,8 @@ def test_a_picture_without_parameters_and_a_file_that_is_none_are_refused(tmp_pa
 
 def test_the_model_hash_is_that_of_the_file_or_of_the_unets_weights(sd1_file, sd1_folder):
     weights = sd1_folder / "unet" / "diffusion_pytorch_model.safetensors"
-    assert model_hash(sd1_file) == hashlib.sha256(sd1_file.read_bytes()).hexdigest()[:10]
-    assert model_hash(sd1_folder) == hashlib.sha256(weights.read_bytes()).hexdigest()[:10]
+    assert model_hash(sd1_file, "unet") == hashlib.sha256(sd1_file.read_bytes()).hexdigest()[:10]
+    assert model_hash(sd1_folder, "unet") == hashlib.sha256(weights.read_bytes()).hexdigest()[:10]
 
 
 def test_every_shard_counts_in_the_model_hash(tmp_path):
@@ -84,10 +84,10 @@ def test_every_shard_counts_in_the_model_hash(tmp_path):
     shards = [tmp_path / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for shard in shards:
         shard.write_bytes(shard.name.encode())
-    before = model_hash(tmp_path)
+    before = model_hash(tmp_path, "unet")
     shards[1].write_bytes(b"changed")
-    assert before != model_hash(tmp_path)
+    assert before != model_hash(tmp_path, "unet")
 
 
 def test_a_model_that_is_not_on_disk_has_no_hash(tmp_path):
-    assert model_hash(tmp_path / "owner" / "name") is None
+    assert model_hash(tmp_path / "owner" / "name", "unet") is None

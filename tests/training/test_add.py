@@ -231,7 +231,7 @@ def test_a_student_that_has_not_moved_says_what_it_said():
     teacher = EarlierStudent(freeze(earlier))
     result = distill(student, [teacher], batch, feature_weight=0.1)
     assert all(values.abs().max() < 1e-10 for values in result.terms.values())
-    assert not any(parameter.requires_grad for parameter in teacher.unet.parameters())
+    assert not any(parameter.requires_grad for parameter in teacher.denoiser.parameters())
     moved = distill(student, [new_teachers()[0]], batch, feature_weight=0.1)
     assert moved.terms["score"].min() > 1e-6
 

@@ -63,8 +63,8 @@ def test_teachers_get_no_gradient_and_stay_in_eval(student):
     teachers = new_teachers()
     distill(student, teachers, new_batch(student), feature_weight=0.1).loss.backward()
     for teacher in teachers:
-        assert not any(module.training for module in teacher.unet.modules())
-        assert all(p.grad is None and not p.requires_grad for p in teacher.unet.parameters())
+        assert not any(module.training for module in teacher.denoiser.modules())
+        assert all(p.grad is None and not p.requires_grad for p in teacher.denoiser.parameters())
     assert all(p.grad is not None for p in student.parameters())
     assert (student.style_prompts.embeddings.grad.norm(dim=1) > 0).all()
 
@@ -113,7 +113,7 @@ def test_a_velocity_teacher_is_converted_and_its_last_block_left_out(student):
     epsilon, velocity = new_teachers(("epsilon", "v_prediction"))
     call = (batch, Part(0, slice(None), batch.conditioning))
     prediction, features = velocity(*call)
-    raw = velocity.unet(batch.x_t, batch.timesteps, **batch.conditioning).sample
+    raw = velocity.denoiser(batch.x_t, batch.timesteps, **batch.conditioning).sample
     expected = convert_prediction(raw, batch.x_t, batch.levels, "v_prediction", "epsilon")
     torch.testing.assert_close(prediction, expected)
     depth = len(student.unet.config.block_out_channels)

@@ -198,11 +198,11 @@ def test_what_was_logged_after_the_checkpoint_is_logged_anew(tmp_path):
 
 def test_teachers_do_not_change(tmp_path):
     trainer = toy_trainer(tmp_path, toy_recipe(training={"steps": 2}))
-    before = [{k: v.clone() for k, v in teacher.unet.state_dict().items()} for teacher in trainer.lesson.teachers]
+    before = [{k: v.clone() for k, v in teacher.denoiser.state_dict().items()} for teacher in trainer.lesson.teachers]
     trainer.train()
     for teacher, weights in zip(trainer.lesson.teachers, before, strict=True):
-        assert all(torch.equal(weights[name], value) for name, value in teacher.unet.state_dict().items())
-        assert not any(module.training for module in teacher.unet.modules())
+        assert all(torch.equal(weights[name], value) for name, value in teacher.denoiser.state_dict().items())
+        assert not any(module.training for module in teacher.denoiser.modules())
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

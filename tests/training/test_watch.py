@@ -50,7 +50,7 @@ def test_the_base_is_at_one(accelerator, prediction_type):
 
 
 def test_a_teacher_is_at_nought_in_its_own_style(accelerator):
-    ink = silent(toy_teachers()[0].unet)
+    ink = silent(toy_teachers()[0].denoiser)
     measured = new_watch().measure(ink, accelerator)
     assert measured["score_error/ink"] == pytest.approx(0, abs=1e-6)
     assert measured["score_error/photo"] > 0.5

@@ -224,7 +224,7 @@ def _write(
         batch_size = max(usual_batch_size(width, height), num_styles)
     if layout:
         _check_grid(layout, width, height)
-    whole = _parameters(args, title, pictures, width, height)
+    whole = _parameters(args, pipeline, title, pictures, width, height)
     with PartsBar(len(pictures), " pictures") as bar:
         settings = {
             "steps": args.steps,
@@ -383,10 +383,14 @@ def _tell_of_foreign_syntax(prompts: list[str]) -> None:
         )
 
 
-def _parameters(args: argparse.Namespace, title: str, pictures: list[Picture], width: int, height: int) -> "Parameters":
+def _parameters(
+    args: argparse.Namespace, pipeline: Any, title: str, pictures: list[Picture], width: int, height: int
+) -> "Parameters":
+    from dmm.families import family_of
     from dmm.files.parameters import Parameters, UsedLora, lora_hash, model_hash
     from dmm.formats.lora import lora_file
 
+    model, denoiser = Path(args.model).expanduser(), family_of(pipeline).denoiser.name
     return Parameters(
         prompt="\n".join(dict.fromkeys(picture.prompt for picture in pictures)),
         negative_prompt=args.negative,
@@ -397,7 +401,7 @@ def _parameters(args: argparse.Namespace, title: str, pictures: list[Picture], w
         width=width,
         height=height,
         model=title,
-        model_hash=None if args.from_checkpoint else model_hash(Path(args.model).expanduser()),
+        model_hash=None if args.from_checkpoint else model_hash(model, denoiser),
         style=_told(pictures),
         loras=[UsedLora(path.stem, scale, lora_hash(lora_file(path))) for path, scale in args.loras],
         plugins=describe_plugins(args) | describe_regions(args),

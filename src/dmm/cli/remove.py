@@ -1,7 +1,7 @@
 """Take a style out of a merged model.
 
 Its style prompt or adapter goes, so that nobody can ask for the style by name; the other styles paint exactly what they
-painted. What the UNet has learnt of it stays in the weights that all styles share: it can still show through in mixes,
+painted. What the model has learnt of it stays in the weights that all styles share: it can still show through in mixes,
 and who knew the prompt could put it back. To have it gone, merge again without its teacher. Where styles are adapters
 on weights that were frozen, these have learnt nothing of it: the model is as if it had never been shown the teacher,
 but for pictures by that teacher on which others may have been trained, and for room that it took of their bytes.

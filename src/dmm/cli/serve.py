@@ -73,6 +73,7 @@ def _paint(args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from dmm.app.server import serve
+    from dmm.families import family_of
     from dmm.files.parameters import UsedLora, lora_hash, model_hash
     from dmm.formats.lora import lora_file
     from dmm.models.teachers import locate
@@ -95,7 +96,7 @@ def _paint(args: argparse.Namespace) -> None:
         painter = Painter(
             pipe,
             model=model.resolve().stem if model.is_file() else model.resolve().name,
-            model_hash=model_hash(model),
+            model_hash=model_hash(model, family_of(pipe).denoiser.name),
             loras=[UsedLora(file.stem, scale, lora_hash(lora_file(file))) for file, scale in args.loras],
             exports=args.exports,
         )

@@ -86,7 +86,7 @@ def check_size(vae: Any, size: int) -> None:
 
 @torch.no_grad()
 def encode_images(vae: Any, images: Sequence[Image.Image]) -> Tensor:
-    """The latents that a VAE holds most likely: the mode of its posterior, in the units that its UNet works in.
+    """The latents that a VAE holds most likely: the mode of its posterior, in the units that its denoiser works in.
 
     Args:
         images: B, RGB, of one size.
@@ -102,7 +102,7 @@ def encode_images(vae: Any, images: Sequence[Image.Image]) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """The pictures that a VAE makes of latents in the units that its UNet works in: :func:`encode_images` undone.
+    """The pictures that a VAE makes of latents in the units that its denoiser works in: :func:`encode_images` undone.
 
     Args:
         latents: (B, C, H / f, W / f).

@@ -50,11 +50,11 @@ def _settings(config: Any) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in _NO_SETTINGS}
 
 
-def digest_unet(unet: Any) -> str:
-    """Identity of a UNet and of the style that is set on it."""
-    styled = styled_port(unet)
+def digest_denoiser(denoiser: Any) -> str:
+    """Identity of a denoiser and of the style that is set on it."""
+    styled = styled_port(denoiser)
     term = None if styled is None or styled.term is None else digest_tensors({"term": styled.term})
-    return _digest_module(unet, {"config": public_config(unet), "style": term})
+    return _digest_module(denoiser, {"config": public_config(denoiser), "style": term})
 
 
 def public_config(model: Any) -> dict[str, Any]:

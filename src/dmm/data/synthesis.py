@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dmm.data.encoding import check_rows, encode_images
-from dmm.data.keys import digest_tensors, digest_text_encoders, digest_unet, digest_vae, key_of, public_config
+from dmm.data.keys import digest_denoiser, digest_tensors, digest_text_encoders, digest_vae, key_of, public_config
 from dmm.data.rows import ALONE, Place, Rows, cached_rows
 from dmm.errors import UserError
 from dmm.families import denoiser_of
@@ -130,7 +130,7 @@ def synthesize(
         "clip_skip": clip_skip,
     }
     made_by = {
-        "unet": digest_unet(denoiser_of(pipeline)),
+        "unet": digest_denoiser(denoiser_of(pipeline)),
         "text_encoders": digest_text_encoders(pipeline),
         "zeros": takes_zeros(pipeline),
         "scheduler": public_config(pipeline.scheduler),

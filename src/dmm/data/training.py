@@ -28,11 +28,6 @@ STUDENT = "student"
 """Name of the student's text encoder, which is the base's."""
 
 
-def reader_in(style: str) -> str:
-    """Name of the student's text encoder as it reads in a style that changes it."""
-    return f"{STUDENT}/{style}/text"
-
-
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +41,7 @@ class TrainingData:
 
     Args:
         latents: of each size, which rows have it, (R,) int64, and R rows of ``latents``; each of the M rows is in one.
-        texts: by text encoder, U rows of what a UNet reads of a caption; the first is the empty caption.
+        texts: by text encoder, U rows of what a denoiser reads of a caption; the first is the empty caption.
         caption_of: (M,) int64, which of the U is a row's caption.
         painted: by teacher or other painter, the rows that it painted.
         shown: by ControlNet, M rows of the image that it is shown; of models, nothing.
@@ -105,7 +100,7 @@ class TrainingData:
         """What a denoiser reads of the captions, and of the pictures' size.
 
         Args:
-            encoder: ``student``, :func:`reader_in` a style that changes it, or a teacher's name: whose text encoders.
+            encoder: ``student`` or a teacher's name: whose text encoders.
             rows: (B,) int64.
             dropped: (B,) bool, whose caption is the empty one instead. Give student and teacher the same.
         Returns: by flat names, such as ``encoder_hidden_states``, (B, T, D); float32, on the CPU.
@@ -146,7 +141,6 @@ def prepare_data(
     cache: Path | None = None,
     clip_skips: Mapping[str, int] | None = None,
     conditions: Mapping[str, Condition] | None = None,
-    readers: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
     place: Place = ALONE,
     show_progress: bool = True,
 ) -> TrainingData:
@@ -166,7 +160,6 @@ def prepare_data(
         cache: folder of the cache, by default the user's.
         clip_skips: of the teachers, and of the ``student``, that leave out layers of their text encoder.
         conditions: of ControlNets, by name, what each is shown of an image.
-        readers: what opens further pipelines that read the captions, by name, such as :func:`reader_in`.
         place: this process's, among those that share the work.
         show_progress: bars on stderr.
     Raises: UserError: the size does not suit a model, an image is damaged, a model overflows, the cache cannot be
@@ -205,7 +198,6 @@ def prepare_data(
     title = "images" if place.count == 1 else f"images of process {place.index + 1} of {place.count}"
     with _bar(mine, " images", title, show_progress, leave=True) as bar:
         texts = {STUDENT: read_captions(STUDENT, base)}
-        texts |= {name: read_captions(name, open_reader()) for name, open_reader in readers.items()}
         for index, (name, open_teacher) in enumerate(teachers.items()):
             pipeline = open_teacher()
             with _naming(name):

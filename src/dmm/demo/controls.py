@@ -48,11 +48,12 @@ def _assemble(name: str, base: Path, folder: Path) -> None:
     # here, so that naming the controls needs no torch
     import torch
 
+    from dmm.formats.folder import family_of_folder
     from dmm.formats.tensors import read_tensors, write_tensors
 
     tensors = read_tensors(STORED / f"{name}.safetensors")
     whole = {key: tensor for key, tensor in tensors.items() if not key.endswith((UP, DOWN))}
-    own = read_tensors(base / "unet" / "diffusion_pytorch_model.safetensors")
+    own = read_tensors(base / family_of_folder(base).denoiser.name / "diffusion_pytorch_model.safetensors")
     for key in json.loads((STORED / INDEX).read_text(encoding="utf-8"))["copied"]:
         weight = own[key].float()
         if f"{key}{UP}" in tensors:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dmm.data.keys import digest_tensors, digest_text_encoders, digest_unet, digest_vae, key_of, public_config
+from dmm.data.keys import digest_denoiser, digest_tensors, digest_text_encoders, digest_vae, key_of, public_config
 from dmm.data.rows import Place, Rows, cached_rows
 from dmm.data.synthesis import Share
 from dmm.families import denoiser_of
@@ -95,7 +95,7 @@ def paint(
     settings = {**asdict(painting), "width": width, "height": height, "clip_skip": clip_skip}
     precision = settings.pop("precision")
     made_by = {
-        "unet": digest_unet(denoiser_of(pipeline)),
+        "unet": digest_denoiser(denoiser_of(pipeline)),
         "text_encoders": digest_text_encoders(pipeline),
         "zeros": takes_zeros(pipeline),
         "vae": digest_vae(pipeline.vae),

@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -74,7 +73,6 @@ def score_error(
     seed: int = 0,
     batch_size: int = 64,
     keep: Callable[[str, int, References], References] = ask_again,
-    readers: Mapping[str, str] = MappingProxyType({}),
 ) -> ScoreError:
     """Measure a merged model against its teachers.
 
@@ -92,7 +90,6 @@ def score_error(
         batch_size: samples that a model is given at a time.
         keep: given a style, the number of its draws, and what tells of them, the same from wherever it is kept: of
             teachers and base, which do not change with the student, it need not be asked twice.
-        readers: by style, whose text encoder of the data's is the student's in it; the base's, by default.
     Raises: ValueError: a band has no samples, or base and teacher say the same in it.
     """
     process = process_of(base.scheduler.config, family_of(base))
@@ -108,7 +105,7 @@ def score_error(
             span = range(start, min(start + batch_size, len(drawn)))
             said, noised = references(span), drawn.noised(span)
             with temporary_style(student, style):
-                said["student"] = _predict(student, noised, drawn.conditioning(readers.get(style, STUDENT), span))
+                said["student"] = _predict(student, noised, drawn.conditioning(STUDENT, span))
             compared = {
                 name: noised.compared(said[name], pipeline)
                 for name, pipeline in (("student", student), ("teacher", teacher), ("base", base))
@@ -202,14 +199,15 @@ def _say(style: str, teacher: Any, base: Any, drawn: _Draws, span: range) -> dic
 
 def _predict(pipeline: Any, noised: _Noised, conditioning: Mapping[str, Tensor]) -> Tensor:
     """What a pipeline's UNet says: (B, C, H, W) float32, on the CPU."""
-    unet = denoiser_of(pipeline)
-    read = {name: tensor.to(unet.device) for name, tensor in conditioning.items()}
+    denoiser = denoiser_of(pipeline)
+    read = {name: tensor.to(denoiser.device) for name, tensor in conditioning.items()}
     timesteps = noised.process.timesteps[noised.steps]
     if not family_of(pipeline).is_flow:  # those of one flow are asked at one sigma, whatever their shifts
         own = noise_schedule(pipeline.scheduler.config)
         if not same_schedules(own, noised.process.levels):
             timesteps = timesteps_of_equal_power(noised.levels, own)
-    return ask(unet, noised.x_t.to(unet.device), timesteps.to(unet.device), read, unet.dtype).float().cpu()
+    x_t, timesteps = noised.x_t.to(denoiser.device), timesteps.to(denoiser.device)
+    return ask(denoiser, x_t, timesteps, read, denoiser.dtype).float().cpu()
 
 
 def _reach(teacher: Any, base: Any) -> int:

@@ -96,12 +96,12 @@ def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int 
     def open_model(dtype: torch.dtype) -> Any:
         return open_pipeline(source, torch_dtype=dtype).to(device)
 
-    return Model(open_model, str(source), sha256(*checked.unet_files), clip_skip)
+    return Model(open_model, str(source), sha256(*checked.denoiser_files), clip_skip)
 
 
 def _student(told: str, path: Path, configs: Path | None, device: torch.device, allow_pickle: bool) -> Model:
     source = ModelSource(path, config=configs if path.is_file() else None, allow_pickle=allow_pickle)
-    files = list(check_model(source, name="student").unet_files)
+    files = list(check_model(source, name="student").denoiser_files)
     has_styles = path.is_dir() and read_side_car(path) is not None
     if has_styles:
         files += sorted((path / STYLES_FOLDER).glob("*.safetensors"))

@@ -33,6 +33,7 @@ __all__ = [
     "arguments",
     "ask",
     "components_of",
+    "denoiser_names",
     "denoiser_of",
     "family_of",
     "family_of_class",
@@ -159,6 +160,11 @@ def guidance_name(names: Iterable[str]) -> str | None:
 def denoiser_of(pipeline: Any) -> Any:
     """What an open pipeline denoises with: its UNet, or whatever its family calls it."""
     return getattr(pipeline, family_of(pipeline).denoiser.name)
+
+
+def denoiser_names() -> list[str]:
+    """What families call what they denoise with, each name once."""
+    return list(dict.fromkeys(family.denoiser.name for family in FAMILIES.values()))
 
 
 def anatomy_of(denoiser: Any) -> Anatomy:

@@ -44,6 +44,11 @@ class Component:
     """Of a text encoder that is a language model: what stands in a prompt's place, given the tokenizer. Which of its
     tokens are padding is told beside them, under the tokenizer's name with ``_mask``."""
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return "UNet" if self.layout == "unet" else self.name
+
 
 @dataclass(frozen=True)
 class AuthorsLayout:
@@ -190,11 +195,6 @@ class Family:
     def text_encoders(self) -> tuple[Component, ...]:
         """What reads prompts, in the order in which the denoiser takes what they make of them."""
         return tuple(one for one in self.components if one.tokenizer)
-
-    @property
-    def clips(self) -> tuple[Component, ...]:
-        """Those of its text encoders that are CLIP's, which people train along with a denoiser."""
-        return tuple(one for one in self.text_encoders if one.num_tokens is None and one.template is None)
 
     @property
     def tokenizers(self) -> dict[str, str]:

@@ -103,14 +103,17 @@ def read_parameters(path: Path) -> dict[str, str]:
     return found
 
 
-def model_hash(model: Path) -> str | None:
-    """The first ten hex digits of the sha256 of a single file, or of a pipeline folder's UNet weights.
+def model_hash(model: Path, denoiser: str) -> str | None:
+    """The first ten hex digits of the sha256 of a single file, or of a pipeline folder's denoiser's weights.
 
     Of weights in several shards, the digest of all their digests. None for what is not on disk.
+
+    Args:
+        denoiser: what the model's family calls it.
     """
     if model.is_file():
         return sha256(model)[:10]
-    folder = model / "unet"
+    folder = model / denoiser
     for pattern in (
         "diffusion_pytorch_model.safetensors",
         "diffusion_pytorch_model-*.safetensors",

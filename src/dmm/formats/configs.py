@@ -233,7 +233,7 @@ def _fetch(path: Path, hub_id: str, family: Family) -> Path:
 
 
 def _has_widths_of(header: Header, folder: Path, family: Family) -> bool:
-    """Whether a file's tensors have the shapes of a folder's UNet, all but for their names."""
+    """Whether a file's tensors have the shapes of a folder's denoiser, all but for their names."""
     skeleton = build_skeletons(folder, family)[family.denoiser.name]
     prefix = family.denoiser.original_prefix
     found = sorted(tuple(tensor.shape) for name, tensor in header.tensors.items() if name.startswith(prefix))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import Component, Family, Stranger, family_of_class, known_titles
+from dmm.families import FAMILIES, Component, Family, Stranger, family_of_class, known_titles
 from dmm.files.few_steps import FILE as FEW_STEPS
 from dmm.files.json import read_json
 from dmm.formats.building import building, check_tokenizer
@@ -23,18 +23,22 @@ from dmm.formats.tensors import check_finite, read_header, read_tensors
 
 UNUSED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
 """Parts of a stock pipeline that are neither fetched nor loaded: nothing of ours calls them."""
-PARTS = (
-    *("model_index.json", "model.safetensors", "styles", "scheduler", "vae", "unet", "transformer", "controlnet"),
-    *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")),
-    FEW_STEPS,
-    *UNUSED_COMPONENTS,
-)
-"""What of a folder is of one model, and goes with it when another takes its place."""
 VARIANT = "fp16"
 """The one variant that is looked for where a folder has no plain weights."""
 
 # text encoders carry these along; nothing computes with them
 _HARMLESS = ("embeddings.position_ids", "logit_scale", "text_projection.weight")
+
+
+def known_parts() -> list[str]:
+    """What of a folder is of one model, of whatever family, and goes with it when another takes its place."""
+    named = [name for family in FAMILIES.values() for name in (*_names_of(family), *family.tokenizers)]
+    return [INDEX, "model.safetensors", "styles", "scheduler", *dict.fromkeys(named), FEW_STEPS, *UNUSED_COMPONENTS]
+
+
+def _names_of(family: Family) -> list[str]:
+    components = family.components if family.controlnet is None else (*family.components, family.controlnet)
+    return [one.name for one in components]
 
 
 def check_configs(folder: Path, family: Family, *, only_names: bool = False) -> dict[str, Any]:

@@ -107,7 +107,6 @@ def from_config(model_class: Any, folder: Path) -> Any:
 
 def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family, *, only_names: bool) -> None:
     name = family.denoiser.name
-    kind = "UNet" if name == "unet" else name
     size = family.sample_size_of(skeletons[name].config)
     if not (isinstance(size, int) or (isinstance(size, list | tuple) and len(size) == 2)):
         raise UserError(f"{folder / name / 'config.json'}: its sample_size is {size}; a number, or two, was expected.")
@@ -120,6 +119,6 @@ def _check_widths(skeletons: Mapping[str, Any], folder: Path, family: Family, *,
     for what, found, expected in widths:
         if found != expected:
             raise UserError(
-                f"{folder}: the {kind} {what} {found}, the folder's other parts give {expected}. "
+                f"{folder}: the {family.denoiser.title} {what} {found}, the folder's other parts give {expected}. "
                 "Choose a text-to-image model whose parts belong together."
             )

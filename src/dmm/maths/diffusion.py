@@ -1,4 +1,4 @@
-"""The diffusion process: noise, clean latents and what a UNet may predict of them.
+"""The diffusion process: noise, clean latents and what a denoiser may predict of them.
 
 Everything is of the variance-preserving process of DMM eq. 6,
 

@@ -59,7 +59,7 @@ def read_authors_styles(path: Path, *, allow_pickle: bool = False) -> StylePromp
     Raises: UserError: it is of a family that does not open; a file is missing or damaged; or the parts do not fit.
     """
     known = _names(_family_of(path, allow_pickle))
-    tensors, metadata = _side_car(path, _unet_files(path, allow_pickle), known, allow_pickle)
+    tensors, metadata = _side_car(path, _denoiser_files(path, allow_pickle), known, allow_pickle)
     num_styles, dim = tensors["embeddings"].shape
     provenance = _read_provenance(path, metadata, num_styles)
     names = [one["name"] for one in provenance] if provenance else [str(i) for i in range(num_styles)]
@@ -117,21 +117,21 @@ def rewrite_folder(folder: Path, prompts: StylePrompts, family: Family) -> None:
 
     Raises: UserError: of a family that they released nothing of.
     """
-    authors = authors_layout(family)
-    _edit_json(folder / "model_index.json", {"_class_name": authors.pipeline, "unet": [UNET_MODULE, UNET_CLASS]})
+    authors, name = authors_layout(family), family.denoiser.name
+    _edit_json(folder / "model_index.json", {"_class_name": authors.pipeline, name: [UNET_MODULE, UNET_CLASS]})
     _edit_json(
-        folder / "unet" / "config.json",
+        folder / name / "config.json",
         {"_class_name": UNET_CLASS, "addition_embed_type": authors.embed_type, "num_models": len(prompts.names)},
     )
-    (file,) = _unet_files(folder, allow_pickle=False)
+    (file,) = _denoiser_files(folder, allow_pickle=False)
     rewrite_file(file, prompts, family, prefix="")
 
 
 def rewrite_file(file: Path, prompts: StylePrompts, family: Family, prefix: str) -> None:
-    """Add the side-car to a file of UNet weights, in place, and tell of the styles in its metadata.
+    """Add the side-car to a file of a denoiser's weights, in place, and tell of the styles in its metadata.
 
     Args:
-        prefix: of the UNet's tensors there.
+        prefix: of the denoiser's tensors there.
     Raises: UserError: of a family that they released nothing of.
     """
     names = _names(family)
@@ -147,23 +147,23 @@ def rewrite_file(file: Path, prompts: StylePrompts, family: Family, prefix: str)
 
 def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> Any:
     family = _family_of(folder, allow_pickle)
-    unet_component, *others = family.components
+    denoiser, *others = family.components
     for component in others:
         at = folder / component.name
         check_component(at, component, build_skeleton(at, component, family), allow_pickle=allow_pickle)
-    path, kind = folder / "unet" / "config.json", unet_component.model_class
+    path, kind = folder / denoiser.name / "config.json", denoiser.model_class
     stock = {name: value for name, value in read_json(path).items() if name != "num_models"}
     stock["addition_embed_type"] = authors_layout(family).stock_embed_type
     check_config(stock, path, kind)
-    with building(f"{path} describes no UNet"), torch.device("meta"):
-        unet = kind.from_config(stock | {"_class_name": kind.__name__})
+    with building(f"{path} describes no {denoiser.title}"), torch.device("meta"):
+        model = kind.from_config(stock | {"_class_name": kind.__name__})
     tensors: dict[str, Tensor] = {}
-    for file in _unet_files(folder, allow_pickle):
+    for file in _denoiser_files(folder, allow_pickle):
         read_header(file, allow_pickle=allow_pickle)
         tensors |= {name: tensor for name, tensor in read_tensors(file).items() if name not in _names(family)}
-    check_tensors(unet, tensors, str(folder / "unet"))
-    unet.load_state_dict({name: tensor.to(torch_dtype) for name, tensor in tensors.items()}, assign=True)
-    parts: dict[str, Any] = {"unet": unet.eval()}
+    check_tensors(model, tensors, str(folder / denoiser.name))
+    model.load_state_dict({name: tensor.to(torch_dtype) for name, tensor in tensors.items()}, assign=True)
+    parts: dict[str, Any] = {denoiser.name: model.eval()}
     # one by one: diffusers refuses a pipeline folder that names a class of a library that it does not know
     for component in others:
         at = folder / component.name
@@ -188,10 +188,11 @@ def _open_folder(folder: Path, torch_dtype: torch.dtype, allow_pickle: bool) -> 
     return family.pipeline_class(**parts, **{**settings, **without_unused(family)})
 
 
-def _unet_files(path: Path, allow_pickle: bool) -> list[Path]:
+def _denoiser_files(path: Path, allow_pickle: bool) -> list[Path]:
     if not path.is_dir():
         return [path]
-    return weight_files(path / "unet", _family_of(path, allow_pickle).denoiser, allow_pickle)[0]
+    denoiser = _family_of(path, allow_pickle).denoiser
+    return weight_files(path / denoiser.name, denoiser, allow_pickle)[0]
 
 
 def _family_of(path: Path, allow_pickle: bool) -> Family:
@@ -201,9 +202,10 @@ def _family_of(path: Path, allow_pickle: bool) -> Family:
     """
     told: Family | Stranger | None
     if path.is_dir():
-        embed_type = read_json(path / "unet" / "config.json").get("addition_embed_type")
-        told = next((one for one in FAMILIES.values() if one.authors and one.authors.embed_type == embed_type), None)
-        kind = f"of addition_embed_type {embed_type}"
+        released = [one for one in FAMILIES.values() if one.authors]
+        types = {one.name: _embed_type(path, one) for one in released}
+        told = next((one for one in released if one.authors and one.authors.embed_type == types[one.name]), None)
+        kind = f"of addition_embed_type {next(iter(types.values()))}"
     else:
         names = [name for name in read_header(path, allow_pickle=allow_pickle).tensors if CODEBOOK not in name]
         told, kind = (family_of_names(names) or (None,))[0], "of no family that we know"
@@ -211,6 +213,10 @@ def _family_of(path: Path, allow_pickle: bool) -> Family:
         kind = told.title if told else kind
         raise UserError(f"{path}: this merge in the authors' layout is {kind}; {known_titles()} was expected.")
     return told
+
+
+def _embed_type(folder: Path, family: Family) -> Any:
+    return read_json(folder / family.denoiser.name / "config.json").get("addition_embed_type")
 
 
 def _side_car(

@@ -28,22 +28,22 @@ class Discriminator(nn.Module):
     """A frozen backbone that looks, and a head that judges.
 
     Args:
-        unet: of the base; copied, and cut after its middle block.
+        denoiser: of the base; copied, and cut after its middle block.
         num_styles: N.
         dtype: of the backbone's weights; the head's are float32.
         seed: of the head's weights.
     """
 
-    backbone: Any  # a UNet, whose methods the type of a submodule would hide
+    backbone: Any  # half a denoiser, whose methods the type of a submodule would hide
 
-    def __init__(self, unet: Any, num_styles: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    def __init__(self, denoiser: Any, num_styles: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         super().__init__()
-        anatomy = anatomy_of(unet)
-        self.backbone = freeze(copy.deepcopy(anatomy.cut(unet)).to(dtype))
+        anatomy = anatomy_of(denoiser)
+        self.backbone = freeze(copy.deepcopy(anatomy.cut(denoiser)).to(dtype))
         self._look = anatomy.look
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = build_head(anatomy.width(unet), num_styles)
+            self.head = build_head(anatomy.width(denoiser), num_styles)
 
     def look(self, x_s: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """What the head judges of noised latents.
@@ -51,7 +51,7 @@ class Discriminator(nn.Module):
         Args:
             x_s: (B, C, H, W); gradients pass through to it.
             timesteps: (B,).
-            conditioning: what the base's UNet reads, by flat names.
+            conditioning: what the base's denoiser reads, by flat names.
         Returns: (B, C_mid, H_mid, W_mid).
         """
         dtype = next(self.backbone.parameters()).dtype

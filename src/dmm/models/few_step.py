@@ -32,19 +32,19 @@ class FewStepStudent(nn.Module):
     Styles are what they were: prompts and adapters are neither trained nor submodules.
 
     Args:
-        unet: a stock denoiser, on the CPU; styles are attached to it.
+        denoiser: a stock one, on the CPU; styles are attached to it.
         style_prompts: None of a model without styles.
         fast: a LoRA to train in place of the denoiser's weights, which then are frozen, and no submodule.
     """
 
     def __init__(
-        self, unet: Any, style_prompts: StylePrompts | None, family: Family, *, fast: Adapter | None = None
+        self, denoiser: Any, style_prompts: StylePrompts | None, family: Family, *, fast: Adapter | None = None
     ) -> None:
         super().__init__()
         self._terms: Tensor | None = None
         self._adapters: list[Adapter] = []
         if style_prompts is not None:
-            attach_styles(unet, style_prompts, family.port)
+            attach_styles(denoiser, style_prompts, family.port)
             names = style_prompts.names
             if style_prompts.config.dim:
                 with torch.no_grad():  # one by one, as they are set: products of several rows round otherwise
@@ -52,10 +52,10 @@ class FewStepStudent(nn.Module):
             if style_prompts.adapters:
                 self._adapters = [style_prompts.adapters.get(name, NOTHING) for name in names]
         if fast is None:
-            self.unet = unet.requires_grad_()
+            self.unet = denoiser.requires_grad_()
         else:
             # __setattr__ would register it as a submodule: saved with every checkpoint, and sent to every process
-            self.__dict__["unet"] = unet.eval().requires_grad_(False)
+            self.__dict__["unet"] = denoiser.eval().requires_grad_(False)
         self.fast = None if fast is None else TrainedAdapter(fast)
 
     def parameter_groups(self, rate: float, _style_rate: float) -> list[tuple[nn.Module, float]]:
@@ -85,12 +85,12 @@ class FewStepStudent(nn.Module):
         """
         styles = style_weights.argmax(1)
         condition = {} if told is None else {"timestep_cond": told.to(x_t.dtype)}
-        unet = partial(self.unet, x_t, timesteps, **arguments(conditioning, x_t.dtype), **condition, return_dict=False)
+        call = partial(self.unet, x_t, timesteps, **arguments(conditioning, x_t.dtype), **condition, return_dict=False)
         port = styled_port(self.unet)
         if port is not None and self._terms is not None:
             port.term = self._terms.to(x_t.device)[styles]
         try:
-            return self._adapted(unet, styles, with_fast=with_fast)
+            return self._adapted(call, styles, with_fast=with_fast)
         finally:
             if port is not None:
                 port.term = None
@@ -100,7 +100,7 @@ class FewStepStudent(nn.Module):
         """Whether its styles do: batches of one style only are then less work."""
         return bool(self._adapters)
 
-    def _adapted(self, unet: partial[tuple[Tensor]], styles: Tensor, *, with_fast: bool) -> Tensor:
+    def _adapted(self, call: partial[tuple[Tensor]], styles: Tensor, *, with_fast: bool) -> Tensor:
         """Call the denoiser with what the samples' styles and the LoRA change of its layers."""
         weight = next(self.unet.parameters())
         adapters = self._adapters = [one.to(weight.device) for one in self._adapters]
@@ -110,7 +110,7 @@ class FewStepStudent(nn.Module):
         # what is computed again for a backward pass would find other weights by then
         if self.fast is None and one_style and adapters and not self.unet.is_gradient_checkpointing:
             set_changes(self.unet, {})
-            output: Tensor = functional_call(self.unet, _changed(self.unet, adapters[0]), unet.args, unet.keywords)[0]
+            output: Tensor = functional_call(self.unet, _changed(self.unet, adapters[0]), call.args, call.keywords)[0]
             return output
         if self.fast is not None and with_fast:
             fast = self.fast.adapter()
@@ -118,12 +118,12 @@ class FewStepStudent(nn.Module):
         if self._adapters or self.fast is not None:
             changes = changes_of(adapters, styles if len(adapters) > 1 else None) if adapters else {}
             set_changes(self.unet, changes)  # until the next call
-        return unet()[0]
+        return call()[0]
 
 
-def _changed(unet: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+def _changed(denoiser: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     """The weights that an adapter changes, changed, by name; gradients flow to the denoiser's own."""
-    parameters, changed = dict(unet.named_parameters()), {}
+    parameters, changed = dict(denoiser.named_parameters()), {}
     for name, one in adapter.factors.items():
         weight = parameters[name]
         up, down = one.up.to(weight.dtype), one.down.to(weight.dtype).flatten(1)
@@ -133,24 +133,24 @@ def _changed(unet: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return changed
 
 
-def fast_layers(unet: nn.Module) -> list[str]:
+def fast_layers(denoiser: nn.Module) -> list[str]:
     """The weights that a fast LoRA changes: every linear layer and convolution of the blocks, as LCM-LoRA has them.
 
     What embeds time, where styles are put, and the first and last layer are not among them.
     """
-    return [name for name in layers_of(unet) if "block" in name.partition(".")[0]]
+    return [name for name in layers_of(denoiser) if "block" in name.partition(".")[0]]
 
 
-def new_fast(unet: nn.Module, rank: int, seed: int) -> Adapter:
+def new_fast(denoiser: nn.Module, rank: int, seed: int) -> Adapter:
     """A LoRA that changes nothing yet: ``up`` is zero, ``down`` random, as everywhere.
 
     Args:
         rank: at most; a layer that is narrower has its own width.
         seed: of its randomness.
     """
-    generator, layers = torch.Generator().manual_seed(seed), layers_of(unet)
+    generator, layers = torch.Generator().manual_seed(seed), layers_of(denoiser)
     factors = {}
-    for name in fast_layers(unet):
+    for name in fast_layers(denoiser):
         weight: Tensor = layers[name].weight  # type: ignore[assignment]
         fitting = min(rank, len(weight), weight[0].numel())
         down = torch.empty(fitting, *weight.shape[1:])
@@ -159,12 +159,12 @@ def new_fast(unet: nn.Module, rank: int, seed: int) -> Adapter:
     return Adapter(factors, {})
 
 
-def add_told(unet: Any, family: Family) -> None:
+def add_told(denoiser: Any, family: Family) -> None:
     """Give a denoiser the layer by which it is told its guidance; it changes nothing yet."""
-    embedding = _embedding(unet, family)
+    embedding = _embedding(denoiser, family)
     embedding.cond_proj = nn.Linear(TOLD_DIM, embedding.linear_1.in_features, bias=False)
     nn.init.zeros_(embedding.cond_proj.weight)
-    unet.register_to_config(time_cond_proj_dim=TOLD_DIM)
+    denoiser.register_to_config(time_cond_proj_dim=TOLD_DIM)
 
 
 def is_told(config: Mapping[str, Any]) -> bool:
@@ -177,6 +177,6 @@ def style_names_of(style_prompts: StylePrompts | None) -> Sequence[str]:
     return [MODEL] if style_prompts is None else style_prompts.names
 
 
-def _embedding(unet: Any, family: Family) -> Any:
+def _embedding(denoiser: Any, family: Family) -> Any:
     """What embeds time."""
-    return unet.get_submodule(family.port.rpartition(".")[0])
+    return denoiser.get_submodule(family.port.rpartition(".")[0])

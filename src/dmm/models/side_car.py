@@ -65,7 +65,7 @@ def _read_weights(styles: Path, names: list[str], dim: int) -> StylePrompts:
                 f"{styles / WEIGHTS_FILE}: '{name}' is kept in {tensor.dtype}, which holds no style prompts: they are "
                 "numbers of any size. Get another copy."
             )
-    # small beside the UNet, so that float32 costs nothing: terms are computed in it whatever the UNet's dtype
+    # small beside the denoiser, so that float32 costs nothing: terms are computed in it whatever the denoiser's dtype
     with building(f"{styles} holds no style prompts that can be opened"):
         prompts: StylePrompts = StylePrompts.from_pretrained(styles, torch_dtype=torch.float32, local_files_only=True)
     check_finite(prompts.state_dict(), str(styles))
@@ -95,7 +95,7 @@ def write_side_car(prompts: StylePrompts, folder: Path, *, family: Family | None
         told = {one.name: family.lora_metadata | _metadata(one) for one in prompts.provenance}
         told = dict.fromkeys(prompts.names, family.lora_metadata) | told
         in_order = {name: prompts.adapters[name] for name in prompts.names if name in prompts.adapters}
-        write_adapters(in_order, styles, base_sha256=digest, metadata=told, component=component, family=family)
+        write_adapters(in_order, styles, base_sha256=digest, metadata=told, component=component)
     if prompts.provenance:
         written = {"styles": [asdict(one) for one in prompts.provenance]}
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""The student: a stock UNet and the style prompts, which may grow and shrink, as one module that is trained."""
+"""The student: a stock denoiser and the style prompts, which may grow and shrink, as one module that is trained."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,24 +64,24 @@ def shrink(style_prompts: StylePrompts, name: str) -> StylePrompts:
 
 
 class StyledStudent(nn.Module):
-    """UNet and style prompts as children of one module: what DDP wraps.
+    """Denoiser and style prompts as children of one module: what DDP wraps.
 
     Were the style term computed outside of the wrapped module, the codebook's gradient would never be
     synchronised.
 
     Args:
-        unet: a stock UNet; styles are attached to it.
-        style_prompts: as wide as the UNet's timestep embedding.
-        family: the UNet's.
+        denoiser: a stock one; styles are attached to it.
+        style_prompts: as wide as its timestep embedding.
+        family: the denoiser's.
     Raises: UserError: the widths differ.
     """
 
-    def __init__(self, unet: Any, style_prompts: StylePrompts, family: Family) -> None:
+    def __init__(self, denoiser: Any, style_prompts: StylePrompts, family: Family) -> None:
         super().__init__()
-        attach_styles(unet, style_prompts, family.port)
-        self.unet = unet
+        attach_styles(denoiser, style_prompts, family.port)
+        self.unet = denoiser
         self.style_prompts = style_prompts
-        self._tap = BlockTap(unet)
+        self._tap = BlockTap(denoiser)
 
     def parameter_groups(self, rate: float, style_rate: float) -> list[tuple[nn.Module, float]]:
         """What is trained, and how fast."""
@@ -95,7 +95,7 @@ class StyledStudent(nn.Module):
         Args:
             x_t: (B, C, H, W).
             timesteps: (B,).
-            conditioning: what the UNet reads, by flat names, such as ``encoder_hidden_states``, (B, T, D).
+            conditioning: what the denoiser reads, by flat names, such as ``encoder_hidden_states``, (B, T, D).
             style_weights: (B, N).
         """
         port = styled_port(self.unet)
@@ -114,7 +114,6 @@ class TrainedAdapter(nn.Module):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        self._text = adapter.text  # goes along: text is encoded before training begins
         for name, one in adapter.factors.items():
             self.register_parameter(f"up:{_escaped(name)}", nn.Parameter(one.up.float().clone()))
             self.register_parameter(f"down:{_escaped(name)}", nn.Parameter(one.down.float().clone()))
@@ -127,15 +126,14 @@ class TrainedAdapter(nn.Module):
         for name, parameter in self.named_parameters():
             kind, _, of = name.partition(":")
             parts[kind][of.replace("/", ".")] = parameter
-        factors = {name: Factors(up, parts["down"][name]) for name, up in parts["up"].items()}
-        return Adapter(factors, parts["offset"], self._text)
+        return Adapter({name: Factors(up, parts["down"][name]) for name, up in parts["up"].items()}, parts["offset"])
 
     @torch.no_grad()
     def frozen(self) -> Adapter:
         """What it holds now, on the CPU, apart from what is trained further."""
         adapter = self.adapter()
         factors = {name: Factors(_apart(one.up), _apart(one.down)) for name, one in adapter.factors.items()}
-        return Adapter(factors, {name: _apart(offset) for name, offset in adapter.offsets.items()}, self._text)
+        return Adapter(factors, {name: _apart(offset) for name, offset in adapter.offsets.items()})
 
 
 def _apart(tensor: Tensor) -> Tensor:
@@ -150,22 +148,22 @@ class AdaptedStudent(nn.Module):
     """A model and the adapters of styles as one module, of which DDP and the optimizer see what is trained.
 
     Args:
-        unet: a stock UNet, on the device and in the dtype that it shall compute in, where it is frozen.
+        denoiser: a stock one, on the device and in the dtype that it shall compute in, where it is frozen.
         adapters: by style, in the order of the style weights.
-        train_shared: train the UNet's weights, too; else it is frozen, and no submodule.
+        train_shared: train the denoiser's weights, too; else it is frozen, and no submodule.
     """
 
-    def __init__(self, unet: Any, adapters: Mapping[str, Adapter], *, train_shared: bool = False) -> None:
+    def __init__(self, denoiser: Any, adapters: Mapping[str, Adapter], *, train_shared: bool = False) -> None:
         super().__init__()
         self.names = list(adapters)
         self.adapters = nn.ModuleList(TrainedAdapter(one) for one in adapters.values())
         if train_shared:
-            self.unet = unet.requires_grad_()
+            self.unet = denoiser.requires_grad_()
         else:
             # __setattr__ would register it as a submodule: saved with every checkpoint, and sent to every process
-            self.__dict__["unet"] = unet.eval().requires_grad_(False)
+            self.__dict__["unet"] = denoiser.eval().requires_grad_(False)
         self._train_shared = train_shared
-        self._tap = BlockTap(unet)
+        self._tap = BlockTap(denoiser)
 
     def parameter_groups(self, rate: float, style_rate: float) -> list[tuple[nn.Module, float]]:
         """What is trained, and how fast."""

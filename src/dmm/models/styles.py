@@ -39,7 +39,7 @@ class Provenance:
     source: str
     """Its teacher: the file, folder or hub id."""
     sha256: str
-    """Of the teacher's file, or of its folder's UNet weights."""
+    """Of the teacher's file, or of its folder's denoiser weights."""
     family: str
     """A key of ``dmm.families.FAMILIES``."""
     prediction_type: str

@@ -49,8 +49,8 @@ class ModelSource:
     prediction_type: str | None = None
     """``epsilon`` or ``v_prediction``; by default what the file or the folder says."""
     ema: bool = False
-    """Of a single file, the running average of the UNet's weights in their place; it is taken, too, where a file has
-    nothing else."""
+    """Of a single file, the running average of the denoiser's weights in their place; it is taken, too, where a file
+    has nothing else."""
     allow_pickle: bool = False
     """Open pickles too, with ``weights_only``."""
 
@@ -84,8 +84,8 @@ class CheckedModel:
     """What is to be fused into the weights, and how strongly."""
     vae: Path | None
     """What stands in for its own VAE."""
-    unet_files: tuple[Path, ...]
-    """What holds the UNet's weights; of LoRAs, their files."""
+    denoiser_files: tuple[Path, ...]
+    """What holds the denoiser's weights; of LoRAs, their files."""
 
     @property
     def denoiser(self) -> Any:

@@ -1,7 +1,7 @@
 """What guides a pipeline beside its prompt: ControlNets, an image to begin with, a mask, an IP-Adapter.
 
 All of it is diffusers' own; here it is opened, held against the model, and put on a pipeline. Styles stay on: a
-merged model's UNet is the same object before and after.
+merged model's denoiser is the same object before and after.
 """
 
 import inspect
@@ -81,7 +81,7 @@ def add_plugins(
     """Put plugins on a Stable Diffusion pipeline.
 
     Args:
-        pipe: on its device and in its dtype; an IP-Adapter changes its UNet.
+        pipe: on its device and in its dtype; an IP-Adapter changes its denoiser.
         by_turns: the controls are of one merged ControlNet, which follows them one after the other.
     Returns: the pipeline that takes them, on the same weights; and the arguments that its call takes for them, as a
         function of the batch size, of the width and height in pixels and, by turns, of the control that it follows
@@ -161,12 +161,12 @@ def _settings(kind: Any, pipe: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_takes_masks(pipe: Any) -> None:
-    unet = denoiser_of(pipe)
+    denoiser = denoiser_of(pipe)
     # of other models diffusers raises an error in the midst of painting, or, with a ControlNet, drops the mask
-    if not family_of(pipe).is_flow and unet.config.in_channels != MASKED_CHANNELS:
+    if not family_of(pipe).is_flow and denoiser.config.in_channels != MASKED_CHANNELS:
         raise UserError(
             f"A mask is for models whose latents have {MASKED_CHANNELS} channels; this one's have "
-            f"{unet.config.in_channels}. Paint the whole --image, without --mask, or choose another model."
+            f"{denoiser.config.in_channels}. Paint the whole --image, without --mask, or choose another model."
         )
 
 
@@ -177,7 +177,7 @@ def _pictures(controls: Sequence[Control], start: Start | None, ip_adapter: IPAd
     return files + ([ip_adapter.image] if ip_adapter else [])
 
 
-def _check_ip_adapter(file: Path, unet: Any) -> None:
+def _check_ip_adapter(file: Path, denoiser: Any) -> None:
     found = {
         int(name.split(".")[1]): tuple(tensor.shape)
         for name, tensor in read_header(file).tensors.items()
@@ -189,8 +189,8 @@ def _check_ip_adapter(file: Path, unet: Any) -> None:
             "file, such as ip-adapter_sd15.safetensors."
         )
     expected = [
-        tuple(unet.get_submodule(name.removesuffix(".processor")).to_k.weight.shape)
-        for name in unet.attn_processors
+        tuple(denoiser.get_submodule(name.removesuffix(".processor")).to_k.weight.shape)
+        for name in denoiser.attn_processors
         if name.endswith("attn2.processor")
     ]
     if [found[number] for number in sorted(found)] != expected:

@@ -8,7 +8,7 @@ from dmm.files.claims import claimed
 from dmm.files.outputs import check_new_folder, new_folder
 from dmm.files.runs import RECIPE
 from dmm.formats.completing import complete_folder
-from dmm.formats.folder import PARTS, copy_model, family_of_folder
+from dmm.formats.folder import copy_model, family_of_folder, known_parts
 from dmm.models.side_car import read_side_car, write_side_car
 from dmm.models.student import shrink
 from dmm.models.style_names import STYLES_FOLDER
@@ -38,7 +38,10 @@ def remove_style(merged: str | Path, name: str, output: Path, *, overwrite: bool
             raise UserError(f"{merged} has no {STYLES_FOLDER}/ folder, so it is a stock model without styles.")
         left = shrink(style_prompts, name)
         check_model(ModelSource(folder))
-        with new_folder(output, overwrite=overwrite, parts=(*PARTS, RECIPE)) as building, told_of_full_disk(output):
+        with (
+            new_folder(output, overwrite=overwrite, parts=(*known_parts(), RECIPE)) as building,
+            told_of_full_disk(output),
+        ):
             copy_model(folder, building, family_of_folder(folder))
             complete_folder(building)
             write_side_car(left, building)

@@ -134,7 +134,6 @@ def _training(recipe: Recipe, sizes: Sizes, activations: Activations, place: Pla
         if recipe.styles.has_adapters:  # the base, and each style as it starts, as it is kept
             apart = recipe.styles.trained == "adapters"
             parts["waiting"] += apart * FULL * sizes.denoiser + (FULL + HALF) * sizes.num_styles * sizes.adapter
-            parts["waiting"] += HALF * sizes.num_styles * sizes.text_adapter
     return parts
 
 
@@ -180,7 +179,7 @@ def _dealing(sizes: Sizes) -> Parts:
     return {
         "waiting": FULL * sizes.pipeline,
         "calibration": FULL * sizes.num_styles * sizes.calibrated,
-        "styles": sizes.num_styles * (FULL * sizes.adapter + HALF * sizes.text_adapter),
+        "styles": FULL * sizes.num_styles * sizes.adapter,
     }
 
 

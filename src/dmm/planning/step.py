@@ -167,15 +167,15 @@ def _build(
 ) -> tuple[StyledStudent | AdaptedStudent, Teacher, Adversary | None]:
     dtype = DTYPES[recipe.training.precision]
     names = [f"style {index}" for index in range(num_styles)]
-    unet, beside = copy.deepcopy(shapes.denoiser), copy.deepcopy(shapes.denoiser)
+    denoiser, beside = copy.deepcopy(shapes.denoiser), copy.deepcopy(shapes.denoiser)
     student: StyledStudent | AdaptedStudent
     if recipe.styles.has_adapters:
-        adapter = some_adapter(unet, rank)
+        adapter = some_adapter(denoiser, rank)
         shared = recipe.styles.trained == "all"
-        unet = unet if shared else unet.to(dtype)
-        student = AdaptedStudent(unet, dict.fromkeys(names, adapter), train_shared=shared)
+        denoiser = denoiser if shared else denoiser.to(dtype)
+        student = AdaptedStudent(denoiser, dict.fromkeys(names, adapter), train_shared=shared)
     else:
-        student = StyledStudent(unet, StylePrompts(names, shapes.family.width(unet)), shapes.family)
+        student = StyledStudent(denoiser, StylePrompts(names, shapes.family.width(denoiser)), shapes.family)
     adversary = None
     if recipe.losses.adversarial:
         discriminator = Discriminator(shapes.denoiser, num_styles, dtype=dtype)

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dmm.errors import UserError
+from dmm.families import denoiser_names
 
-_ORIGINAL = re.compile(r"^model\.diffusion_model\.(input_blocks|middle_block|output_blocks)(?:\.(\d+))?\.")
-_DIFFUSERS = re.compile(r"^unet/(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
-_UNETS = ("model.diffusion_model.", "unet/")
-_LAST = ("model.diffusion_model.out.", "unet/conv_norm_out.", "unet/conv_out.")
+_IN_FILES = "model.diffusion_model."
+_ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks)(?:\.(\d+))?\.")
+_DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
+_LAST = ("out.", "conv_norm_out.", "conv_out.")
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,12 @@ class Blocks:
 
     @classmethod
     def of(cls, tensors: Iterable[str]) -> "Blocks":
-        """Read them off the names of a model's tensors, in the original layout or as ``unet/...`` of a folder."""
+        """Read them off the names of a model's tensors, in the original layout or as ``component/...`` of a folder."""
         inputs = outputs = layers = 0
-        for name in tensors:
+        for tensor in tensors:
+            name = _path(tensor)
+            if name is None:
+                continue
             if found := _ORIGINAL.match(name):
                 number = int(found[2] or 0) + 1
                 inputs = max(inputs, number) if found[1] == "input_blocks" else inputs
@@ -50,22 +54,23 @@ class Blocks:
 
     def block_of(self, tensor: str) -> str:
         """The block that a tensor belongs to."""
-        if not tensor.startswith(_UNETS):
+        name = _path(tensor)
+        if name is None:
             return "BASE"
-        if tensor.startswith(_LAST):
+        if name.startswith(_LAST):
             return self.names[-1]
-        if found := _ORIGINAL.match(tensor):
+        if found := _ORIGINAL.match(name):
             if found[1] == "middle_block":
                 return "M00"
             return f"{'IN' if found[1] == 'input_blocks' else 'OUT'}{int(found[2]):02}"
-        if found := _DIFFUSERS.match(tensor):
+        if found := _DIFFUSERS.match(name):
             level, kind, layer = int(found[2]), found[3], int(found[4])
             if found[1] == "down":
                 place = 1 + layer if kind != "downsamplers" else self.layers + 1
                 return f"IN{level * (self.layers + 1) + place:02}"
             place = layer if kind != "upsamplers" else self.layers
             return f"OUT{level * (self.layers + 1) + place:02}"
-        return "M00" if tensor.startswith("unet/mid_block.") else "IN00"
+        return "M00" if name.startswith("mid_block.") else "IN00"
 
     def select(self, pattern: str, tensors: Sequence[str]) -> list[str]:
         """The tensors that a rule is for.
@@ -94,3 +99,9 @@ class Blocks:
         if not chosen:
             raise UserError(f"blocks: '{pattern}' is for none of the {len(tensors)} tensors. Check the pattern.")
         return chosen
+
+
+def _path(tensor: str) -> str | None:
+    """A tensor's name within the UNet; None of one of another part."""
+    prefixes = (_IN_FILES, *(f"{name}/" for name in denoiser_names()))
+    return next((tensor.removeprefix(prefix) for prefix in prefixes if tensor.startswith(prefix)), None)

@@ -19,8 +19,6 @@ from dmm.recipes.parts import told
 from dmm.soup.recipe import SoupRecipe
 
 TYPE = "dmm soup"
-UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-"""Of a folder, the file whose metadata hold the ledger."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,9 @@ def read_ledger(path: Path, models: Path | None = None) -> Ledger:
         models: a folder in which models are looked for, by their files' names, that are no longer where they were.
     Raises: UserError: it is no soup, or a model is neither where it was nor in ``models``.
     """
-    file = path / UNET_FILE if path.is_dir() else path
-    found = recipe_in(_metadata_of(file))
+    # of a folder, the denoiser's comes first of those that have the name; all files of a soup have the ledger
+    files = sorted(path.glob("*/diffusion_pytorch_model.safetensors"))[:1] if path.is_dir() else [path]
+    found = next((recipe_in(_metadata_of(file)) for file in files), None)
     if not isinstance(found, dict) or found.get("type") != TYPE:
         raise UserError(f"{path} has no ledger, so it is no soup that `dmm soup` made. Name one, or a recipe (.yaml).")
     folder = path.resolve().parent

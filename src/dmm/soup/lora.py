@@ -231,7 +231,7 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
 
         calibrated = _calibrated(recipe, family)
         if recipe.calibration is not None:  # what of these it has left out is worth least
-            layers = {name: tensor for name, tensor in layers.items() if not tensor.name.startswith("unet/")}
+            layers = {name: tensor for name, tensor in layers.items() if not tensor.name.startswith(_denoiser(family))}
         with bar("decomposing", len(layers)) as progress:
             tasks = [partial(run, tensor.base, tensor.models[0], progress) for tensor in layers.values() if tensor.base]
             factors = in_threads(tasks, threads)
@@ -242,7 +242,7 @@ def _extract(recipe: SoupRecipe, threads: int, digests: Digests, expected: Mappi
         notes = []
         if calibrated:
             ranks = [len(one.down) for one in calibrated.values()]
-            notes.append(f"calibrated: {len(ranks)} layers of the UNet got ranks from {min(ranks)} to {max(ranks)}")
+            notes.append(f"calibrated: {len(ranks)} layers of the denoiser got ranks from {min(ranks)} to {max(ranks)}")
         if changed:
             mean = sum(one[1] for one in factors if one) / len(changed)
             notes.append(f"kept {mean:.1%} of a layer's squared difference, on average")
@@ -268,10 +268,16 @@ def _calibrated(recipe: SoupRecipe, family: Family | None) -> dict[str, Factors]
     layers = {}
     for name, (part, shape) in calibrated_layers(recipe).items():
         up = part.up.reshape(*part.up.shape, *(1,) * (len(shape) - 2))
-        layer = _layer_name(f"unet/{name}", family)
+        layer = _layer_name(f"{_denoiser(family)}{name}", family)
         assert layer is not None  # a parameter's own name
         layers[layer] = Factors(part.down.reshape(len(part.down), *shape[1:]), up)
     return layers
+
+
+def _denoiser(family: Family | None) -> str:
+    """What the names of its tensors begin with in a folder."""
+    assert family is not None  # its models were opened and asked
+    return f"{family.denoiser.name}/"
 
 
 def _models(recipe: SoupRecipe) -> list[tuple[str, str]]:
@@ -335,7 +341,6 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
 def _layer_name(tensor: str, family: Family | None) -> str | None:
     """Kohya's name of the layer whose weight a tensor is; None for what is no such layer's weight."""
     component, _, name = tensor.partition("/")
-    reads_or_paints = component == "unet" or component.startswith("text_encoder")
-    if not reads_or_paints or not name.endswith(".weight") or name.endswith(_EMBEDDINGS):
+    if not name.endswith(".weight") or name.endswith(_EMBEDDINGS):
         return None
     return kohya_name_of(f"{component}.{name.removesuffix('.weight')}", family)

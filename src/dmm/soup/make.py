@@ -16,7 +16,7 @@ from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_disk, check_file, check_new_folder, new_file, new_folder
 from dmm.formats.completing import complete_folder
-from dmm.formats.folder import PARTS, UNUSED_COMPONENTS
+from dmm.formats.folder import UNUSED_COMPONENTS, known_parts
 from dmm.formats.schedules import write_scheduler_config
 from dmm.formats.stock_files import config_files, read_index
 from dmm.soup.describing import describe, labelled_digests
@@ -132,7 +132,7 @@ def _write(
     place = (
         new_file(output, overwrite=overwrite)
         if plan.layout == "file"
-        else new_folder(output, overwrite=overwrite, parts=PARTS)
+        else new_folder(output, overwrite=overwrite, parts=known_parts())
     )
     with place as temporary:
         by_path: dict[Path, list[int]] = {}

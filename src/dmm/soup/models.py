@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dmm.errors import UserError
-from dmm.families import Component, Family, Stranger, family_of_names, transformer_of
+from dmm.families import Component, Family, Stranger, denoiser_names, family_of_names, transformer_of
 from dmm.formats.ema import choose_weights, has_average_beside
 from dmm.formats.folder import UNUSED_COMPONENTS, check_configs, family_of_folder, tell_folder, weight_files
 from dmm.formats.lora import LoraChange, is_lora
@@ -256,8 +256,9 @@ def _open_folder(path: Path, label: str, ema: bool) -> OpenModel:
     family = tell_folder(path)
     files: dict[str, WeightFile] = {}
     tensors: dict[str, Source] = {}
-    # the UNet first: its file is the one whose metadata tell of the whole
-    for name in sorted(index, key=lambda name: (name != "unet", name)):
+    known = [family.denoiser.name] if isinstance(family, Family) else denoiser_names()
+    # the denoiser first: its file is the one whose metadata tell of the whole
+    for name in sorted(index, key=lambda name: (name not in known, name)):
         at = path / name
         stem = "model" if name.startswith(TEXT_ENCODERS[0]) else "diffusion_pytorch_model"
         foreign = isinstance(family, Family) and name not in {one.name for one in family.components}
@@ -267,8 +268,8 @@ def _open_folder(path: Path, label: str, ema: bool) -> OpenModel:
             file = files[os.path.relpath(weights, path).replace(os.sep, "/")] = WeightFile(weights)
             for key in file.in_order():
                 tensors[f"{name}/{_current(name, key)}"] = Kept(file, key, tuple(file.tensors[key].shape))
-    if not any(name.startswith("unet/") for name in tensors):
-        raise UserError(f"{path} has no UNet. Pass a whole pipeline folder.")
+    if not any(name.startswith(tuple(f"{one}/" for one in known)) for name in tensors):
+        raise UserError(f"{path} has no weights of a {' or '.join(known)}. Pass a whole pipeline folder.")
     scheduler = read_scheduler_config(path)
     prediction_type = predicted(scheduler)
     return OpenModel(label, path, "folder", family, prediction_type, scheduler, tensors, files)

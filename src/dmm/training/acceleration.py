@@ -18,7 +18,7 @@ import copy
 import inspect
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,21 +33,18 @@ from diffusers import LCMScheduler
 
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
-from dmm.data.training import STUDENT, reader_in
 from dmm.families import denoiser_of, set_denoiser, text_encoders_of
 from dmm.files.few_steps import FILE, KEY, FewSteps
 from dmm.files.outputs import check_folder, new_file
 from dmm.files.runs import ACCELERATION, CHECKPOINTS, FAST, INDEX, LOG, RECIPE, check_new
-from dmm.formats.folder import PARTS
+from dmm.formats.folder import known_parts
 from dmm.formats.tensors import check_finite, write_tensors
 from dmm.maths.sharing import share_batch
 from dmm.models.adapter_files import lora_tensors
 from dmm.models.adapters import NOTHING
 from dmm.models.few_step import FewStepStudent, add_told, new_fast, style_names_of
 from dmm.models.teachers import freeze, open_pipeline
-from dmm.models.text_adapters import reading_as
 from dmm.models.unfused import set_changes
-from dmm.pipeline.reading import reads_otherwise
 from dmm.pipeline.styled import add_styles, save_pipeline, write_stock_folder
 from dmm.recipes.accelerating import FewStepRecipe, load_few_step_recipe, save_few_step_recipe
 from dmm.training.accelerating_checks import FewStepPlan, check_acceleration, describe_acceleration, open_data
@@ -157,25 +154,24 @@ def _run(recipe: FewStepRecipe, plan: FewStepPlan, few_steps: FewSteps, folder: 
     base = open_pipeline(plan.model, name="model")
     data = on_all(lambda: _prepare(recipe, plan, base, accelerator))
     set_seed(recipe.seed)
-    unet = denoiser_of(base).to(memory_format=torch.channels_last)
-    fast = new_fast(unet, recipe.rank, recipe.seed) if recipe.rank else None
+    denoiser = denoiser_of(base).to(memory_format=torch.channels_last)
+    fast = new_fast(denoiser, recipe.rank, recipe.seed) if recipe.rank else None
     dtype = DTYPES[training.precision]
     teacher = None
     if fast is None:
-        frozen = copy.deepcopy(unet).to(accelerator.device, dtype)
+        frozen = copy.deepcopy(denoiser).to(accelerator.device, dtype)
         teacher = freeze(FewStepStudent(frozen, plan.style_prompts, plan.family))
         if recipe.draws_guidance:
-            add_told(unet, plan.family)
+            add_told(denoiser, plan.family)
     else:
-        unet.to(accelerator.device, dtype)
-    student = FewStepStudent(unet, plan.style_prompts, plan.family, fast=fast)
+        denoiser.to(accelerator.device, dtype)
+    student = FewStepStudent(denoiser, plan.style_prompts, plan.family, fast=fast)
     styles = style_names_of(plan.style_prompts)
     shares = [1 / len(styles)] * len(styles)
     painted = recipe.data.synthesize
     batches = Paths(
         data,
         styles,
-        readers=_readers(styles, plan),
         groups=share_batch(training.batch_size, shares, accelerator.num_processes, accelerator.process_index),
         style_by_style=student.has_adapters,
         alphas_cumprod=plan.alphas_cumprod,
@@ -221,13 +217,6 @@ def _prepare(recipe: FewStepRecipe, plan: FewStepPlan, base: Any, accelerator: A
         base,
         openers,
         size=plan.size,
-        readers={
-            reader: partial(reading_as, base, prompts.adapters[name])
-            for name, reader in zip(prompts.names, _readers(prompts.names, plan), strict=True)
-            if reader != STUDENT
-        }
-        if prompts
-        else {},
         place=Place(accelerator.process_index, accelerator.num_processes),
         show_progress=accelerator.is_main_process,
     )
@@ -237,19 +226,13 @@ def _prepare(recipe: FewStepRecipe, plan: FewStepPlan, base: Any, accelerator: A
     return data
 
 
-def _readers(styles: Sequence[str], plan: FewStepPlan) -> list[str]:
-    """By style, the name of the text encoder that the model reads by in it."""
-    prompts = plan.style_prompts
-    return [reader_in(name) if prompts and reads_otherwise(prompts, name) else STUDENT for name in styles]
-
-
 def _begin(recipe: FewStepRecipe, folder: Path, *, resume: bool) -> None:
     """Make the folder that of this run: everything is ready for training."""
     run = folder / ACCELERATION
     if not resume:
         remove(run, (RECIPE, LOG, CHECKPOINTS, _TRACKERS, _RESULT))
     # while a run goes on, its folder is no model; and what a killed one has left is swept
-    remove(folder, (INDEX, FAST, *PARTS, RECIPE))
+    remove(folder, (INDEX, FAST, *known_parts(), RECIPE))
     remove(run, (_RESULT, *(path.name for path in run.glob(f".{_RESULT}.*.tmp"))))
     (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     save_few_step_recipe(recipe, run / RECIPE)
@@ -260,10 +243,10 @@ def _save(student: FewStepStudent, base: Any, plan: FewStepPlan, few_steps: FewS
     if student.fast is not None:
         _save_lora(student, plan, few_steps, folder / FAST)
         return
-    unet = student.unet
-    set_changes(unet, {})
-    unet.to("cpu", memory_format=torch.contiguous_format)  # safetensors takes no other
-    set_denoiser(base, unet)
+    denoiser = student.unet
+    set_changes(denoiser, {})
+    denoiser.to("cpu", memory_format=torch.contiguous_format)  # safetensors takes no other
+    set_denoiser(base, denoiser)
     base.scheduler = _scheduler(base.scheduler.config, num_points=len(plan.alphas_cumprod) // plan.skip)
     result = folder / ACCELERATION / _RESULT
     if plan.style_prompts is not None:

@@ -1,12 +1,11 @@
 """What a merge trains and learns from, built of its plan: the student, the teachers, the adversary."""
 
 import copy
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from dmm.data.training import STUDENT, reader_in
+from dmm.data.training import STUDENT
 from dmm.families import denoiser_of
 from dmm.maths.sharing import Group
 from dmm.models.discriminator import Discriminator
@@ -19,7 +18,6 @@ from dmm.training.distill import Adversary, EarlierStudent, Teacher, Teachers
 from dmm.training.machine import shares_of
 from dmm.training.merge_costs import student_bytes
 from dmm.training.merge_plan import Plan
-from dmm.training.reading import Text
 from dmm.training.residency import place_teachers
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,13 +31,13 @@ def build_student(recipe: Recipe, plan: Plan, base: Any, *, average: bool) -> St
         average: whether this process averages the teachers, where that is the start; the others' weights are made
             equal to its when training begins.
     """
-    unet = shared_weights(recipe, plan, base, average=average)
+    denoiser = shared_weights(recipe, plan, base, average=average)
     prompts = plan.style_prompts
     if prompts is None and plan.earlier is not None:
         prompts = grow(plan.earlier, [teacher.name for teacher in recipe.teachers])
     elif prompts is None:
-        prompts = StylePrompts(list(plan.styles), plan.family.width(unet))
-    return StyledStudent(unet, prompts, plan.family)
+        prompts = StylePrompts(list(plan.styles), plan.family.width(denoiser))
+    return StyledStudent(denoiser, prompts, plan.family)
 
 
 def shared_weights(recipe: Recipe, plan: Plan, base: Any, *, average: bool = True) -> Any:
@@ -48,39 +46,28 @@ def shared_weights(recipe: Recipe, plan: Plan, base: Any, *, average: bool = Tru
     Args:
         average: see :func:`build_student`.
     """
-    unet = plan.subject.of(base).to("cpu")  # the watch has asked it where the run computes
+    denoiser = plan.subject.of(base).to("cpu")  # the watch has asked it where the run computes
     if plan.start is not None:
-        unet = plan.subject.open(plan.start, name="start")[0]
+        denoiser = plan.subject.open(plan.start, name="start")[0]
     elif recipe.start == "average" and average:
-        mean = {name: torch.zeros_like(tensor) for name, tensor in unet.state_dict().items()}
+        mean = {name: torch.zeros_like(tensor) for name, tensor in denoiser.state_dict().items()}
         for source in plan.teachers:
             for name, tensor in plan.subject.open(source)[0].state_dict().items():
                 mean[name] += tensor
-        unet.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
-    return unet.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
+        denoiser.load_state_dict({name: tensor / len(plan.teachers) for name, tensor in mean.items()})
+    return denoiser.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
 
 
-def roles_of(recipe: Recipe, plan: Plan, styles: list[str], text: Text = MappingProxyType({})) -> list[Role]:
-    """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept.
-
-    Args:
-        text: what styles change of the student's text encoder.
-    """
+def roles_of(recipe: Recipe, plan: Plan, styles: list[str]) -> list[Role]:
+    """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept."""
     num_earlier = len(styles) - len(recipe.teachers)
     shares = shares_of(recipe)
     roles = [
-        role_of(recipe, plan, i, text, style=num_earlier + i, share=share)
-        for i, (_, share) in enumerate(zip(recipe.teachers, shares, strict=False))
+        Role([num_earlier + i], encoder_of(recipe, teacher.name), share, num_timesteps_of(plan, i))
+        for i, (teacher, share) in enumerate(zip(recipe.teachers, shares, strict=False))
     ]
     kept = [Role(range(num_earlier), STUDENT, share) for share in shares[len(roles) :]]
     return roles + kept
-
-
-def role_of(recipe: Recipe, plan: Plan, teacher: int, text: Text, *, style: int = 0, share: float = 1.0) -> Role:
-    """The role of one of the recipe's teachers, by its index; where it is alone, its style is the only one."""
-    name = recipe.teachers[teacher].name
-    student = reader_in(name) if name in text else STUDENT
-    return Role([style], encoder_of(recipe, name), share, num_timesteps_of(plan, teacher), student)
 
 
 def num_timesteps_of(plan: Plan, teacher: int) -> int | None:
@@ -122,18 +109,18 @@ def open_teacher(recipe: Recipe, plan: Plan, index: int) -> Teacher:
     """One of the recipe's teachers: frozen, in its precision, on the CPU."""
     name = f"teacher '{recipe.teachers[index].name}'"
     opened, predicts = plan.subject.open(plan.teachers[index], torch_dtype=DTYPES[recipe.training.precision], name=name)
-    unet = freeze(opened).to(memory_format=torch.channels_last)
+    denoiser = freeze(opened).to(memory_format=torch.channels_last)
     if recipe.training.compile:
-        unet.compile()
+        denoiser.compile()
     reach = plan.reach.get(index)
     schedule = None if reach is None else reach.alphas_cumprod
-    return Teacher(unet, predicts or plan.prediction_type, plan.prediction_type, schedule)
+    return Teacher(denoiser, predicts or plan.prediction_type, plan.prediction_type, schedule)
 
 
 def _open_earlier_student(plan: Plan, dtype: torch.dtype) -> EarlierStudent:
     assert plan.earlier is not None
-    unet = denoiser_of(open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge"))
-    unet.to(memory_format=torch.channels_last)
-    student = StyledStudent(unet, copy.deepcopy(plan.earlier).to(dtype), plan.family)
+    denoiser = denoiser_of(open_pipeline(plan.base, torch_dtype=dtype, name="the earlier merge"))
+    denoiser.to(memory_format=torch.channels_last)
+    student = StyledStudent(denoiser, copy.deepcopy(plan.earlier).to(dtype), plan.family)
     freeze(student)
     return EarlierStudent(student)

@@ -89,10 +89,10 @@ class Batch(Samples):
 
 
 class Teacher:
-    """A frozen UNet whose predictions and features the student learns.
+    """A frozen denoiser whose predictions and features the student learns.
 
     Args:
-        unet: frozen, in ``eval``.
+        denoiser: frozen, in ``eval``.
         prediction_type: what it predicts.
         student_prediction_type: what the student predicts. Where the two differ, the teacher's last up block is not
             imitated: its output is on the way to another target.
@@ -101,15 +101,15 @@ class Teacher:
 
     def __init__(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         prediction_type: PredictionType,
         student_prediction_type: PredictionType,
         alphas_cumprod: Tensor | None = None,
     ) -> None:
-        self.unet = unet
+        self.denoiser = denoiser
         self._alphas_cumprod = alphas_cumprod
         self._types = (prediction_type, student_prediction_type)
-        self._tap = BlockTap(unet)
+        self._tap = BlockTap(denoiser)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,9 +117,9 @@ class Teacher:
         x_t, timesteps, levels = (value[part.samples] for value in (batch.x_t, batch.timesteps, batch.levels))
         if self._alphas_cumprod is not None:
             timesteps = timesteps_of_equal_power(levels, self._alphas_cumprod.to(levels.device))
-        dtype = next(self.unet.parameters()).dtype
+        dtype = next(self.denoiser.parameters()).dtype
         with self._tap.catch() as features:
-            output = ask(self.unet, x_t, timesteps, part.conditioning, dtype)
+            output = ask(self.denoiser, x_t, timesteps, part.conditioning, dtype)
         caught = dict(features)
         if self._types[0] != self._types[1]:
             caught.pop(list(caught)[-1])
@@ -135,16 +135,16 @@ class EarlierStudent(Teacher):
     """
 
     def __init__(self, student: StyledStudent) -> None:
-        self.unet: StyledStudent = student  # the style prompts, too, are to be where it computes
+        self.denoiser: StyledStudent = student  # the style prompts, too, are to be where it computes
 
     @torch.no_grad()
     def __call__(self, batch: Batch, part: Part) -> tuple[Tensor, dict[str, Tensor]]:
         """Its prediction of a part of a batch, each sample in its style, and its features by block."""
-        prompts = self.unet.style_prompts
+        prompts = self.denoiser.style_prompts
         dtype = prompts.embeddings.dtype
         weights = batch.style_weights[part.samples, : len(prompts.embeddings)]
         x_t, timesteps = batch.x_t[part.samples].to(dtype), batch.timesteps[part.samples]
-        output = self.unet(x_t, timesteps, part.conditioning, weights)
+        output = self.denoiser(x_t, timesteps, part.conditioning, weights)
         return output.prediction.float(), output.features
 
 

@@ -36,7 +36,7 @@ _ADVICE = {
     ),
 }
 """Where configs differ, what to do about it."""
-# of a UNet's config, what says nothing of what it computes
+# of a denoiser's config, what says nothing of what it computes
 _HARMLESS = ("sample_size", "upcast_attention")
 
 
@@ -80,7 +80,7 @@ def check_merge(recipe: Recipe, num_processes: int, device: torch.device, *, wit
         teachers.append(checked)
     start = _check_start(recipe, base, teachers)
     earlier = _read_earlier(recipe, base) if recipe.earlier else None
-    digests = [sha256(*checked.unet_files) if with_digests else "" for checked in teachers]
+    digests = [sha256(*checked.denoiser_files) if with_digests else "" for checked in teachers]
     provenance = tuple(map(_provenance, recipe.teachers, sources, teachers, digests))
     if earlier:
         provenance = (*_earlier_provenance(earlier, base_source, base), *provenance)
@@ -179,7 +179,7 @@ def _earlier_provenance(style_prompts: StylePrompts, source: ModelSource, merged
     """Where the earlier styles came from; where that is not known, the merged model itself."""
     if style_prompts.provenance:
         return style_prompts.provenance
-    told = (str(source.model), sha256(*merged.unet_files), merged.family.name, merged.prediction_type)
+    told = (str(source.model), sha256(*merged.denoiser_files), merged.family.name, merged.prediction_type)
     return [Provenance(name, *told) for name in style_prompts.names]
 
 
@@ -206,13 +206,13 @@ def _read_start(recipe: Recipe, start: ModelSource | None, styles: Sequence[str]
 
 
 def _check_structure(name: str, model: CheckedModel, base: CheckedModel) -> None:
-    """Refuse a model whose UNet has another architecture than the base's."""
+    """Refuse a model whose denoiser has another architecture than the base's."""
     ours, theirs = (_structure(one.denoiser) for one in (base, model))
     # what tells families apart first
     for key in dict.fromkeys(["cross_attention_dim", *ours, *theirs]):
         if ours.get(key) != theirs.get(key):
             advice = _ADVICE.get(key, "Choose teachers of one architecture.")
-            kind = "UNet" if base.family.denoiser.name == "unet" else base.family.denoiser.name
+            kind = base.family.denoiser.title
             raise UserError(f"{name}: the {kind} has {key} {theirs.get(key)}, the student {ours.get(key)}. {advice}")
 
 
@@ -232,9 +232,9 @@ def _reach(name: str, model: CheckedModel, base: CheckedModel) -> Reach | None:
     return reach
 
 
-def _structure(unet: Any) -> dict[str, Any]:
-    """A UNet's config, one way of writing it for all that mean the same."""
-    config = {name: value for name, value in unet.config.items() if name[0] != "_" and name not in _HARMLESS}
+def _structure(denoiser: Any) -> dict[str, Any]:
+    """Its config, one way of writing it for all that mean the same."""
+    config = {name: value for name, value in denoiser.config.items() if name[0] != "_" and name not in _HARMLESS}
     for name, value in config.items():
         if isinstance(value, list | tuple):
             config[name] = value[0] if len(set(map(str, value))) == 1 and name != "block_out_channels" else tuple(value)

@@ -24,11 +24,11 @@ def place_teachers(teachers: Mapping[int, Teacher], device: torch.device, *, num
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        needed = sum(tensor.nbytes for teacher in teachers.values() for tensor in _tensors(teacher.unet))
+        needed = sum(tensor.nbytes for teacher in teachers.values() for tensor in _tensors(teacher.denoiser))
         if needed > free - num_student_bytes - FOR_ACTIVATIONS * total:
             return TakingTurns(teachers, device)
     for teacher in teachers.values():
-        teacher.unet.to(device)
+        teacher.denoiser.to(device)
     return dict(teachers)
 
 
@@ -46,7 +46,7 @@ class TakingTurns:
         self._teachers = dict(teachers)
         self._device = device
         self._copying = torch.cuda.Stream(device)
-        self._waiting = {index: _pin(teacher.unet) for index, teacher in teachers.items()}
+        self._waiting = {index: _pin(teacher.denoiser) for index, teacher in teachers.items()}
         self._here: dict[int, list[Tensor]] = {}
 
     def __getitem__(self, index: int) -> Teacher:
@@ -71,7 +71,7 @@ class TakingTurns:
                 self._here[index] = [tensor.to(self._device, non_blocking=True) for tensor in self._waiting[index]]
 
     def _set(self, index: int, tensors: list[Tensor]) -> None:
-        for holder, tensor in zip(_tensors(self._teachers[index].unet), tensors, strict=True):
+        for holder, tensor in zip(_tensors(self._teachers[index].denoiser), tensors, strict=True):
             holder.data = tensor
 
 

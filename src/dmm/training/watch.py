@@ -38,7 +38,7 @@ class Watch:
 
     Args:
         batches: whose step 0 is asked; this process's share.
-        base: the UNet that the student is measured beside; asked now, so that it may become the student.
+        base: the denoiser that the student is measured beside; asked now, so that it may become the student.
         prediction_type: of the base and the student.
         styles: names, in the order of the student's style prompts.
     """

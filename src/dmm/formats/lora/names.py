@@ -1,6 +1,6 @@
 """What LoRAs' layouts call a model's layers.
 
-A layer ``down_blocks.0.attentions.0...to_q`` of a UNet is, by layout::
+A layer ``down_blocks.0.attentions.0...to_q`` of a UNet, which its pipeline calls ``unet``, is, by layout::
 
     lora_unet_down_blocks_0_attentions_0_..._to_q            kohya
     lora_unet_input_blocks_1_1_..._to_q                      kohya, of the original layout
@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from dmm.families import Family
+from dmm.families import FAMILIES, Component, Family
 
 _PEFT = "base_model.model."
 _LEVEL = "text_model."
@@ -24,6 +24,7 @@ _LEVEL = "text_model."
 _BELOW_IT = ("embeddings.", "encoder.layers.", "final_layer_norm")
 _DENOISERS = "lora_unet_"
 _TEXT_ENCODERS = "lora_te_"
+_FIRST = "text_encoder"
 
 
 def kohya_name(component: str, module: str, family: Family | None = None) -> str:
@@ -32,7 +33,7 @@ def kohya_name(component: str, module: str, family: Family | None = None) -> str
     Args:
         family: of the model; None of one that is not known here, whose text encoder, if any, is its only one.
     """
-    return (_kohya_prefixes(component, family)[0] + in_files(component, module)).replace(".", "_")
+    return (_kohya_prefixes(component, family)[0] + _in_files(component, module)).replace(".", "_")
 
 
 def layers_by_name(models: Mapping[str, Any], family: Family | None = None) -> dict[str, tuple[str, str]]:
@@ -63,7 +64,7 @@ def layers_by_original_name(component: str, original: Mapping[str, str]) -> dict
         module = ours.rpartition(".")[0]
         path = theirs.rpartition(".")[0].removeprefix("model.").removeprefix("diffusion_model.")
         flat = path.replace(".", "_")
-        for name in (f"diffusion_model.{path}", f"model.diffusion_model.{path}", f"lora_unet_{flat}"):
+        for name in (f"diffusion_model.{path}", f"model.diffusion_model.{path}", f"{_DENOISERS}{flat}"):
             names[name] = (component, module)
     return names
 
@@ -80,17 +81,30 @@ def kohya_name_of(layer: str, family: Family | None = None) -> str | None:
         return layer
     if layer.startswith("lycoris_"):
         flat = layer.removeprefix("lycoris_")
-        component = "text_encoder" if flat.startswith(_LEVEL.replace(".", "_")) else "unet"
-        return _kohya_prefixes(component, family)[0] + flat
+        reads_text = flat.startswith(_LEVEL.replace(".", "_"))
+        return (_kohya_prefixes(_FIRST, family) if reads_text else _denoiser_prefixes(family))[0] + flat
     path = layer.removeprefix(_PEFT)
-    for component in ("unet", "text_encoder", "text_encoder_2"):
-        if path.startswith(f"{component}."):
-            return kohya_name(component, path.removeprefix(f"{component}."), family)
+    for one in _named_by_path(family):
+        if path.startswith(f"{one.name}."):
+            return kohya_name(one.name, path.removeprefix(f"{one.name}."), family)
     if path.startswith((_LEVEL, "encoder.layers.")):
-        return kohya_name("text_encoder", path, family)
+        return kohya_name(_FIRST, path, family)
     if path.startswith(("down_blocks.", "mid_block.", "up_blocks.", "conv_", "time_embedding.", "add_embedding.")):
-        return kohya_name("unet", path, family)
+        return _denoiser_prefixes(family)[0] + path.replace(".", "_")
     return None
+
+
+def _named_by_path(family: Family | None) -> list[Component]:
+    """The parts whose layers kohya calls by their paths: text encoders, and UNets; of transformers it counts the blocks
+    otherwise.
+    """
+    families = [family] if family else list(FAMILIES.values())
+    denoisers = [one.denoiser for one in families if one.denoiser.layout]
+    return [*denoisers, *(reader for one in families for reader in one.text_encoders)]
+
+
+def _denoiser_prefixes(family: Family | None) -> tuple[str, ...]:
+    return family.denoiser.kohya if family else (_DENOISERS,)
 
 
 def _kohya_prefixes(component: str, family: Family | None) -> tuple[str, ...]:
@@ -102,8 +116,8 @@ def _kohya_prefixes(component: str, family: Family | None) -> tuple[str, ...]:
     return (_TEXT_ENCODERS, "lora_te1_") if component.startswith("text_encoder") else (_DENOISERS,)
 
 
-def in_files(component: str, module: str) -> str:
-    """The path of a module, or of its parameter, as files have it, whatever its class calls it."""
+def _in_files(component: str, module: str) -> str:
+    """A module's path as files have it, whatever its class calls it."""
     below = component.startswith("text_encoder") and module.startswith(_BELOW_IT)
     return f"{_LEVEL}{module}" if below else module
 
@@ -122,7 +136,7 @@ def _names_of(component: str, module: str, family: Family | None) -> Iterator[st
         )
         return
     comfy = next((one.comfy for one in family.components if one.name == component), ()) if family else ()
-    whole = in_files(component, module)
+    whole = _in_files(component, module)
     for path in dict.fromkeys((whole, whole.removeprefix(_LEVEL))):
         flat = path.replace(".", "_")
         for prefix in prefixes:
