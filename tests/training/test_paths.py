@@ -4,6 +4,7 @@ import pytest
 import torch
 from toy import ALPHAS_CUMPROD, STYLES, ToyData
 
+from dmm.data.training import STUDENT
 from dmm.maths.consistency import embed_guidance, sub_path_noise
 from dmm.maths.sharing import Group
 from dmm.models.few_step import TOLD_DIM
@@ -15,6 +16,7 @@ GROUPS = [Group(0, range(6), 1 / 12), Group(1, range(6, 12), 1 / 12)]
 def paths(**changes):
     settings = {
         "groups": GROUPS,
+        "readers": [STUDENT] * len(STYLES),
         "style_by_style": False,
         "alphas_cumprod": ALPHAS_CUMPROD,
         "skip": 20,

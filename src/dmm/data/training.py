@@ -28,6 +28,11 @@ STUDENT = "student"
 """Name of the student's text encoder, which is the base's."""
 
 
+def reader_in(style: str) -> str:
+    """Name of the student's text encoder as it reads in a style that changes it."""
+    return f"{STUDENT}/{style}/text"
+
+
 logger = logging.getLogger(__name__)
 
 
@@ -100,7 +105,7 @@ class TrainingData:
         """What a denoiser reads of the captions, and of the pictures' size.
 
         Args:
-            encoder: ``student`` or a teacher's name: whose text encoders.
+            encoder: ``student``, :func:`reader_in` a style that changes it, or a teacher's name: whose text encoders.
             rows: (B,) int64.
             dropped: (B,) bool, whose caption is the empty one instead. Give student and teacher the same.
         Returns: by flat names, such as ``encoder_hidden_states``, (B, T, D); float32, on the CPU.
@@ -141,6 +146,7 @@ def prepare_data(
     cache: Path | None = None,
     clip_skips: Mapping[str, int] | None = None,
     conditions: Mapping[str, Condition] | None = None,
+    readers: Mapping[str, Callable[[], Any]] = MappingProxyType({}),
     place: Place = ALONE,
     show_progress: bool = True,
 ) -> TrainingData:
@@ -160,6 +166,7 @@ def prepare_data(
         cache: folder of the cache, by default the user's.
         clip_skips: of the teachers, and of the ``student``, that leave out layers of their text encoder.
         conditions: of ControlNets, by name, what each is shown of an image.
+        readers: what opens further pipelines that read the captions, by name, such as :func:`reader_in`.
         place: this process's, among those that share the work.
         show_progress: bars on stderr.
     Raises: UserError: the size does not suit a model, an image is damaged, a model overflows, the cache cannot be
@@ -198,6 +205,7 @@ def prepare_data(
     title = "images" if place.count == 1 else f"images of process {place.index + 1} of {place.count}"
     with _bar(mine, " images", title, show_progress, leave=True) as bar:
         texts = {STUDENT: read_captions(STUDENT, base)}
+        texts |= {name: read_captions(name, open_reader()) for name, open_reader in readers.items()}
         for index, (name, open_teacher) in enumerate(teachers.items()):
             pipeline = open_teacher()
             with _naming(name):

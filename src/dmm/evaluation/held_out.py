@@ -18,11 +18,13 @@ from torch import Tensor
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.keys import digest_denoiser, digest_tensors, digest_text_encoders, digest_vae, key_of, public_config
 from dmm.data.rows import cached_rows
+from dmm.data.training import reader_in
 from dmm.evaluation.painting import Painting
 from dmm.evaluation.score_error import References, ScoreError, score_error
 from dmm.families import denoiser_of
 from dmm.models.teachers import naming
-from dmm.pipeline.styled import temporary_style
+from dmm.pipeline.reading import reads_otherwise
+from dmm.pipeline.styled import stock_twin, style_prompts_of, temporary_style
 from dmm.training.batches import CaptionedLatents
 
 NUM_LATENTS = 64
@@ -115,10 +117,14 @@ def synthesize_held_out(
         sampler=painting.sampler,
         seed=int.from_bytes(digest[:7], "big"),
     )
-    base_pipeline = base.open(torch.float32)
+    base_pipeline, merged = base.open(torch.float32), student.open(torch.float32)
     made = {}
     for style, teacher in teachers.items():
-        skips = {name: skip for name, skip in (("student", student.clip_skip), (style, teacher.clip_skip)) if skip}
+        readers = {}
+        if reads_otherwise(style_prompts_of(merged), style):
+            readers[reader_in(style)] = partial(stock_twin, merged, style)
+        of_student = dict.fromkeys(("student", *readers), student.clip_skip)
+        skips = {name: skip for name, skip in (of_student | {style: teacher.clip_skip}).items() if skip}
         with naming(f"teacher '{style}'"):
             made[style] = prepare_data(
                 synthesis,
@@ -127,6 +133,7 @@ def synthesize_held_out(
                 size=size,
                 cache=cache,
                 clip_skips=skips,
+                readers=readers,
                 show_progress=False,
             )
         progress(1)
@@ -149,14 +156,16 @@ def held_out_error(
     everything = torch.arange(data.num_rows)
     pipelines = {name: model.open(torch.float32) for name, model in (("student", student), (style, teacher))}
     base_pipeline = base.open(torch.float32)
+    prompts = style_prompts_of(pipelines["student"])
+    readers = {style: reader_in(style)} if reads_otherwise(prompts, style) else {}
     with temporary_style(pipelines["student"], style):
         made_by = {name: _digests(pipeline) for name, pipeline in pipelines.items()} | {"base": _digests(base_pipeline)}
     latents = digest_tensors({"latents": data.latents(everything)})
     made_on = {"latents": latents, "teacher_skip": teacher.clip_skip, **held_out.settings}
 
     def keep(_: str, count: int, say: References) -> References:
-        # the base reads captions as the student's text encoder does
-        read_by, said_by = made_by["student"]["text_encoders"], [made_by[style], made_by["base"]]
+        # the base reads captions as the student's text encoder does without a style
+        read_by, said_by = digest_text_encoders(base_pipeline), [made_by[style], made_by["base"]]
         references = partial(key_of, kind="references", models=said_by, student_reads=read_by, **made_on)
         rows = cached_rows(
             cache / "references", count, lambda span: references(span=[span.start, span.stop]), say, lambda _: None
@@ -174,6 +183,7 @@ def held_out_error(
             num_bands=NUM_BANDS,
             seed=held_out.settings["seed"],
             keep=keep,
+            readers=readers,
         )
         edges = [[band.start, band.stop] for band in found.bands]
         by_band = torch.tensor(found.by_band[style], dtype=torch.float64)

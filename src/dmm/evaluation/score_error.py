@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def score_error(
     seed: int = 0,
     batch_size: int = 64,
     keep: Callable[[str, int, References], References] = ask_again,
+    readers: Mapping[str, str] = MappingProxyType({}),
 ) -> ScoreError:
     """Measure a merged model against its teachers.
 
@@ -90,6 +92,7 @@ def score_error(
         batch_size: samples that a model is given at a time.
         keep: given a style, the number of its draws, and what tells of them, the same from wherever it is kept: of
             teachers and base, which do not change with the student, it need not be asked twice.
+        readers: by style, whose text encoder of the data's is the student's in it; the base's, by default.
     Raises: ValueError: a band has no samples, or base and teacher say the same in it.
     """
     process = process_of(base.scheduler.config, family_of(base))
@@ -105,7 +108,7 @@ def score_error(
             span = range(start, min(start + batch_size, len(drawn)))
             said, noised = references(span), drawn.noised(span)
             with temporary_style(student, style):
-                said["student"] = _predict(student, noised, drawn.conditioning(STUDENT, span))
+                said["student"] = _predict(student, noised, drawn.conditioning(readers.get(style, STUDENT), span))
             compared = {
                 name: noised.compared(said[name], pipeline)
                 for name, pipeline in (("student", student), ("teacher", teacher), ("base", base))

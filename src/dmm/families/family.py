@@ -197,6 +197,11 @@ class Family:
         return tuple(one for one in self.components if one.tokenizer)
 
     @property
+    def clips(self) -> tuple[Component, ...]:
+        """Those of its text encoders that are CLIP's, which people train along with a denoiser."""
+        return tuple(one for one in self.text_encoders if one.num_tokens is None and one.template is None)
+
+    @property
     def tokenizers(self) -> dict[str, str]:
         """The names of its tokenizers, and of the text encoders that read their tokens."""
         return {one.tokenizer: one.name for one in self.components if one.tokenizer}

@@ -2,7 +2,8 @@
 
     styles/NAME.safetensors        the low-rank part: a LoRA in kohya's layout, which diffusers, too, loads; of
                                    transformers in diffusers' own
-           NAME.diff.safetensors   the differences of biases and norms, in the layout that ComfyUI and LyCORIS read
+           NAME.diff.safetensors   the differences of biases and norms, in the layout that ComfyUI and LyCORIS read;
+                                   of a text encoder also those of its embeddings, low-rank, which no LoRA is read with
            adapters.json           which files a style has, their sha256, and that of the weights that they change
 
 A style's files say nothing of other styles. Their headers name every parameter in full, which kohya's names do not.
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
+from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.json import parse_json, read_json
-from dmm.formats.lora import kohya_name
+from dmm.formats.lora import in_files, kohya_name
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.models.adapters import Adapter, Factors
 
@@ -31,6 +33,10 @@ COMPONENT = "unet"
 """What kohya's names call a denoiser, whatever it is."""
 _TRANSFORMER = "transformer"
 """The component whose LoRAs diffusers reads in its own layout alone: kohya's counts its blocks otherwise."""
+_IN = "/"
+"""Between a text encoder's component and its parameter, in a header; a denoiser's parameters stand alone."""
+_WITH_LORAS = "encoder.layers."
+"""Where in a text encoder tools look for low-rank changes: not at its embeddings, or its projection."""
 # of a parameter's name, what stands for it in the layouts that carry whole differences
 _ENDINGS = {"weight": "diff", "bias": "diff_b"}
 
@@ -82,6 +88,7 @@ def write_adapters(
     base_sha256: str,
     metadata: Mapping[str, Mapping[str, str]],
     component: str = COMPONENT,
+    family: Family | None = None,
 ) -> None:
     """Write the adapters of styles, and their index, into a ``styles/`` folder.
 
@@ -90,13 +97,14 @@ def write_adapters(
         base_sha256: of the weights that they change.
         metadata: by style, further strings for the headers.
         component: of a pipeline, that they change: no other's layers are taken for its.
+        family: of the pipeline, by which several text encoders are told apart.
     Raises: UserError: a value is not finite.
     """
     folder.mkdir(exist_ok=True)
     index: dict[str, Any] = {}
     for (style, adapter), stem in zip(adapters.items(), file_stems(list(adapters)), strict=True):
         told = {**metadata.get(style, {}), "dmm.base_sha256": base_sha256}
-        files = write_adapter(adapter, folder, stem, told, component)
+        files = write_adapter(adapter, folder, stem, told, component, family)
         index[style] = {
             "files": {path.name: sha256(path) for path in files},
             "parameters": adapter.num_parameters,
@@ -122,7 +130,12 @@ def file_stems(names: Sequence[str]) -> list[str]:
 
 
 def write_adapter(
-    adapter: Adapter, folder: Path, stem: str, metadata: Mapping[str, str], component: str = COMPONENT
+    adapter: Adapter,
+    folder: Path,
+    stem: str,
+    metadata: Mapping[str, str],
+    component: str = COMPONENT,
+    family: Family | None = None,
 ) -> list[Path]:
     """Write one adapter: its low-rank part, and its whole differences, each where there are any.
 
@@ -131,8 +144,8 @@ def write_adapter(
     """
     written = []
     for path, (tensors, names) in (
-        (folder / f"{stem}.safetensors", lora_tensors(adapter, component)),
-        (folder / f"{stem}.diff.safetensors", difference_tensors(adapter, component)),
+        (folder / f"{stem}.safetensors", lora_tensors(adapter, component, family)),
+        (folder / f"{stem}.diff.safetensors", difference_tensors(adapter, component, family)),
     ):
         if tensors:
             check_finite(tensors, str(path))
@@ -147,34 +160,68 @@ def write_adapter(
     return written
 
 
-def lora_tensors(adapter: Adapter, component: str = COMPONENT) -> tuple[dict[str, Tensor], dict[str, str]]:
+def lora_tensors(
+    adapter: Adapter, component: str = COMPONENT, family: Family | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's low-rank part in kohya's layout, or of a transformer in diffusers', and the parameter that each
     layer's name stands for.
     """
-    tensors, names = {}, {}
-    for name, one in adapter.factors.items():
+    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    for of, name, one in _layers(adapter, component):
+        module = name.removesuffix(".weight")
+        up = one.up.reshape(*one.up.shape, *(1,) * (one.down.ndim - 2)).contiguous()
         if component == _TRANSFORMER:
-            layer = f"{component}.{name.removesuffix('.weight')}"
-            tensors[f"{layer}.lora_A.weight"] = one.down.contiguous()
-            tensors[f"{layer}.lora_B.weight"] = one.up.reshape(*one.up.shape, *(1,) * (one.down.ndim - 2)).contiguous()
-            names[layer] = name
-            continue
-        layer = kohya_name(component, name.removesuffix(".weight"))
-        tensors[f"{layer}.lora_down.weight"] = one.down.contiguous()
-        tensors[f"{layer}.lora_up.weight"] = one.up.reshape(*one.up.shape, *(1,) * (one.down.ndim - 2)).contiguous()
-        tensors[f"{layer}.alpha"] = torch.tensor(float(one.rank))
-        names[layer] = name
+            layer = f"{of}.{in_files(of, module)}"
+            tensors |= {f"{layer}.lora_A.weight": one.down.contiguous(), f"{layer}.lora_B.weight": up}
+        else:
+            layer = kohya_name(of, module, family if of in adapter.text else None)
+            tensors |= {f"{layer}.lora_down.weight": one.down.contiguous(), f"{layer}.lora_up.weight": up}
+            tensors[f"{layer}.alpha"] = torch.tensor(float(one.rank))
+        names[layer] = _told(of, component, name)
     return tensors, names
 
 
-def difference_tensors(adapter: Adapter, component: str = COMPONENT) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """An adapter's whole differences as ComfyUI reads them, and the parameter that each key stands for."""
+def difference_tensors(
+    adapter: Adapter, component: str = COMPONENT, family: Family | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """An adapter's whole differences as ComfyUI reads them, and the parameter that each key stands for; with them what
+    changes a text encoder outside of its layers.
+    """
     tensors, names = {}, {}
     for name, offset in adapter.offsets.items():
         module, _, parameter = name.rpartition(".")
         key = f"{kohya_name(component, module)}.{_ENDINGS.get(parameter, parameter)}"
         tensors[key], names[key] = offset.contiguous(), name
+    for of, text in adapter.text.items():
+        (prefix,) = [one.comfy[0] for one in family.components if one.name == of] if family else [f"{of}."]
+        for name, offset in text.offsets.items():
+            module, _, parameter = name.rpartition(".")
+            key = f"{prefix}{in_files(of, module)}.{_ENDINGS.get(parameter, parameter)}"
+            tensors[key], names[key] = offset.contiguous(), _told(of, component, name)
+        for name, one in text.factors.items():
+            if _WITH_LORAS not in name:
+                layer = f"{prefix}{in_files(of, name.removesuffix('.weight'))}"
+                tensors |= {f"{layer}.lora_down.weight": one.down.contiguous()}
+                tensors |= {f"{layer}.lora_up.weight": one.up.contiguous()}
+                tensors |= {f"{layer}.alpha": torch.tensor(float(one.rank))}
+                names[layer] = _told(of, component, name)
     return tensors, names
+
+
+def _layers(adapter: Adapter, component: str) -> Iterator[tuple[str, str, Factors]]:
+    """The changes that a LoRA carries, each with its component and its weight's name."""
+    for name, one in adapter.factors.items():
+        yield component, name, one
+    for of, text in adapter.text.items():
+        for name, one in text.factors.items():
+            if _WITH_LORAS in name:
+                yield of, name, one
+
+
+def _told(of: str, denoiser: str, name: str) -> str:
+    """A parameter's name as headers have it."""
+    return name if of == denoiser else f"{of}{_IN}{name}"
 
 
 def read_adapter(files: Sequence[Path]) -> Adapter:
@@ -182,25 +229,29 @@ def read_adapter(files: Sequence[Path]) -> Adapter:
 
     Raises: UserError: a file is damaged, or no adapter of ours.
     """
-    factors: dict[str, Factors] = {}
-    offsets: dict[str, Tensor] = {}
+    # by text encoder; the denoiser's under no name
+    factors: dict[str, dict[str, Factors]] = {"": {}}
+    offsets: dict[str, dict[str, Tensor]] = {"": {}}
     for path in files:
-        told = read_header(path).metadata.get(_NAMES)
-        if told is None:
+        written = read_header(path).metadata.get(_NAMES)
+        if written is None:
             raise UserError(f"{path}: its header does not name what it changes; it is no style of a merged model.")
-        names, tensors = parse_json(told, f"{path}: its {_NAMES}"), read_tensors(path)
+        names, tensors = parse_json(written, f"{path}: its {_NAMES}"), read_tensors(path)
         check_finite(tensors, str(path))
         try:
-            for key, name in names.items():
+            for key, told in names.items():
+                component, _, name = str(told).rpartition(_IN)
                 if key in tensors:
-                    offsets[str(name)] = tensors[key]
+                    offsets.setdefault(component, {})[name] = tensors[key]
                     continue
                 ends = ("lora_B", "lora_A") if f"{key}.lora_B.weight" in tensors else ("lora_up", "lora_down")
                 up, down = (tensors[f"{key}.{end}.weight"] for end in ends)
-                factors[str(name)] = Factors(up.flatten(1), down)
+                factors.setdefault(component, {})[name] = Factors(up.flatten(1), down)
         except (AttributeError, KeyError, IndexError, ValueError) as error:
             raise UserError(f"{path}: its {_NAMES} does not tell what its tensors change. Get another copy.") from error
-    return Adapter(factors, offsets)
+    components = [one for one in dict.fromkeys([*factors, *offsets]) if one]
+    text = {one: Adapter(factors.get(one, {}), offsets.get(one, {})) for one in components}
+    return Adapter(factors[""], offsets[""], text)
 
 
 def _read_index(path: Path) -> tuple[dict[str, dict[str, str]], str]:

@@ -7,7 +7,7 @@ that share their weights, runs *unfused*: see :mod:`dmm.models.unfused`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,16 +45,20 @@ class Adapter:
     Attributes:
         factors: of layers' weights, by the parameter's name.
         offsets: the whole differences of other parameters, by name.
+        text: what it changes of the text encoders that read for the model, by component; see
+            :mod:`dmm.models.text_adapters`.
     """
 
     factors: Mapping[str, Factors]
     offsets: Mapping[str, Tensor]
+    text: Mapping[str, "Adapter"] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
         """How many numbers it holds."""
         of_layers = sum(one.up.numel() + one.down.numel() for one in self.factors.values())
-        return of_layers + sum(offset.numel() for offset in self.offsets.values())
+        of_text = sum(one.num_parameters for one in self.text.values())
+        return of_layers + sum(offset.numel() for offset in self.offsets.values()) + of_text
 
     def change(self, name: str) -> Tensor:
         """The whole change of a parameter that it changes, float32."""
@@ -63,7 +67,8 @@ class Adapter:
     def to(self, *args: Any) -> "Adapter":
         """Its tensors on another device or in another dtype, as ``Tensor.to`` has it."""
         factors = {name: Factors(one.up.to(*args), one.down.to(*args)) for name, one in self.factors.items()}
-        return Adapter(factors, {name: offset.to(*args) for name, offset in self.offsets.items()})
+        offsets = {name: offset.to(*args) for name, offset in self.offsets.items()}
+        return Adapter(factors, offsets, {component: one.to(*args) for component, one in self.text.items()})
 
 
 NOTHING = Adapter({}, {})
@@ -86,12 +91,17 @@ def mix_adapters(parts: Sequence[tuple[float, Adapter]]) -> Adapter:
         for name, offset in adapter.offsets.items():
             part = offset.float() * weight
             offsets[name] = offsets[name] + part if name in offsets else part
+    components = dict.fromkeys(component for _, adapter in parts for component in adapter.text)
     return Adapter(
         {
             name: Factors(torch.cat([one.up for one in of_layer], dim=1), torch.cat([one.down for one in of_layer]))
             for name, of_layer in factors.items()
         },
         offsets,
+        {
+            component: mix_adapters([(weight, one.text[component]) for weight, one in parts if component in one.text])
+            for component in components
+        },
     )
 
 

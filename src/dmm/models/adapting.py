@@ -9,7 +9,7 @@ from torch import nn
 
 from dmm.maths.mixes import Mix, mix_weights
 from dmm.models.adapters import NOTHING, Adapter, KeptWeights, add_change, check_adapter, mix_adapters, owners_by_name
-from dmm.models.unfused import changes_of, set_changes
+from dmm.models.unfused import Prompts, changes_of, set_changes
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,9 +28,11 @@ class Adaptation:
         shared: whether others paint with the same weights.
     """
 
-    def __init__(self, *, shared: bool = False) -> None:
+    def __init__(self, *, shared: bool = False, of_prompts: bool = False) -> None:
+        """Of a model that reads prompts, or of one that paints images."""
         self.chosen: Chosen = None
         self.shared = shared
+        self._prompts = Prompts() if of_prompts else None
         self._kept = KeptWeights()
 
     def choose(self, model: nn.Module, names: Sequence[str], adapters: Mapping[str, Adapter], chosen: Chosen) -> None:
@@ -58,7 +60,7 @@ class Adaptation:
             weight = next(model.parameters())
             made = [one.to(weight.device, weight.dtype) for one in made]
             index = None if one_for_all else torch.tensor([distinct.index(one) for one in mixes])
-            set_changes(model, changes_of(made, index))
+            set_changes(model, changes_of(made, index, prompts=self._prompts))
         self.chosen = chosen
 
     def share(self, model: nn.Module, names: Sequence[str], adapters: Mapping[str, Adapter]) -> None:

@@ -95,7 +95,7 @@ def write_side_car(prompts: StylePrompts, folder: Path, *, family: Family | None
         told = {one.name: family.lora_metadata | _metadata(one) for one in prompts.provenance}
         told = dict.fromkeys(prompts.names, family.lora_metadata) | told
         in_order = {name: prompts.adapters[name] for name in prompts.names if name in prompts.adapters}
-        write_adapters(in_order, styles, base_sha256=digest, metadata=told, component=component)
+        write_adapters(in_order, styles, base_sha256=digest, metadata=told, component=component, family=family)
     if prompts.provenance:
         written = {"styles": [asdict(one) for one in prompts.provenance]}
         text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"

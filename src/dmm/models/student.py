@@ -114,6 +114,7 @@ class TrainedAdapter(nn.Module):
 
     def __init__(self, adapter: Adapter) -> None:
         super().__init__()
+        self._text = adapter.text  # goes along: text is encoded before training begins
         for name, one in adapter.factors.items():
             self.register_parameter(f"up:{_escaped(name)}", nn.Parameter(one.up.float().clone()))
             self.register_parameter(f"down:{_escaped(name)}", nn.Parameter(one.down.float().clone()))
@@ -126,14 +127,15 @@ class TrainedAdapter(nn.Module):
         for name, parameter in self.named_parameters():
             kind, _, of = name.partition(":")
             parts[kind][of.replace("/", ".")] = parameter
-        return Adapter({name: Factors(up, parts["down"][name]) for name, up in parts["up"].items()}, parts["offset"])
+        factors = {name: Factors(up, parts["down"][name]) for name, up in parts["up"].items()}
+        return Adapter(factors, parts["offset"], self._text)
 
     @torch.no_grad()
     def frozen(self) -> Adapter:
         """What it holds now, on the CPU, apart from what is trained further."""
         adapter = self.adapter()
         factors = {name: Factors(_apart(one.up), _apart(one.down)) for name, one in adapter.factors.items()}
-        return Adapter(factors, {name: _apart(offset) for name, offset in adapter.offsets.items()})
+        return Adapter(factors, {name: _apart(offset) for name, offset in adapter.offsets.items()}, self._text)
 
 
 def _apart(tensor: Tensor) -> Tensor:

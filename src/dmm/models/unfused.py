@@ -16,6 +16,17 @@ from torch import Tensor, nn
 from dmm.models.adapters import Adapter
 
 
+@dataclass
+class Prompts:
+    """What a text encoder is reading.
+
+    Attributes:
+        count: P, prompts; each is that of one image, or of as many as every other.
+    """
+
+    count: int = 0
+
+
 @dataclass(frozen=True)
 class Change:
     """What several styles change of one module.
@@ -25,12 +36,14 @@ class Change:
         down: (U, rank, in, ...).
         offsets: by parameter's own name, (U, n).
         index: (S,) int64, which of the U each image of a batch of S has; None where U is 1 and all have it.
+        prompts: of a text encoder, what it is reading, in place of a batch of images.
     """
 
     up: Tensor | None
     down: Tensor | None
     offsets: Mapping[str, Tensor]
     index: Tensor | None
+    prompts: Prompts | None = None
 
 
 def set_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
@@ -42,25 +55,33 @@ def set_changes(model: nn.Module, changes: Mapping[str, Change]) -> None:
     for name, module in model.named_modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
-                if isinstance(hook, _Hook):
+                if isinstance(hook, _Hook | _Count):
                     del hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
         change = changes.get(name.replace(".base_layer", ""))
         if change is None or name + ".base_layer" in changes:
             continue
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.register_forward_hook(_Beside(change))
+        elif isinstance(module, nn.Embedding):
+            module.register_forward_hook(_LookedUp(change))
         else:
             affine = _Affine(change)
             module.register_forward_pre_hook(_Bare(affine))
             module.register_forward_hook(affine, always_call=True)
+    prompts = next((one.prompts for one in changes.values() if one.prompts), None)
+    if prompts:
+        model.register_forward_pre_hook(_Count(prompts), with_kwargs=True)
 
 
-def changes_of(adapters: Sequence[Adapter], index: Tensor | None = None) -> dict[str, Change]:
+def changes_of(
+    adapters: Sequence[Adapter], index: Tensor | None = None, *, prompts: Prompts | None = None
+) -> dict[str, Change]:
     """What adapters change, by module.
 
     Args:
         adapters: of U styles.
-        index: see :class:`Change`.
+        index, prompts: see :class:`Change`.
     """
     assert index is not None or len(adapters) == 1
     names = dict.fromkeys(name for one in adapters for name in (*one.factors, *one.offsets))
@@ -68,10 +89,12 @@ def changes_of(adapters: Sequence[Adapter], index: Tensor | None = None) -> dict
     for name in names:
         module, _, parameter = name.rpartition(".")
         modules.setdefault(module, set()).add(parameter)
-    return {module: _change(adapters, module, parameters, index) for module, parameters in modules.items()}
+    return {name: _change(adapters, name, parameters, index, prompts) for name, parameters in modules.items()}
 
 
-def _change(adapters: Sequence[Adapter], module: str, parameters: set[str], index: Tensor | None) -> Change:
+def _change(
+    adapters: Sequence[Adapter], module: str, parameters: set[str], index: Tensor | None, prompts: Prompts | None
+) -> Change:
     name = f"{module}.weight"
     up, down = _stack([one.factors.get(name) for one in adapters])
     offsets = {}
@@ -80,7 +103,7 @@ def _change(adapters: Sequence[Adapter], module: str, parameters: set[str], inde
         like = next((one for one in found if one is not None), None)
         if like is not None:
             offsets[parameter] = torch.stack([torch.zeros_like(like) if one is None else one for one in found])
-    return Change(up, down, offsets, index)
+    return Change(up, down, offsets, index, prompts)
 
 
 def _stack(factors: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -113,6 +136,8 @@ class _Hook:
         index = self.change.index
         if index is None:
             return tensor
+        if self.change.prompts:
+            return tensor[_by_prompt(index, self.change.prompts.count).to(tensor.device)]
         blocks, rest = divmod(batch, len(index))
         if len(index) == 1:  # whatever a model makes of its batch: some put all tokens of it in a row
             return tensor[index.to(tensor.device)]
@@ -122,6 +147,34 @@ class _Hook:
                 "style for all, or as many as images in a batch."
             )
         return tensor[index.to(tensor.device)]
+
+
+class _Count:
+    """Before a text encoder: counts the prompts that it is given."""
+
+    def __init__(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+
+    def __call__(self, _module: nn.Module, given: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        self._prompts.count = len(given[0] if given else named["input_ids"])
+
+
+def _by_prompt(index: Tensor, num_prompts: int) -> Tensor:
+    """Which style each prompt is read in, (P,), where each image has a style, (S,), and each prompt S / P of them."""
+    if len(index) == 1:
+        return index
+    if len(index) % num_prompts:
+        raise ValueError(
+            f"{len(index)} styles were set, one for each image, and {num_prompts} prompts are read: set one style for "
+            "all, or as many as prompts x images per prompt."
+        )
+    by_prompt = index.reshape(num_prompts, -1)
+    if not (by_prompt == by_prompt[:, :1]).all():
+        raise ValueError(
+            "Images of one prompt have styles whose text encoders differ, and a prompt is read once for all its "
+            "images: give each image a prompt of its own, the same one as often as it is painted."
+        )
+    return by_prompt[:, 0]
 
 
 class _Beside(_Hook):
@@ -169,6 +222,20 @@ def _convolve(conv: Any, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     height, width = low.shape[2:]
     high = up @ low.reshape(-1, num_images, rank, height * width)
     return high.reshape(len(x), -1, height, width)
+
+
+class _LookedUp(_Hook):
+    """Of an embedding, which takes rows of its weight."""
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        up, down, ids = self.change.up, self.change.down, inputs[0]
+        if up is None or down is None:
+            return output
+        up, down = (self.for_batch(one, len(ids)).to(output) for one in (up, down))
+        if len(up) == 1:
+            return output + F.embedding(ids, up[0]) @ down[0]
+        ids = ids.expand(len(up), -1)  # positions are the same for all prompts
+        return output + up[torch.arange(len(up), device=ids.device)[:, None], ids] @ down
 
 
 class _Affine(_Hook):

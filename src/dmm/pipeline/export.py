@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 import dmm
 from dmm.errors import UserError
 from dmm.families import components_of, denoiser_of, family_of
 from dmm.files.outputs import new_file, new_folder
 from dmm.formats.folder import known_parts
-from dmm.formats.original_layout import original_names
+from dmm.formats.lora import in_files
+from dmm.formats.original_layout import original_places, to_original
 from dmm.formats.single_file import save_single_file
 from dmm.formats.tensors import check_finite, read_header, read_tensors, write_tensors
 from dmm.maths.mixes import Mix
@@ -26,6 +28,7 @@ from dmm.models.adapter_files import file_stems
 from dmm.models.authors import authors_layout, rewrite_file, rewrite_folder
 from dmm.models.few_step import is_told
 from dmm.models.styles import StylePrompts
+from dmm.models.text_adapters import clips_of
 from dmm.pipeline.style_loras import StyleLoras, write_style_loras
 from dmm.pipeline.styled import stock_twin, style_prompts_of, told_of_full_disk, write_stock_folder
 
@@ -65,7 +68,8 @@ def export_all(
     """Write every style at once: one checkpoint, and for each style a patch and LoRAs of a few kilobytes.
 
     The checkpoint is the style-less average; a patch is what the style changes of it (one bias, where styles have no
-    adapters), by the name that it has in the checkpoint: ``styles/NAME.safetensors``. Other tools load the LoRAs, which
+    adapters), by the name that it has in the checkpoint, in a folder with that of the text encoder in front of it:
+    ``styles/NAME.safetensors``. Other tools load the LoRAs, which
     are always float32: ``loras/NAME.safetensors``, see :func:`dmm.pipeline.style_loras.write_style_loras`.
 
     Args:
@@ -74,9 +78,8 @@ def export_all(
     Returns: what the LoRAs are.
     Raises: UserError: see :func:`export_style`.
     """
-    stock, family, styles = stock_twin(pipe), family_of(pipe), style_prompts_of(pipe).names
-    shared = dict(denoiser_of(stock).named_parameters())
-    names = original_names(stock.components, family)[family.denoiser.name] if single_file else {n: n for n in shared}
+    stock, styles = stock_twin(pipe), style_prompts_of(pipe).names
+    shared = _patchable(stock, single_file=single_file)
     headers = {style: {"format": "pt", **describe(pipe, {style: 1.0})} for style in styles}
     with (
         new_folder(folder, overwrite=overwrite, parts=(*known_parts(), LORA_FOLDER)) as temporary,
@@ -88,15 +91,28 @@ def export_all(
             _write_folder(stock, temporary, dtype, describe(pipe, None))
         (temporary / PATCH_FOLDER).mkdir()
         for style, file in zip(styles, patch_files(pipe), strict=True):
-            own = denoiser_of(stock_twin(pipe, style)).named_parameters()
-            patch = {
-                names[name]: parameter.detach().to(dtype)
-                for name, parameter in own
-                if parameter is not shared[name] and not parameter.equal(shared[name])
-            }
+            own = _patchable(stock_twin(pipe, style), single_file=single_file)
+            patch = {name: weight.to(dtype) for name, weight in own.items() if not weight.equal(shared[name])}
             check_finite(patch, f"the style '{style}'")
             write_tensors(temporary / PATCH_FOLDER / file, patch, headers[style])
         return write_style_loras(pipe, temporary / LORA_FOLDER, headers)
+
+
+def _patchable(pipe: Any, *, single_file: bool) -> dict[str, Tensor]:
+    """What styles may change of a stock pipeline, by the names of patches."""
+    family = family_of(pipe)
+    models = {family.denoiser.name: denoiser_of(pipe), **clips_of(pipe)}
+    if single_file:
+        placed = original_places(models, family).items()
+        return {
+            name: one for part, places in placed for name, one in to_original(models[part].state_dict(), places).items()
+        }
+    prefixes = {part: "" if part == family.denoiser.name else f"{part}." for part in models}
+    return {
+        f"{prefixes[part]}{in_files(part, name)}": weight.detach()
+        for part, model in models.items()
+        for name, weight in model.named_parameters()
+    }
 
 
 def export_authors(pipe: Any, output: Path, *, dtype: torch.dtype = torch.float32, overwrite: bool = False) -> None:

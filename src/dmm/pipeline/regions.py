@@ -21,10 +21,11 @@ from dmm.errors import UserError
 from dmm.families import arguments, denoiser_of, family_of, set_denoiser
 from dmm.maths.canvas import WINDOWS, Box, box_mask, region_weights, tile_starts
 from dmm.maths.mixes import Mix
-from dmm.models.conditioning import encode_tokens, tokenize
+from dmm.models.conditioning import encode_captions, encode_tokens, tokenize
+from dmm.pipeline.reading import reads_otherwise
 from dmm.pipeline.sampling import picture_size, sample, usual_batch_size
 from dmm.pipeline.style_schedule import check_style
-from dmm.pipeline.styled import style_names, temporary_style
+from dmm.pipeline.styled import style_names, style_prompts_of, temporary_style
 
 FEATHER = 1.0
 """Standard deviation, in latent pixels, of the blur that softens the regions' borders."""
@@ -111,7 +112,7 @@ def paint_regions(
     factor = pipe.vae_scale_factor
     weights = region_weights(masks, factor, feather)
     layers = [
-        _Layer(layer, one.style, _read(pipe, one.prompt, clip_skip))
+        _Layer(layer, one.style, _read(pipe, one, prompt, settings.get("negative_prompt", ""), clip_skip))
         for layer, one in zip(weights, (*regions, everything), strict=True)
         if layer.any()
     ]
@@ -125,7 +126,8 @@ def paint_regions(
     ours = copy.copy(pipe)
     regional = _RegionalDenoiser(pipe, rows, batch_size or usual_batch_size(*sides))
     set_denoiser(ours, _stand_in(denoiser_of(pipe), regional))
-    with _tiled_vae(pipe.vae, is_tiled=sides != (width, height)):
+    # what layers do not read themselves, the pipeline reads without a style
+    with temporary_style(pipe, None), _tiled_vae(pipe.vae, is_tiled=sides != (width, height)):
         (picture,) = sample(
             ours, [prompt], [seed], width=width, height=height, clip_skip=clip_skip, progress=progress, **settings
         )
@@ -211,7 +213,9 @@ def _stand_in(denoiser: Any, forward: Callable[..., tuple[Tensor]]) -> Any:
 
 
 def _conditioning(own: Mapping[str, Any] | None, given: Mapping[str, Any], num_parts: int) -> dict[str, Any]:
-    """The arguments of a pass: what the pipeline gives, but for a prompt of one's own in the last part of guidance."""
+    """The arguments of a pass: what the pipeline gives, but for the last parts of guidance, a prompt of one's own and
+    perhaps what that leads away from.
+    """
     if own is None:
         return dict(given)
     merged = dict(given)
@@ -219,7 +223,8 @@ def _conditioning(own: Mapping[str, Any] | None, given: Mapping[str, Any], num_p
         if isinstance(value, Mapping):
             merged[name] = _conditioning(value, given[name], num_parts)
         else:
-            merged[name] = torch.cat([given[name][: num_parts - 1], value.to(given[name])])
+            own_parts = value[-num_parts:].to(given[name])
+            merged[name] = torch.cat([given[name][: num_parts - len(own_parts)], own_parts])
     return merged
 
 
@@ -239,8 +244,18 @@ def _together(values: Sequence[Any]) -> Any:
     return first
 
 
-def _read(pipe: Any, prompt: str | None, clip_skip: int | None) -> Mapping[str, Any] | None:
-    return None if prompt is None else arguments(encode_tokens(pipe, tokenize(pipe, [prompt]), clip_skip))
+def _read(pipe: Any, region: Region, prompt: str, negative: str, clip_skip: int | None) -> Mapping[str, Any] | None:
+    """What a region's pass reads that the others do not: its own prompt, or all, where its style reads otherwise."""
+    given = region.prompt if region.prompt is not None else prompt
+    if reads_otherwise(style_prompts_of(pipe), region.style):
+        with temporary_style(pipe, region.style):
+            led_away, led_to = encode_captions(pipe, [negative], clip_skip), _tokens_read(pipe, given, clip_skip)
+        return arguments({name: torch.cat([led_away[name], led_to[name]]) for name in led_to})
+    return None if region.prompt is None else arguments(_tokens_read(pipe, given, clip_skip))
+
+
+def _tokens_read(pipe: Any, prompt: str, clip_skip: int | None) -> dict[str, Tensor]:
+    return encode_tokens(pipe, tokenize(pipe, [prompt]), clip_skip)
 
 
 def _mask(region: Region, width: int, height: int) -> Tensor:

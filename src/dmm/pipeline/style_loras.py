@@ -65,7 +65,7 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
     for style, stem in zip(prompts.names, file_stems(prompts.names), strict=True):
         header = {"format": "pt", **metadata[style], **family.lora_metadata}
         adapter = prompts.adapters.get(style, NOTHING)
-        loras, differences = adapter, difference_tensors(adapter, family.denoiser.name)[0]
+        loras, differences = adapter, difference_tensors(adapter, family.denoiser.name, family)[0]
         if prompts.config.dim:
             term = style_term(pipe, style).cpu()
             if are_loras:
@@ -76,7 +76,7 @@ def write_style_loras(pipe: Any, folder: Path, metadata: Mapping[str, Mapping[st
             if adapter is NOTHING:
                 (folder / DIFFUSERS_FOLDER).mkdir(exist_ok=True)
                 write_tensors(folder / DIFFUSERS_FOLDER / f"{stem}.safetensors", _as_peft(pipe, term), header)
-        layers = lora_tensors(loras, family.denoiser.name)[0]
+        layers = lora_tensors(loras, family.denoiser.name, family)[0]
         ranks = {one.rank for one in loras.factors.values()}
         dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
         network = {"ss_network_module": "networks.lora", "ss_network_dim": dim}

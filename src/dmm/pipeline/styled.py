@@ -41,6 +41,7 @@ from dmm.models.styles import (
 )
 from dmm.models.teachers import ModelSource, locate, open_pipeline
 from dmm.pipeline.choosing import adapt, choose, style_term_of, temporarily, uncompiled
+from dmm.pipeline.reading import attach_reading, give_stock_reading, read_in, reading_restored, share_reading
 from dmm.pipeline.style_schedule import StyleSchedule, check_style
 
 
@@ -113,6 +114,7 @@ def add_styles(pipe: Any, style_prompts: StylePrompts) -> None:
     """
     denoiser = denoiser_of(pipe)
     attach_styles(denoiser, style_prompts, family_of(pipe).port)
+    attach_reading(pipe, style_prompts)
     _warn_when_saved(denoiser)
 
 
@@ -127,15 +129,19 @@ def style_names(pipe: Any) -> list[str]:
 def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
     """Choose what a merged pipeline paints in, until the next call.
 
+    Prompts are read in the style, too, where its teacher had a text encoder of its own: choose before they are.
+
     Args:
         pipe: from :func:`load_pipeline`, or made of such a one by diffusers' ``from_pipe``, which shares its style.
         style: the name of one; a mix, names with weights that sum to 1; a list of these, one for each image (prompts
             x images per prompt, in the pipeline's order: p0, p0, p1, p1), None for an image without; or None for none.
     Raises: UserError: the pipeline has no styles, there is none of that name, weights do not sum to 1, the list is
-        empty, or it is something else. A list that does not fit the batch is a ``ValueError`` once it is painted.
+        empty, or it is something else. A list that does not fit the batch is a ``ValueError`` once it is painted; and
+        so are styles with text encoders of their own for several images of one prompt, which is read once.
     """
     port = _port(pipe)  # a stock pipeline is told
     choose(denoiser_of(pipe), style)
+    read_in(pipe, port.style_prompts, style)
     port.guided = _guidance_of(pipe)
 
 
@@ -143,8 +149,9 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
 def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iterator[None]:
     """:func:`set_style` for the length of a block; the style that was set before is set again after it."""
     port = _port(pipe)
-    before = port.guided
-    with temporarily(denoiser_of(pipe), style):
+    before, prompts = port.guided, port.style_prompts
+    with reading_restored(pipe, prompts), temporarily(denoiser_of(pipe), style):
+        read_in(pipe, prompts, style)
         port.guided = _guidance_of(pipe)
         try:
             yield
@@ -163,6 +170,8 @@ def style_over_time(
         schedule = dmm.StyleSchedule([(0, 0.4, "ink"), (0.4, 1, "photo")])
         with dmm.style_over_time(pipe, schedule) as callback:
             pipe("a red cat", callback_on_step_end=callback)
+
+    A prompt is read once, before the first step, and so by the text encoder of the style that a run begins in.
 
     The style that was set before is set again after the block. Within it the pipeline, or one made of it by
     ``from_pipe``, may run several times.
@@ -189,7 +198,7 @@ def style_over_time(
         # what is set now is painted next; after the last step that is the first step of another run
         coming = style_at((step + 1) % num_steps / num_steps)
         if coming != current:
-            set_style(pipe, coming)
+            choose(denoiser_of(pipe), coming)
             current = coming
         return tensors
 
@@ -219,6 +228,7 @@ def share(pipe: DiffusionPipeline) -> DiffusionPipeline:
     set_denoiser(second, twin)
     _port(second).adaptation = Adaptation(shared=True)
     adapt(denoiser_of(second), adaptation.chosen)
+    share_reading(pipe, second, prompts)
     _warn_when_saved(twin)
     second.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     for tokenizer in family_of(pipe).tokenizers:  # their padding is state that two threads may not set at once
@@ -269,6 +279,7 @@ def stock_twin(pipe: DiffusionPipeline, style: Mix | None = None) -> DiffusionPi
     if prompts.adapters:
         mixed = mixed_adapter(prompts.names, prompts.adapters, style)
         _port(pipe).adaptation.give_own_weights(denoiser, mixed)
+        give_stock_reading(pipe, twin, mixed)
     detach_styles(denoiser)
     if term is not None:
         port = family_of(pipe).port

@@ -134,6 +134,7 @@ def _training(recipe: Recipe, sizes: Sizes, activations: Activations, place: Pla
         if recipe.styles.has_adapters:  # the base, and each style as it starts, as it is kept
             apart = recipe.styles.trained == "adapters"
             parts["waiting"] += apart * FULL * sizes.denoiser + (FULL + HALF) * sizes.num_styles * sizes.adapter
+            parts["waiting"] += HALF * sizes.num_styles * sizes.text_adapter
     return parts
 
 
@@ -179,7 +180,7 @@ def _dealing(sizes: Sizes) -> Parts:
     return {
         "waiting": FULL * sizes.pipeline,
         "calibration": FULL * sizes.num_styles * sizes.calibrated,
-        "styles": FULL * sizes.num_styles * sizes.adapter,
+        "styles": sizes.num_styles * (FULL * sizes.adapter + HALF * sizes.text_adapter),
     }
 
 

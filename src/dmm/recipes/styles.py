@@ -20,6 +20,10 @@ DEFAULT_RANK = 16
 """Of a UNet of 860 M parameters that is 34 MB a style in half precision, 2 %."""
 
 
+DEFAULT_TEXT_RANK = 16
+"""Of a CLIP text encoder of 123 M parameters that is 7 MB a style in half precision, where a teacher's differs."""
+
+
 class Styles(Part):
     """What a style brings: a prompt alone, as in the paper, or an adapter, a low-rank change of the weights."""
 
@@ -30,6 +34,9 @@ class Styles(Part):
     """In place of ``rank``: of a style on disk, on average, such as 40MB."""
     error: Annotated[Number, in_range(above=0, below=1)] | None = None
     """In place of ``rank``: about the score error that each style starts with, 1 being the start's."""
+    text_encoder_rank: Annotated[Whole, in_range(least=0, most=4096)] | None = None
+    """Of what a style changes of CLIP text encoders, in every layer, where its teacher's differ from the base's; by
+    default :data:`DEFAULT_TEXT_RANK`. 0: the base's read for all styles, as in the paper."""
     train: Literal["adapters", "all", "none"] | None = None
     """What is trained: ``adapters``, the shared weights being frozen; ``all``; or ``none``: a merge without training.
     By default adapters, and of a rank of 0, all."""
@@ -48,6 +55,11 @@ class Styles(Part):
         given = [name for name in ("rank", "size", "error") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"found {' and '.join(given)}, which each say how large a style is; choose one")
+        if not self.has_adapters and self.text_encoder_rank:
+            raise ValueError(
+                f"text_encoder_rank is {self.text_encoder_rank}, but with a rank of 0 styles are prompts, which change "
+                "no text encoder; choose a rank, or leave text_encoder_rank out"
+            )
         if not self.has_adapters and self.train not in (None, "all"):
             raise ValueError(
                 f"train is {self.train}, but with a rank of 0 styles are prompts, which are trained with all weights; "
@@ -59,6 +71,13 @@ class Styles(Part):
     def has_adapters(self) -> bool:
         """Whether styles are adapters."""
         return bool(self.rank) or self.size is not None or self.error is not None
+
+    @property
+    def text_rank(self) -> int:
+        """Of what a style may change of text encoders; 0 where it changes nothing of them."""
+        if not self.has_adapters:
+            return 0
+        return DEFAULT_TEXT_RANK if self.text_encoder_rank is None else self.text_encoder_rank
 
     @property
     def trained(self) -> Literal["adapters", "all", "none"]:

@@ -18,7 +18,7 @@ import copy
 import inspect
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from diffusers import LCMScheduler
 
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
+from dmm.data.training import STUDENT, reader_in
 from dmm.families import denoiser_of, set_denoiser, text_encoders_of
 from dmm.files.few_steps import FILE, KEY, FewSteps
 from dmm.files.outputs import check_folder, new_file
@@ -44,7 +45,9 @@ from dmm.models.adapter_files import lora_tensors
 from dmm.models.adapters import NOTHING
 from dmm.models.few_step import FewStepStudent, add_told, new_fast, style_names_of
 from dmm.models.teachers import freeze, open_pipeline
+from dmm.models.text_adapters import reading_as
 from dmm.models.unfused import set_changes
+from dmm.pipeline.reading import reads_otherwise
 from dmm.pipeline.styled import add_styles, save_pipeline, write_stock_folder
 from dmm.recipes.accelerating import FewStepRecipe, load_few_step_recipe, save_few_step_recipe
 from dmm.training.accelerating_checks import FewStepPlan, check_acceleration, describe_acceleration, open_data
@@ -172,6 +175,7 @@ def _run(recipe: FewStepRecipe, plan: FewStepPlan, few_steps: FewSteps, folder: 
     batches = Paths(
         data,
         styles,
+        readers=_readers(styles, plan),
         groups=share_batch(training.batch_size, shares, accelerator.num_processes, accelerator.process_index),
         style_by_style=student.has_adapters,
         alphas_cumprod=plan.alphas_cumprod,
@@ -217,6 +221,13 @@ def _prepare(recipe: FewStepRecipe, plan: FewStepPlan, base: Any, accelerator: A
         base,
         openers,
         size=plan.size,
+        readers={
+            reader: partial(reading_as, base, prompts.adapters[name])
+            for name, reader in zip(prompts.names, _readers(prompts.names, plan), strict=True)
+            if reader != STUDENT
+        }
+        if prompts
+        else {},
         place=Place(accelerator.process_index, accelerator.num_processes),
         show_progress=accelerator.is_main_process,
     )
@@ -224,6 +235,12 @@ def _prepare(recipe: FewStepRecipe, plan: FewStepPlan, base: Any, accelerator: A
         module.to("cpu")
     free_memory(device)
     return data
+
+
+def _readers(styles: Sequence[str], plan: FewStepPlan) -> list[str]:
+    """By style, the name of the text encoder that the model reads by in it."""
+    prompts = plan.style_prompts
+    return [reader_in(name) if prompts and reads_otherwise(prompts, name) else STUDENT for name in styles]
 
 
 def _begin(recipe: FewStepRecipe, folder: Path, *, resume: bool) -> None:

@@ -14,7 +14,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,9 @@ from dmm.training.batches import Batches, Role
 from dmm.training.building import (
     DTYPES,
     build_adversary,
-    encoder_of,
-    num_timesteps_of,
     open_teacher,
     open_teachers,
+    role_of,
     roles_of,
     shared_weights,
 )
@@ -71,6 +70,7 @@ from dmm.training.distill import Imitation
 from dmm.training.merge_plan import Plan, Reach
 from dmm.training.preparing import free_memory
 from dmm.training.processes import on_all, on_main
+from dmm.training.reading import Text
 from dmm.training.trainer import STUDENT, Trainer
 from dmm.training.watch import Watch
 
@@ -86,6 +86,7 @@ class Run:
 
     Attributes:
         base: the pipeline that becomes the merged one.
+        text: what the styles change of its text encoders.
         new_batches: of the styles and roles that it is given; what is made lacks whose batches, and their randomness.
         new_watch: of a model, and of likewise new batches, by how many styles each teacher has; None where none is
             wanted.
@@ -98,6 +99,7 @@ class Run:
     folder: Path
     accelerator: Accelerator
     base: Any
+    text: Text
     new_batches: Callable[[Sequence[str], Sequence[Role]], Callable[..., Batches]]
     new_watch: Callable[[nn.Module, Callable[..., Batches], Sequence[int], Sequence[str]], Watch | None]
     show: Callable[[Any, list[str], int], None] | None
@@ -131,12 +133,16 @@ def adapt(run: Run) -> None:
         trained.to(run.accelerator.device, DTYPES[run.recipe.training.precision])
         before = 0
         # a teacher that is the start itself has nothing to learn
-        for name in [one for one, adapter in starting.items() if one not in exact and adapter.num_parameters]:
+        for name in [one for one, adapter in starting.items() if one not in exact and _paints_otherwise(adapter)]:
             recipe = _of_style(run.recipe, name)
             adapter = _train(run, recipe, trained, prompts, name, starting[name], before)
             prompts.adapters = {**prompts.adapters, name: stored(adapter)}
             before += recipe.training.steps
     on_main(lambda: run.save(None))
+
+
+def _paints_otherwise(adapter: Adapter) -> bool:
+    return bool(adapter.factors or adapter.offsets)
 
 
 def _prompts_of(plan: Plan, new_styles: Sequence[str]) -> StylePrompts:
@@ -159,10 +165,11 @@ def _starting_adapters(run: Run, unet: nn.Module, prompts: StylePrompts) -> tupl
     if styles.error is not None:
         dealt = [deal_by_error(one, costs, styles.error) for one in found.values()]
     else:
-        dealt = deal_by_budget(list(found.values()), costs, _budget(run.recipe, unet, found))
+        dealt = deal_by_budget(list(found.values()), costs, _budget(run, unet, found))
     starting, exact = {}, set()
     for (name, one), ranks in zip(found.items(), dealt, strict=True):
-        starting[name] = one.own_adapter() if ranks is None else one.adapter(ranks, shapes)
+        adapter = one.own_adapter() if ranks is None else one.adapter(ranks, shapes)
+        starting[name] = replace(adapter, text=run.text.get(name, {}))
         if ranks is None:
             exact.add(name)
     if run.accelerator.is_main_process:
@@ -171,17 +178,19 @@ def _starting_adapters(run: Run, unet: nn.Module, prompts: StylePrompts) -> tupl
     return starting, exact
 
 
-def _budget(recipe: Recipe, unet: nn.Module, found: Mapping[str, Calibrated]) -> int:
+def _budget(run: Run, unet: nn.Module, found: Mapping[str, Calibrated]) -> int:
     """Parameters of a style's factors, on average."""
-    styles = recipe.styles
+    styles = run.recipe.styles
     if styles.num_bytes is None:
         assert styles.rank is not None
         return budget_of_rank(unet, styles.rank)
-    offsets = sum(offset.numel() for one in found.values() for offset in one.offsets.values()) // len(found)
+    offsets = sum(offset.numel() for one in found.values() for offset in one.offsets.values())
+    text = sum(adapter.num_parameters for of_style in run.text.values() for adapter in of_style.values())
+    offsets = (offsets + text) // len(found)
     budget = styles.num_bytes // NUM_BYTES - offsets
     if budget <= 0:
         raise UserError(
-            f"styles.size is {styles.size}, of which the differences of biases and norms alone take "
+            f"styles.size is {styles.size}, of which the differences of biases, norms and text encoders alone take "
             f"{told_bytes(NUM_BYTES * offsets)}; choose more."
         )
     return budget
@@ -211,7 +220,7 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
         name = recipe.teachers[index].name
         if paths[name].is_file():
             continue
-        roles = [Role([0], encoder_of(recipe, name), 1.0, num_timesteps_of(run.plan, index))]
+        roles = [role_of(recipe, run.plan, index, run.text)]
         groups = [Group(0, range(recipe.styles.samples), 1 / recipe.styles.samples)]
         batches = run.new_batches([name], roles)(
             groups=groups,
@@ -251,7 +260,7 @@ def _own_factors(run: Run, index: int) -> dict[str, Factors]:
     if recipe.start != "base" or recipe.earlier is not None or teacher.model not in (None, recipe.base):
         return {}
     source = run.plan.teachers[index]
-    denoiser = run.plan.family.denoiser.name
+    denoiser, text = run.plan.family.denoiser.name, run.text.get(teacher.name, {})
     models = {one.name: getattr(run.base, one.name) for one in components_of(run.base)}
     changes = [
         (change, scale)
@@ -263,6 +272,8 @@ def _own_factors(run: Run, index: int) -> dict[str, Factors]:
         if change.parameter != "weight":  # what is no layer's weight is carried in full
             continue
         form = change.form
+        if change.component in text and form.rank is not None and form.rank <= recipe.styles.text_rank:
+            continue  # it has been carried whole
         # a text encoder that reads otherwise is to be learnt, and other forms to be decomposed
         if change.component != denoiser or not isinstance(form, LowRank) or change.magnitude is not None:
             return {}
@@ -339,7 +350,7 @@ def _train(
         return done
     with _prompted(run, unet, prompts, name):
         index = run.new_styles.index(name)
-        roles = [Role([0], encoder_of(recipe, name), 1.0, num_timesteps_of(run.plan, index))]
+        roles = [role_of(recipe, run.plan, index, run.text)]
         new_batches = run.new_batches([name], roles)
         set_changes(unet, {})
         with accelerator.autocast():
@@ -424,7 +435,7 @@ def _train_all(run: Run, unet: nn.Module, prompts: StylePrompts, starting: Mappi
     """Train the shared weights and all adapters together; the pipeline has them in the end."""
     recipe, accelerator = run.recipe, run.accelerator
     styles = list(starting)
-    roles = roles_of(recipe, run.plan, styles)
+    roles = roles_of(recipe, run.plan, styles, run.text)
     new_batches = run.new_batches(styles, roles)
     unet.to(accelerator.device)
     watch = run.new_watch(unet, new_batches, [1] * len(styles), styles)

@@ -53,6 +53,7 @@ class Role:
     Attributes:
         styles: indices of the styles that it teaches; where they are several, a sample's is drawn.
         encoder: whose text encoder it reads, a name of :class:`Data`.
+        student: whose the student reads in these styles, likewise.
         share: of every batch and of the loss; those of all roles sum to 1.
         num_timesteps: of the student's, how many from the first on the teacher can be asked about; by default all.
     """
@@ -61,6 +62,7 @@ class Role:
     encoder: str
     share: float
     num_timesteps: int | None = None
+    student: str = STUDENT
 
 
 def cut(groups: Sequence[Group], micro_batch_size: int) -> list[list[tuple[int, int, float]]]:
@@ -178,12 +180,21 @@ class Batches:
             levels=send(levels, self._device),
             process=self._process,
             style_weights=send(one_hot.float(), self._device),
-            conditioning=self._to_device(self._data.conditioning(STUDENT, rows, draws.dropped)) | shown,
+            conditioning=self._to_device(self._read_by_student(teachers, rows, draws.dropped)) | shown,
             loss_weights=send(torch.tensor(weights), self._device),
             score_weights=send(self._score_weights[steps], self._device),
             parts=parts,
             again=self._again(step, indices, steps, shape) if self._adversarial else None,
         )
+
+    def _read_by_student(self, teachers: Sequence[int], rows: Tensor, dropped: Tensor) -> dict[str, Tensor]:
+        """The student's conditioning, of each sample as it reads in the styles of its teacher."""
+        read, start = [], 0
+        for encoder, samples in itertools.groupby(self._roles[teacher].student for teacher in teachers):
+            end = start + len(list(samples))
+            read.append(self._data.conditioning(encoder, rows[start:end], dropped[start:end]))
+            start = end
+        return {name: torch.cat([one[name] for one in read]) for name in read[0]} if len(read) > 1 else read[0]
 
     def _within_reach(self, steps: Tensor, teachers: Sequence[int]) -> Tensor:
         """Uniform steps, and still uniform among those that each sample's teacher can be asked about."""

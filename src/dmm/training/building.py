@@ -1,11 +1,12 @@
 """What a merge trains and learns from, built of its plan: the student, the teachers, the adversary."""
 
 import copy
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from dmm.data.training import STUDENT
+from dmm.data.training import STUDENT, reader_in
 from dmm.families import denoiser_of
 from dmm.maths.sharing import Group
 from dmm.models.discriminator import Discriminator
@@ -18,6 +19,7 @@ from dmm.training.distill import Adversary, EarlierStudent, Teacher, Teachers
 from dmm.training.machine import shares_of
 from dmm.training.merge_costs import student_bytes
 from dmm.training.merge_plan import Plan
+from dmm.training.reading import Text
 from dmm.training.residency import place_teachers
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -58,16 +60,27 @@ def shared_weights(recipe: Recipe, plan: Plan, base: Any, *, average: bool = Tru
     return denoiser.to(memory_format=torch.channels_last)  # in which convolutions are faster, on the CPU too
 
 
-def roles_of(recipe: Recipe, plan: Plan, styles: list[str]) -> list[Role]:
-    """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept."""
+def roles_of(recipe: Recipe, plan: Plan, styles: list[str], text: Text = MappingProxyType({})) -> list[Role]:
+    """The teachers' roles, in the recipe's order; last comes the earlier student's, where there is one to be kept.
+
+    Args:
+        text: what styles change of the student's text encoder.
+    """
     num_earlier = len(styles) - len(recipe.teachers)
     shares = shares_of(recipe)
     roles = [
-        Role([num_earlier + i], encoder_of(recipe, teacher.name), share, num_timesteps_of(plan, i))
-        for i, (teacher, share) in enumerate(zip(recipe.teachers, shares, strict=False))
+        role_of(recipe, plan, i, text, style=num_earlier + i, share=share)
+        for i, (_, share) in enumerate(zip(recipe.teachers, shares, strict=False))
     ]
     kept = [Role(range(num_earlier), STUDENT, share) for share in shares[len(roles) :]]
     return roles + kept
+
+
+def role_of(recipe: Recipe, plan: Plan, teacher: int, text: Text, *, style: int = 0, share: float = 1.0) -> Role:
+    """The role of one of the recipe's teachers, by its index; where it is alone, its style is the only one."""
+    name = recipe.teachers[teacher].name
+    student = reader_in(name) if name in text else STUDENT
+    return Role([style], encoder_of(recipe, name), share, num_timesteps_of(plan, teacher), student)
 
 
 def num_timesteps_of(plan: Plan, teacher: int) -> int | None:

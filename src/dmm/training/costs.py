@@ -24,6 +24,7 @@ class Sizes:
         num_styles: that the merge adds.
         adapter: of each such style, where it has one, at most.
         calibrated: of what is kept of each before training, to be dealt from.
+        text_adapter: of what each may change of text encoders, at most.
     """
 
     denoiser: int
@@ -34,6 +35,7 @@ class Sizes:
     num_styles: int = 1
     adapter: int = 0
     calibrated: int = 0
+    text_adapter: int = 0
 
     @property
     def student(self) -> int:

@@ -75,6 +75,7 @@ from dmm.training.picture_sizes import with_size
 from dmm.training.preflight import check_merge
 from dmm.training.preparing import Terms, prepare_data_of, style_terms
 from dmm.training.processes import claimed_by_main, join_processes, on_all, on_main
+from dmm.training.reading import text_of_styles
 from dmm.training.run_folder import check_same, flat, put_in_place, remove
 from dmm.training.samples import NUM_PROMPTS, Rows, paint_teachers, show
 from dmm.training.sources import open_source
@@ -205,7 +206,8 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
     # made once: what was sent to other processes lies otherwise in memory, and sums may round otherwise there; what
     # they paint is found by these bits
     terms = on_main(lambda: style_terms(plan))
-    data, captions = on_all(lambda: prepare_data_of(recipe, plan, base, terms, accelerator))
+    text = on_main(lambda: text_of_styles(recipe, plan, base))
+    data, captions = on_all(lambda: prepare_data_of(recipe, plan, base, terms, text, accelerator))
     prompts = recipe.logging.sample_prompts or tuple(dict.fromkeys(captions))[:NUM_PROMPTS]
     by_teachers = on_all(lambda: _paint_teachers(recipe, plan, terms, base, prompts, accelerator))
     show_step = partial(_show, recipe, plan, prompts, by_teachers, folder, accelerator.device)
@@ -217,7 +219,7 @@ def _run(recipe: Recipe, plan: Plan, folder: Path, *, resume: bool) -> None:
         watch_of = partial(_build_watch, recipe, plan, accelerator)
         shown = show_step if recipe.sample_interval else None
         save = partial(_save, base, plan, folder)
-        adapt(AdapterRun(recipe, plan, folder, accelerator, base, batches_of, watch_of, shown, save))
+        adapt(AdapterRun(recipe, plan, folder, accelerator, base, text, batches_of, watch_of, shown, save))
         _finish_trackers(accelerator)
         return
     new_batches = batches_of(styles, roles)

@@ -58,7 +58,7 @@ def checkpoint_bytes(sizes: Sizes, recipe: Recipe) -> int:
 def disk_parts(sizes: Sizes, recipe: Recipe) -> dict[str, int]:
     """Of all that a run writes beside the cache, by part; one checkpoint more than are kept, while one is written."""
     result = FULL * sizes.pipeline
-    adapters = HALF * sizes.num_styles * sizes.adapter
+    adapters = HALF * sizes.num_styles * (sizes.adapter + sizes.text_adapter)
     one, keep = checkpoint_bytes(sizes, recipe), recipe.checkpoint.keep
     apart = recipe.styles.trained == "adapters"  # where each style keeps its own
     return {

@@ -37,6 +37,7 @@ def sizes_of(recipe: Recipe, family: Family, skeletons: Mapping[str, Any], style
         backbone=backbone if has_adversary else 0,
         head=_num_weights(head) if has_adversary else 0,
         **adapter_sizes(recipe, denoiser),
+        text_adapter=sum(_num_of_text(recipe, skeletons[one.name]) for one in family.clips),
     )
 
 
@@ -66,6 +67,15 @@ def _num_calibrated(recipe: Recipe, denoiser: Any) -> int:
 def _num_offsets(denoiser: Any) -> int:
     layers = layers_of(denoiser)
     return sum(parameter.numel() for name, parameter in denoiser.named_parameters() if name not in layers)
+
+
+def _num_of_text(recipe: Recipe, encoder: Any) -> int:
+    """The parameters of what a style changes of a text encoder, at most."""
+    rank = recipe.styles.text_rank
+    if not rank or recipe.styles.num_bytes is not None:  # which are those of all that a style changes
+        return 0
+    shapes = [parameter.shape for parameter in encoder.parameters()]
+    return sum(min(rank, *one) * sum(one) if len(one) == 2 else one.numel() for one in shapes)
 
 
 def _num_weights(module: Any) -> int:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dmm.data.training import STUDENT
 from dmm.maths.consistency import embed_guidance, path_timesteps, sub_path_noise
 from dmm.maths.diffusion import add_noise
 from dmm.maths.draws import draw, draw_shares
@@ -47,6 +46,7 @@ class Paths:
     Args:
         data: latents and the encoded captions.
         styles: names, in the order of the student's.
+        readers: by style, whose text encoder of the data's is the student's in it.
         groups: this process's part of every global batch; of teachers, the styles' indices.
         style_by_style: whether a batch has samples of one style only.
         alphas_cumprod: (T,), the model's noise schedule.
@@ -63,6 +63,7 @@ class Paths:
         data: Data,
         styles: Sequence[str],
         *,
+        readers: Sequence[str],
         groups: Sequence[Group],
         style_by_style: bool,
         alphas_cumprod: Tensor,
@@ -76,6 +77,7 @@ class Paths:
         device: torch.device,
     ) -> None:
         self._data, self._num_styles, self._own = data, len(styles), own
+        self._readers = readers
         self._alphas_cumprod = alphas_cumprod
         self._path = path_timesteps(len(alphas_cumprod), skip)
         self._draws_gamma, self._guidance = draws_gamma, guidance
@@ -129,20 +131,21 @@ class Paths:
         told = send(embed_guidance(guidance, TOLD_DIM), self._device) if least < most else None
         one_hot = torch.nn.functional.one_hot(torch.tensor(styles), self._num_styles)
         every_caption = torch.ones_like(draws.dropped)
+        (reader,) = {self._readers[style] for style in styles}
         on_device = self._to_device
         return PathBatch(
             x_t=send(add_noise(self._data.latents(rows), draws.noise, alpha_bar_t), self._device),
             timesteps=send(timesteps, self._device),
             levels=send(alpha_bar_t, self._device),
             style_weights=send(one_hot.float(), self._device),
-            conditioning=on_device(self._data.conditioning(STUDENT, rows, draws.dropped)),
+            conditioning=on_device(self._data.conditioning(reader, rows, draws.dropped)),
             loss_weights=send(torch.tensor(weights), self._device),
             earlier=send(earlier, self._device),
             alpha_bar_s=send(alpha_bar_s, self._device),
             gamma=send(gamma, self._device),
             between=send(between, self._device),
             guidance=send(guidance, self._device),
-            unconditional=on_device(self._data.conditioning(STUDENT, rows, every_caption)),
+            unconditional=on_device(self._data.conditioning(reader, rows, every_caption)),
             told=told,
         )
 

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from dmm.data import Synthesis, TrainingData, prepare_data
 from dmm.data.rows import Place
-from dmm.data.training import student_in
+from dmm.data.training import reader_in, student_in
 from dmm.families import denoiser_of, family_of, text_encoders_of
 from dmm.models.adapters import NOTHING, Adapter, KeptWeights
 from dmm.models.styles import StylePrompts, bake
 from dmm.models.teachers import ModelSource, open_pipeline
+from dmm.models.text_adapters import fuse_text, reading_as
 from dmm.recipes.recipe import Recipe
 from dmm.training.building import DTYPES
 from dmm.training.merge_plan import Plan
 from dmm.training.picture_sizes import buckets_of
+from dmm.training.reading import Text
 from dmm.training.sources import open_source, paints_earlier, paints_itself
 from dmm.training.subject import Controls
 
@@ -41,12 +43,13 @@ def _terms_of(prompts: StylePrompts | None) -> list[Tensor]:
 
 
 def prepare_data_of(
-    recipe: Recipe, plan: Plan, base: Any, terms: Terms, accelerator: Accelerator
+    recipe: Recipe, plan: Plan, base: Any, terms: Terms, text: Text, accelerator: Accelerator
 ) -> tuple[TrainingData, Sequence[str]]:
     """The training data, this process's share of it made, and its captions.
 
     Args:
         base: the pipeline whose VAE and text encoder read; they come back to the CPU.
+        text: what styles change of the text encoder.
     """
     source, device = open_source(recipe, plan.styles), accelerator.device
     readers = (base.vae, *text_encoders_of(base))
@@ -61,6 +64,9 @@ def prepare_data_of(
         frame=None if recipe.buckets else plan.frame,
         clip_skips={teacher.name: teacher.clip_skip for teacher in recipe.teachers if teacher.clip_skip},
         conditions=plan.subject.conditions if isinstance(plan.subject, Controls) else None,
+        readers={
+            reader_in(name): partial(reading_as, base, Adapter({}, {}, of_style)) for name, of_style in text.items()
+        },
         place=Place(accelerator.process_index, accelerator.num_processes),
         show_progress=accelerator.is_main_process,
     )
@@ -135,7 +141,7 @@ def _open_reader(name: str, model: ModelSource, device: torch.device) -> Any:
 def open_in_style(
     model: ModelSource, name: str, dtype: torch.dtype, device: torch.device, adapter: Adapter, term: Tensor
 ) -> Any:
-    """Open a model with a style in its weights.
+    """Open a model with a style in its weights; its text encoders read in it, too.
 
     Args:
         name: see :func:`dmm.models.teachers.check_model`.
@@ -144,6 +150,7 @@ def open_in_style(
     """
     pipeline = open_pipeline(model, torch_dtype=dtype, name=name)
     KeptWeights().fuse(denoiser_of(pipeline), adapter)
+    fuse_text(pipeline, adapter)
     if len(term):
         bake(denoiser_of(pipeline), term, family_of(pipeline).port)
     return pipeline.to(device)

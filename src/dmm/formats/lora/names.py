@@ -33,7 +33,7 @@ def kohya_name(component: str, module: str, family: Family | None = None) -> str
     Args:
         family: of the model; None of one that is not known here, whose text encoder, if any, is its only one.
     """
-    return (_kohya_prefixes(component, family)[0] + _in_files(component, module)).replace(".", "_")
+    return (_kohya_prefixes(component, family)[0] + in_files(component, module)).replace(".", "_")
 
 
 def layers_by_name(models: Mapping[str, Any], family: Family | None = None) -> dict[str, tuple[str, str]]:
@@ -116,8 +116,8 @@ def _kohya_prefixes(component: str, family: Family | None) -> tuple[str, ...]:
     return (_TEXT_ENCODERS, "lora_te1_") if component.startswith("text_encoder") else (_DENOISERS,)
 
 
-def _in_files(component: str, module: str) -> str:
-    """A module's path as files have it, whatever its class calls it."""
+def in_files(component: str, module: str) -> str:
+    """The path of a module, or of its parameter, as files have it, whatever its class calls it."""
     below = component.startswith("text_encoder") and module.startswith(_BELOW_IT)
     return f"{_LEVEL}{module}" if below else module
 
@@ -136,7 +136,7 @@ def _names_of(component: str, module: str, family: Family | None) -> Iterator[st
         )
         return
     comfy = next((one.comfy for one in family.components if one.name == component), ()) if family else ()
-    whole = _in_files(component, module)
+    whole = in_files(component, module)
     for path in dict.fromkeys((whole, whole.removeprefix(_LEVEL))):
         flat = path.replace(".", "_")
         for prefix in prefixes:
