@@ -5,7 +5,7 @@ from typing import Any
 import comfy.hooks
 
 from .loading import all_style_names, load_parts, merged_models
-from .patches import apply_style, style_hooks
+from .patches import apply_style, read_in_style, style_hooks
 from .side_car import StyleSet, read_styles
 from .styles import NONE, Style, mix, then
 
@@ -99,6 +99,25 @@ class ApplyStyle:
         return (apply_style(model, style),)
 
 
+class ReadInStyle:
+    """Text encoders that read prompts in a style."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "For styles whose teachers had text encoders of their own; with others the CLIP reads as it did. Patches a "
+        "clone. A style over time is read in as it begins."
+    )
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"clip": ("CLIP",), "style": ("DMM_STYLE",)}}
+
+    def apply(self, clip: Any, style: Style) -> tuple[Any]:
+        return (read_in_style(clip, style),)
+
+
 class StyleByRegion:
     """Conditionings that are painted in a style of their own, where a mask is white."""
 
@@ -130,6 +149,7 @@ NODE_CLASS_MAPPINGS = {
     "DMMStyleMix": StyleMix,
     "DMMStyleSchedule": StyleSchedule,
     "DMMApplyStyle": ApplyStyle,
+    "DMMReadInStyle": ReadInStyle,
     "DMMStyleByRegion": StyleByRegion,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
@@ -137,5 +157,6 @@ NODE_DISPLAY_NAME_MAPPINGS = {
     "DMMStyleMix": "DMM style mix",
     "DMMStyleSchedule": "DMM style schedule",
     "DMMApplyStyle": "DMM apply style",
+    "DMMReadInStyle": "DMM read in style",
     "DMMStyleByRegion": "DMM style by region",
 }

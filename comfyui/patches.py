@@ -14,6 +14,8 @@ from torch import Tensor
 from .styles import Style
 
 EMB_PATCH = "emb_patch"
+OF_TEXT = ("lora_te", "text_encoders.")
+"""What names begin with of what a style changes of text encoders."""
 ENDINGS = (".lora_down.weight", ".lora_up.weight", ".alpha", ".diff_b", ".diff")
 
 
@@ -87,16 +89,41 @@ def apply_style(model: Any, style: Style) -> Any:
                 "by region', without a mask, on both conditionings."
             )
         for name, weight in style.parts[0].weights.items():
-            lora = style.styles.lora(name)
+            lora = _of_model(style, name)
             if lora and weight:
-                styled.add_patches(_patches_of(styled, lora, name), weight)
+                keys = comfy.lora.model_lora_keys_unet(styled.model, {})
+                styled.add_patches(_patches_of(keys, lora, name), weight)
     styled.set_model_emb_patch(StylePatch(style))
     return styled
 
 
-def _patches_of(model: Any, lora: dict[str, Tensor], style: str) -> dict[str, Any]:
-    """A LoRA as patches of ComfyUI's weights, all of it: what would be left out unseen is an error."""
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+def read_in_style(clip: Any, style: Style) -> Any:
+    """A clone of text encoders that reads in a style: as it did, where the style's teacher read as the base does.
+
+    A style over time is read in as it begins: a prompt is read once.
+
+    Raises: ValueError: the style is of another model.
+    """
+    styled = clip.clone()
+    for name, weight in style.parts[0].weights.items():
+        lora = {key: tensor for key, tensor in style.styles.lora(name).items() if key.startswith(OF_TEXT)}
+        if lora and weight:
+            keys = comfy.lora.model_lora_keys_clip(styled.cond_stage_model, {})
+            styled.add_patches(_patches_of(keys, lora, name), weight)
+    return styled
+
+
+def _of_model(style: Style, name: str) -> dict[str, Tensor]:
+    """What a style changes of the model that paints."""
+    return {key: tensor for key, tensor in style.styles.lora(name).items() if not key.startswith(OF_TEXT)}
+
+
+def _patches_of(keys: dict[str, Any], lora: dict[str, Tensor], style: str) -> dict[str, Any]:
+    """A LoRA as patches of ComfyUI's weights, all of it: what would be left out unseen is an error.
+
+    Args:
+        keys: of the layers that there are, by the names that LoRAs have for them.
+    """
     layers = {next(name.removesuffix(end) for end in ENDINGS if name.endswith(end)) for name in lora}
     strange = sorted(layers - keys.keys())
     if strange:
@@ -114,7 +141,7 @@ def style_hooks(style: Style) -> Any:
     # a hook of a conditioning alone: one for all would put the style on the whole picture
     hooks.add(comfy.hooks.TransformerOptionsHook(patch, hook_scope=comfy.hooks.EnumHookScope.HookedOnly))
     for name in style.adapted:
-        group = comfy.hooks.create_hook_lora(style.styles.lora(name), 1.0, 0.0)
+        group = comfy.hooks.create_hook_lora(_of_model(style, name), 1.0, 0.0)
         keyframes, start = comfy.hooks.HookKeyframeGroup(), 0.0
         for part in style.parts:
             keyframes.add(comfy.hooks.HookKeyframe(part.weights.get(name, 0.0), start_percent=start))

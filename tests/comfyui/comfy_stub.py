@@ -77,6 +77,38 @@ def _lora_keys(model, key_map):
     return key_map
 
 
+class CLIP:
+    def __init__(self, text_encoder):
+        self.cond_stage_model, self.patches = text_encoder, []
+
+    def clone(self):
+        other = CLIP(self.cond_stage_model)
+        other.patches = self.patches[:]
+        return other
+
+    def add_patches(self, patches, strength_patch=1.0):
+        self.patches.append((strength_patch, patches))
+
+    @torch.no_grad()
+    def read(self, ids):
+        weights = {name: tensor.clone() for name, tensor in self.cond_stage_model.named_parameters()}
+        for strength, patches in self.patches:
+            for name, change in patches.items():
+                weights[name] += strength * change
+        return functional_call(self.cond_stage_model, weights, (ids,)).last_hidden_state
+
+
+def _clip_keys(model, key_map):
+    level = "" if hasattr(model, "text_model") else "text_model."
+    for name, _ in model.named_parameters():
+        if name.endswith(".weight"):
+            layer = level + name.removesuffix(".weight")
+            key_map[f"text_encoders.clip_l.transformer.{layer}"] = name
+            if ".self_attn." in layer or ".mlp." in layer:
+                key_map[f"lora_te_{layer.replace('.', '_')}"] = name
+    return key_map
+
+
 def _load_lora(lora, to_load, log_missing=True):
     found = {}
     for layer, name in to_load.items():
@@ -140,6 +172,7 @@ def modules(models_folder):
     comfy["hooks"].create_hook_lora = _create_hook_lora
     comfy["hooks"].set_conds_props = _set_conds_props
     comfy["lora"].model_lora_keys_unet, comfy["lora"].load_lora = _lora_keys, _load_lora
+    comfy["lora"].model_lora_keys_clip = _clip_keys
     comfy["utils"].load_torch_file = load_file
     comfy["sd"].load_clip = lambda paths, embedding_directory: [load_file(path) for path in paths]
     comfy["sd"].VAE = lambda sd: sd

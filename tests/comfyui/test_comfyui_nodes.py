@@ -14,8 +14,11 @@ import pytest
 import torch
 from conftest import tiny_adapted, tiny_pipeline, tiny_styled
 
+from dmm.models.adapters import Adapter
+from dmm.models.styles import styled_port
+from dmm.models.text_adapters import text_difference
 from dmm.pipeline.style_schedule import StyleSchedule
-from dmm.pipeline.styled import set_style, style_term
+from dmm.pipeline.styled import save_pipeline, set_style, style_term
 
 CHECKOUT = os.environ.get("DMM_COMFYUI")
 MIX = {"ink": 0.7, "photo": 0.3}
@@ -69,6 +72,29 @@ def test_a_mix_paints_what_the_model_paints_and_its_input_stays(nodes, model, ma
     assert (expected - before).abs().max() > 0.01
     assert plain.predict(*arguments()).equal(before)
     assert before.equal(ours(pipe, None))
+
+
+@torch.no_grad()
+def test_prompts_are_read_in_a_mix_as_the_model_reads_them(nodes, tmp_path):
+    pipe, other = tiny_adapted(), tiny_pipeline(seed=5)
+    adapters = styled_port(pipe.unet).style_prompts.adapters
+    text = text_difference(other, pipe, 3)
+    adapters["ink"] = Adapter(adapters["ink"].factors, adapters["ink"].offsets, text)
+    save_pipeline(pipe, tmp_path / "diffusers" / "readers")
+    style = mixed(nodes, styles_of("readers"), MIX)
+    clip, ids = comfy_stub.CLIP(tiny_pipeline().text_encoder), torch.arange(6)[None]
+    before = clip.read(ids)
+    (read,) = nodes["DMMReadInStyle"].apply(clip, style)
+    (styled,) = nodes["DMMApplyStyle"].apply(comfy_stub.patcher_of(tiny_pipeline().unet), style)
+    assert (styled.predict(*arguments()) - ours(pipe, MIX)).abs().max() < 1e-4
+    expected = pipe.text_encoder(ids).last_hidden_state
+    assert (read.read(ids) - expected).abs().max() < 0.02  # products of halves
+    assert (expected - before).abs().max() > 0.1
+    assert clip.read(ids).equal(before)
+    ((_, values),), _ = nodes["DMMStyleByRegion"].apply([["a", {}]], [["b", {}]], style, 1.0)
+    weights = [key for hook in values["hooks"].hooks if hasattr(hook, "weights") for key in hook.weights]
+    assert weights
+    assert not any(key.startswith(("lora_te", "text_encoders.")) for key in weights)
 
 
 def test_the_mix_is_taken_before_the_network(nodes):

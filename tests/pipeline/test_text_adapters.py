@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +17,16 @@ from dmm.families import FAMILIES, denoiser_of, family_of
 from dmm.models.adapters import Adapter
 from dmm.models.conditioning import encode_tokens, tokenize
 from dmm.models.styles import Provenance, StylePrompts, styled_port
-from dmm.models.text_adapters import clips_of, text_difference
+from dmm.models.text_adapters import clips_of, fitted, reading_as, text_difference
 from dmm.pipeline.export import export_all, export_style
 from dmm.pipeline.regions import Region, paint_regions
 from dmm.pipeline.removal import remove_style
 from dmm.pipeline.sampling import sample
 from dmm.pipeline.style_schedule import StyleSchedule
+from dmm.pipeline.styled import add_styles, temporary_style
 
 CLIPS = [name for name in FAMILIES if FAMILIES[name].clips]
+FILES = ["sd1", "sdxl", "flux"]  # one text encoder, two, and one of a transformer
 MIX = {"ink": 0.7, "clay": 0.3}
 PROMPTS = ["a cat", "a dog", "a house"]
 
@@ -52,7 +55,7 @@ def pipe(family):
         made = some_adapter(denoiser_of(pipe), seed)
         adapters[name] = Adapter(made.factors, made.offsets, text)
     prompts.adapters = adapters
-    dmm.pipeline.styled.add_styles(pipe, prompts)
+    add_styles(pipe, prompts)
     return pipe
 
 
@@ -77,12 +80,12 @@ def paint(pipe, prompts, styles=None):
 
 def test_the_difference_of_full_rank_reads_as_the_teacher_does(family):
     base, teacher = TINY[family](seed=0), near(family, 3)
-    reader = dmm.models.text_adapters.reading_as(base, Adapter({}, {}, text_difference(teacher, base, 64)))
+    reader = reading_as(base, Adapter({}, {}, text_difference(teacher, base, 64)))
     assert is_close(read(reader), read(teacher))
     assert not is_close(read(base), read(teacher), atol=0.1)
     assert same_weights(base, TINY[family](seed=0))
     assert text_difference(TINY[family](seed=0), base, 4) == {}
-    few = dmm.models.text_adapters.reading_as(base, Adapter({}, {}, text_difference(teacher, base, 2)))
+    few = reading_as(base, Adapter({}, {}, text_difference(teacher, base, 2)))
     assert not is_close(read(few), read(teacher), atol=0.1)
 
 
@@ -139,19 +142,12 @@ def test_pictures_of_several_styles_are_what_each_is_alone(family, pipe):
 
 
 def test_a_style_over_time_reads_in_the_style_that_it_begins_in(family, pipe):
-    seen, expected = [], read(near(family, 0))
-
-    def look(running, step, timestep, tensors):
-        seen.append(read(pipe))
-        return tensors
-
+    expected = read(near(family, 0))
     schedule = StyleSchedule([(0, 0.5, "ink"), (0.5, 1, "photo")])
     with dmm.style_over_time(pipe, schedule) as callback:
         for step in range(2):
-            pipe._num_timesteps = 2
-            callback(pipe, step, None, {})
-            look(pipe, step, None, {})
-    assert all(is_close(one, expected) for one in seen)
+            assert is_close(read(pipe), expected)
+            callback(SimpleNamespace(num_timesteps=2), step, None, {})
     assert same_weights(pipe, TINY[family](seed=0))
 
 
@@ -180,6 +176,7 @@ def provenance(pipe):
     return [Provenance(name, name, "", family_of(pipe).name, "epsilon") for name in dmm.style_names(pipe)]
 
 
+@pytest.mark.parametrize("family", FILES, indirect=True)
 def test_saved_and_loaded_styles_read_the_same_and_files_keep_every_bit(family, pipe, tmp_path):
     dmm.set_style(pipe, "ink")
     said = read(pipe)
@@ -193,6 +190,7 @@ def test_saved_and_loaded_styles_read_the_same_and_files_keep_every_bit(family, 
         assert file.read_bytes() == (tmp_path / "again" / "styles" / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize("family", FILES, indirect=True)
 def test_a_removed_style_leaves_the_others_files_as_they_are(family, pipe, tmp_path):
     dmm.save_pipeline(pipe, tmp_path / "saved", provenance=provenance(pipe))
     remove_style(tmp_path / "saved", "ink", tmp_path / "left")
@@ -205,6 +203,7 @@ def test_a_removed_style_leaves_the_others_files_as_they_are(family, pipe, tmp_p
     assert is_close(read(left), read(near(family, 2)))
 
 
+@pytest.mark.parametrize("family", FILES, indirect=True)
 def test_plain_diffusers_loads_the_text_encoders_part_of_a_lora(family, pipe, tmp_path):
     dmm.save_pipeline(pipe, tmp_path / "saved", provenance=provenance(pipe))
     export_all(pipe, tmp_path / "all")
@@ -215,7 +214,7 @@ def test_plain_diffusers_loads_the_text_encoders_part_of_a_lora(family, pipe, tm
         other.fuse_lora(components=list(clips_of(other)))
         other.unload_lora_weights()
         for component, encoder in clips_of(other).items():
-            part = dmm.models.text_adapters.fitted(component, encoder, adapter)
+            part = fitted(component, encoder, adapter)
             base = clips_of(TINY[family](seed=0))[component]
             for name, parameter in encoder.named_parameters():
                 carried = name in part.factors and "encoder.layers." in name
@@ -223,6 +222,7 @@ def test_plain_diffusers_loads_the_text_encoders_part_of_a_lora(family, pipe, tm
                 torch.testing.assert_close(parameter, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", FILES, indirect=True)
 @pytest.mark.parametrize("style", ["ink", MIX], ids=str)
 def test_an_export_reads_as_the_style_does(family, pipe, tmp_path, style):
     export_style(pipe, style, tmp_path / "folder")
@@ -239,6 +239,7 @@ def test_an_export_reads_as_the_style_does(family, pipe, tmp_path, style):
     assert same_weights(pipe, TINY[family](seed=0))
 
 
+@pytest.mark.parametrize("family", FILES, indirect=True)
 def test_patches_of_all_styles_hold_their_text_encoders(family, pipe, tmp_path):
     export_all(pipe, tmp_path / "all")
     patch = load_file(tmp_path / "all/styles/ink.safetensors")
@@ -255,14 +256,9 @@ def test_patches_of_all_styles_hold_their_text_encoders(family, pipe, tmp_path):
         export_all(pipe, tmp_path / "file", single_file=True)
         whole = load_file(tmp_path / "file/model.safetensors") | load_file(tmp_path / "file/styles/ink.safetensors")
         save_file(whole, tmp_path / "patched.safetensors")
-        config = {"config": str(tmp_path / "file"), "local_files_only": True}
-        shutil_config(pipe, tmp_path / "file")
+        config = {"config": str(tmp_path / "all"), "local_files_only": True}
         patched = type(pipe).from_single_file(str(tmp_path / "patched.safetensors"), **config)
         assert is_close(read(patched), read(near(family, 0)))
-
-
-def shutil_config(pipe, folder):
-    TINY[family_of(pipe).name](seed=0).save_pretrained(folder)
 
 
 def test_regions_are_read_in_their_styles(family, pipe):
@@ -273,7 +269,7 @@ def test_regions_are_read_in_their_styles(family, pipe):
     dmm.set_style(pipe, "clay")  # what is set does not matter
     for negative in ("", "a dog"):
         painted = paint_regions(pipe, [whole], "a cat", negative_prompt=negative, **settings)
-        with dmm.pipeline.styled.temporary_style(pipe, "ink"):
+        with temporary_style(pipe, "ink"):
             (alone,) = sample(pipe, ["a cat"], [0], negative_prompt=negative, **settings)
         one, other = (torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).int() for p in (painted, alone))
         assert (one - other).abs().max() <= 1
