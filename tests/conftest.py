@@ -1,5 +1,6 @@
 """A tiny SD 1.x of real diffusers classes, in every form that models come in."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import (
     Dinov2Model,
 )
 
+import dmm.training.merge  # noqa: F401  with all that it imports, see below
 from dmm.formats.single_file import save_single_file
 from dmm.models.styles import Provenance, StylePrompts
 from dmm.pipeline.styled import add_styles, save_pipeline
@@ -24,6 +26,10 @@ from dmm.pipeline.styled import add_styles, save_pipeline
 # tests run in several processes, and models as small as these gain nothing by threads
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# merges collect garbage often, and what was imported, a million objects, is none
+gc.collect()
+gc.freeze()
 
 MAX_TOKENS = 24
 STYLE_NAMES = ["ink", "photo", "clay"]
