@@ -1,6 +1,8 @@
-"""Changing model files, comparing what they open to, and painting with it."""
+"""Changing model files, comparing what they open to, painting with it; processes that are killed."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +49,18 @@ def paint(pipe, prompts="a cat", *, num_images=1, guidance_scale=7.0, steps=3, *
         **inputs,
     ).images
     return np.stack([np.asarray(image, dtype=int) for image in images])
+
+
+def in_child(work):
+    """Do something in a process of its own, which is killed; returns the signal that did."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)

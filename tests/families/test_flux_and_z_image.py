@@ -5,13 +5,12 @@ import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel, ZImagePipeline
 from safetensors.torch import save_file
-from test_sd3 import merge
+from test_flow_merges import recipe_of
 from tiny_families import TINY, tiny_flux
 
 import dmm
 from dmm.errors import UserError
 from dmm.families import FAMILIES
-from dmm.files.yaml import write_yaml
 from dmm.formats.lora import read_lora
 from dmm.models.styles import StylePrompts
 from dmm.pipeline.export import export_style
@@ -64,43 +63,6 @@ def test_an_exported_style_opens_in_plain_diffusers(name, tmp_path):
     assert np.abs(pixels(baked) - pixels(prompted)).max() <= 2
     dmm.set_style(pipe, None)
     assert np.abs(pixels(next(sample(pipe, ["a cat"], [0], steps=3, **SIZE))) - pixels(prompted)).max() > 2
-
-
-def recipe_of(tmp_path, name, styles, **teachers):
-    for model, new in {"base": lambda: TINY[name](0), "one": lambda: TINY[name](1), **teachers}.items():
-        new().save_pretrained(tmp_path / model)
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    recipe = {
-        "base": "base",
-        "teachers": [{"name": one, "model": one} for one in ("one", *teachers)],
-        "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 2}},
-        "size": 16,
-        "styles": styles,
-        "training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32"},
-        "logging": {"every": 1, "sample_every": None},
-        "checkpoint": {"every": 2},
-    }
-    (tmp_path / "recipe.yaml").write_text(write_yaml(recipe))
-    return tmp_path / "recipe.yaml"
-
-
-@pytest.mark.parametrize(
-    ("name", "styles"),
-    [("flux", {"rank": 2, "train": "adapters", "samples": 4}), ("z_image", {"rank": 0, "train": "all"})],
-)
-def test_a_merge_that_was_killed_ends_as_one_that_was_not(name, styles, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    path = recipe_of(tmp_path, name, styles, two=lambda: TINY[name](2))
-    assert merge(path, tmp_path / "whole") == 0
-    merge(path, tmp_path / "killed", killed_at=4)
-    assert merge(path, tmp_path / "killed", "--resume") == 0
-    whole, killed = (dmm.load_pipeline(tmp_path / one) for one in ("whole", "killed"))
-    assert all(t.equal(killed.transformer.state_dict()[n]) for n, t in whole.transformer.state_dict().items())
-    for style in ("one", "two"):
-        for pipe in (whole, killed):
-            dmm.set_style(pipe, style)
-        one, other = (next(sample(pipe, ["a cat"], [0], steps=2, **SIZE)) for pipe in (whole, killed))
-        assert np.array_equal(pixels(one), pixels(other))
 
 
 def test_teachers_that_read_no_guidance_are_refused_beside_a_base_that_does(tmp_path):

@@ -1,10 +1,6 @@
 """What is SD 3's own: a transformer, rectified flow, a text encoder that may be missing, LoRAs of diffusers' layout."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -203,53 +199,6 @@ def test_a_single_file_is_told_what_to_do(tmp_path):
     save_file({name: torch.zeros(2, 2)}, tmp_path / "sd3.safetensors")
     with pytest.raises(UserError, match=r"is a single file of SD 3, which opens as a folder only"):
         check_model(ModelSource(tmp_path / "sd3.safetensors"))
-
-
-def merge(recipe, output, *more, killed_at=None):
-    """``dmm merge`` in a process of its own, killed once it has written a step."""
-    command = [sys.executable, "-m", "dmm", "merge", recipe, "--output", output, *more]
-    process = subprocess.Popen([str(one) for one in command], env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    while killed_at is not None and process.poll() is None:
-        log = output / "log.jsonl"
-        if (output / "checkpoints").is_dir() and log.is_file() and len(log.read_text().splitlines()) >= killed_at:
-            process.send_signal(signal.SIGKILL)
-            break
-    return process.wait()
-
-
-@pytest.mark.parametrize(
-    "styles", [{"rank": 0, "train": "all"}, {"rank": 2, "train": "adapters", "samples": 4}], ids=["paper", "adapters"]
-)
-def test_a_merge_that_was_killed_ends_as_one_that_was_not(styles, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for seed, name in enumerate(("base", "one", "two")):
-        tiny_sd3(seed).save_pretrained(tmp_path / name)
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    recipe = {
-        "base": "base",
-        "teachers": [{"name": name, "model": name} for name in ("one", "two")],
-        "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 2}},
-        "size": 16,
-        "styles": styles,
-        "training": {"steps": 6, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32"},
-        "logging": {"every": 1, "sample_every": None},
-        "checkpoint": {"every": 2},
-    }
-    path = tmp_path / "recipe.yaml"
-    path.write_text(write_yaml(recipe))
-    assert merge(path, tmp_path / "whole") == 0
-    merge(path, tmp_path / "killed", killed_at=4)
-    assert merge(path, tmp_path / "killed", "--resume") == 0
-    whole, killed = (dmm.load_pipeline(tmp_path / name) for name in ("whole", "killed"))
-    for name, tensor in whole.transformer.state_dict().items():
-        assert tensor.equal(killed.transformer.state_dict()[name])
-    for style in ("one", "two"):
-        assert np.array_equal(*(_painted(pipe, style) for pipe in (whole, killed)))
-
-
-def _painted(pipe, style):
-    dmm.set_style(pipe, style)
-    return np.asarray(next(sample(pipe, ["a cat"], [0], steps=2, width=16, height=16)))
 
 
 def test_the_index_names_no_t5_and_the_scheduler_says_what_it_is(folder):

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from conftest import tiny_pipeline, tiny_text_encoder, tiny_unet, tiny_vae
 from diffusers import DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from helpers import same_weights
+from helpers import die, in_child, same_weights
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save
@@ -204,21 +204,6 @@ def test_a_finished_run_is_left_alone(finished, merge, capsys):
     assert merge(finished) == 2
     assert f"'{finished}' holds a merge. Name another output, or add --overwrite" in capsys.readouterr().err
     assert result_of(finished) == before
-
-
-def in_child(work):
-    """Do something in a process of its own, which is killed; returns the signal that did."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.WTERMSIG(os.waitpid(child, 0)[1])
-
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("moment", ["a step", "a save", "the result"])
@@ -574,7 +559,7 @@ def test_what_is_wrong_is_one_sentence_and_nothing_is_written(merge, models, tmp
     assert "logging.trackers names wandb, which is not installed" in told("--set", "logging.trackers=[wandb]")
     assert "there is a config, which only a base that is a single file needs" in told(config="base")
     assert "give one of them" in told("--resume", "--overwrite")
-    assert "--device cuda:99: torch finds" in told("--device", "cuda:99")
+    assert "of 'cuda'; choose another, or cpu" in told("--device", "cuda:99")
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         assert "--device cpu is for one process, and the launcher started 2" in told("--device", "cpu")

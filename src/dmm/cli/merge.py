@@ -27,6 +27,7 @@ Examples:
 """
 
 import argparse
+import gc
 import shlex
 import sys
 from collections.abc import Sequence
@@ -144,6 +145,9 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     from dmm.training.merge import merge
     from dmm.training.trainer import Stopped
 
+    # what was imported, a million objects, is no garbage: not to be looked through whenever a model is let go
+    gc.collect()
+    gc.freeze()
     try:
         merged = merge(recipe, args.output, resume=args.resume, overwrite=args.overwrite, device=args.device, tell=_say)
     except torch.OutOfMemoryError as error:
