@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dmm.pipeline.style_schedule import StyleSchedule
     from dmm.pipeline.styled import load_pipeline, save_pipeline, set_style, share, style_names, style_over_time
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Region",
     "StyleSchedule",

@@ -11,6 +11,7 @@ from dmm.maths.consistency import (
     embed_guidance,
     guide,
     path_timesteps,
+    steps_to_pass,
     sub_path_noise,
     sub_path_point,
 )
@@ -115,3 +116,14 @@ def test_guidance_is_embedded_as_stock_pipelines_do():
     stock = StableDiffusionPipeline.get_guidance_scale_embedding
     scales = torch.tensor([1.0, 3.5, 8.0])
     torch.testing.assert_close(embed_guidance(scales, 64), stock(None, scales - 1, embedding_dim=64))
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_what_is_learnt_passes_from_a_paths_end_to_its_beginning_in_as_many_steps_as_are_told(decay):
+    num_points, steps = 30, 0
+    student = average = torch.zeros(num_points)
+    while student[-1] < 0.5:
+        student = torch.cat([torch.ones(1), average[:-1]])  # learns at once, and knows where the path ends
+        average = torch.lerp(average, student, 1 - (decay or 0))
+        steps += 1
+    assert steps == pytest.approx(steps_to_pass(num_points, decay), rel=0.05)

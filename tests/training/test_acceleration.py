@@ -114,7 +114,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(accelerate, finished, me
         patch.setattr(Trainer, "_step", die)
         with pytest.raises(Killed):
             accelerate(merged_adapters, output)
-    capsys.readouterr()
+    too_short = (
+        "what is learnt at the path's end reaches its beginning in about 1,000 steps"  # 50 points, 20 steps each
+    )
+    assert too_short in capsys.readouterr().out
     assert main(["generate", str(output), "a cat"]) == 2
     assert "is a few-step distillation that has not ended: step 2 of 4 is saved" in capsys.readouterr().err
     assert accelerate(merged_adapters, output) == 2

@@ -127,6 +127,19 @@ def embed_guidance(guidance_scale: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def steps_to_pass(num_points: int, ema_decay: float | None) -> float:
+    """Training steps until what the student learns at a path's end has passed to its beginning.
+
+    At every point the student imitates its own running average one point further on, and that follows it in
+    1 / (1 - decay) steps: in a shorter training the beginning, where few-step pictures begin, learns of nothing.
+
+    Args:
+        num_points: of the teacher's path.
+        ema_decay: of the average, in (0, 1); None where the student imitates itself.
+    """
+    return num_points / (1 - (ema_decay or 0))
+
+
 def _roots(power: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return _like(power.sqrt(), x), _like((1 - power).sqrt(), x)
 

@@ -16,6 +16,7 @@ from dmm.files.prompts import read_prompts
 from dmm.files.runs import ACCELERATION, CHECKPOINTS, checkpoints, step_of
 from dmm.files.sizes import told_bytes
 from dmm.formats.schedules import ends_in_noise, noise_schedule
+from dmm.maths.consistency import steps_to_pass
 from dmm.maths.diffusion import PredictionType
 from dmm.maths.sharing import share_batch
 from dmm.models.few_step import fast_layers, is_told, style_names_of
@@ -179,6 +180,12 @@ def describe_acceleration(
         "disk": f"{told_bytes(disk_bytes(sizes, keep=recipe.checkpoint.keep, averaged=averaged))} of "
         f"{told_bytes(shutil.disk_usage(place).free)} that are free at {place}",
     }
+    passed = steps_to_pass(points, training.ema_decay)
+    if training.steps < passed:
+        lines["too short"] = (
+            f"what is learnt at the path's end reaches its beginning in about {passed:,.0f} steps; raise "
+            "training.steps or skip, or lower training.ema_decay"
+        )
     saved = checkpoints(folder / ACCELERATION / CHECKPOINTS)
     if saved:
         lines["goes on"] = f"from step {step_of(saved[-1]):,} of {training.steps:,}"
