@@ -60,7 +60,6 @@ MAY_SAY = {
     "formats/lora/names.py": "kohya's prefix of every family's denoiser, and an example",
     "formats/lora/reading.py": "likewise",
     "formats/original_layout.py": "diffusers' own converters, and the layout that Component names",
-    "models/adapter_files.py": "kohya's word",
     "models/authors.py": "the module of the authors' code that their model_index.json names",
     "models/few_step.py": "a student's denoiser, by which checkpoints name its tensors",
     "models/student.py": "likewise",

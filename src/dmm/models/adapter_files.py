@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import Family
+from dmm.families import Family, transformer_of
 from dmm.files.digest import sha256
 from dmm.files.json import parse_json, read_json
 from dmm.formats.lora import in_files, kohya_name
@@ -29,10 +29,6 @@ from dmm.models.adapters import Adapter, Factors
 INDEX = "adapters.json"
 
 _NAMES = "dmm.parameters"
-COMPONENT = "unet"
-"""What kohya's names call a denoiser, whatever it is."""
-_TRANSFORMER = "transformer"
-"""The component whose LoRAs diffusers reads in its own layout alone: kohya's counts its blocks otherwise."""
 _IN = "/"
 """Between a text encoder's component and its parameter, in a header; a denoiser's parameters stand alone."""
 _WITH_LORAS = "encoder.layers."
@@ -87,8 +83,8 @@ def write_adapters(
     *,
     base_sha256: str,
     metadata: Mapping[str, Mapping[str, str]],
-    component: str = COMPONENT,
-    family: Family | None = None,
+    component: str,
+    family: Family,
 ) -> None:
     """Write the adapters of styles, and their index, into a ``styles/`` folder.
 
@@ -134,8 +130,8 @@ def write_adapter(
     folder: Path,
     stem: str,
     metadata: Mapping[str, str],
-    component: str = COMPONENT,
-    family: Family | None = None,
+    component: str,
+    family: Family,
 ) -> list[Path]:
     """Write one adapter: its low-rank part, and its whole differences, each where there are any.
 
@@ -160,41 +156,38 @@ def write_adapter(
     return written
 
 
-def lora_tensors(
-    adapter: Adapter, component: str = COMPONENT, family: Family | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def lora_tensors(adapter: Adapter, component: str, family: Family) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's low-rank part in kohya's layout, or of a transformer in diffusers', and the parameter that each
     layer's name stands for.
     """
+    in_kohyas = transformer_of(family) is None  # which counts their blocks otherwise than diffusers, and is not read
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for of, name, one in _layers(adapter, component):
         module = name.removesuffix(".weight")
         up = one.up.reshape(*one.up.shape, *(1,) * (one.down.ndim - 2)).contiguous()
-        if component == _TRANSFORMER:
+        if not in_kohyas:
             layer = f"{of}.{in_files(of, module)}"
             tensors |= {f"{layer}.lora_A.weight": one.down.contiguous(), f"{layer}.lora_B.weight": up}
         else:
-            layer = kohya_name(of, module, family if of in adapter.text else None)
+            layer = kohya_name(of, module, family)
             tensors |= {f"{layer}.lora_down.weight": one.down.contiguous(), f"{layer}.lora_up.weight": up}
             tensors[f"{layer}.alpha"] = torch.tensor(float(one.rank))
         names[layer] = _told(of, component, name)
     return tensors, names
 
 
-def difference_tensors(
-    adapter: Adapter, component: str = COMPONENT, family: Family | None = None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def difference_tensors(adapter: Adapter, component: str, family: Family) -> tuple[dict[str, Tensor], dict[str, str]]:
     """An adapter's whole differences as ComfyUI reads them, and the parameter that each key stands for; with them what
     changes a text encoder outside of its layers.
     """
     tensors, names = {}, {}
     for name, offset in adapter.offsets.items():
         module, _, parameter = name.rpartition(".")
-        key = f"{kohya_name(component, module)}.{_ENDINGS.get(parameter, parameter)}"
+        key = f"{kohya_name(component, module, family)}.{_ENDINGS.get(parameter, parameter)}"
         tensors[key], names[key] = offset.contiguous(), name
     for of, text in adapter.text.items():
-        (prefix,) = [one.comfy[0] for one in family.components if one.name == of] if family else [f"{of}."]
+        (prefix,) = (one.comfy[0] for one in family.components if one.name == of)
         for name, offset in text.offsets.items():
             module, _, parameter = name.rpartition(".")
             key = f"{prefix}{in_files(of, module)}.{_ENDINGS.get(parameter, parameter)}"

@@ -288,7 +288,7 @@ def _scheduler(config: Mapping[str, Any], *, num_points: int) -> LCMScheduler:
 
 def _save_lora(student: FewStepStudent, plan: FewStepPlan, few_steps: FewSteps, path: Path) -> None:
     assert student.fast is not None
-    tensors, _ = lora_tensors(student.fast.frozen())
+    tensors, _ = lora_tensors(student.fast.frozen(), plan.family.denoiser.name, plan.family)
     check_finite(tensors, "the LoRA")
     metadata = {
         "format": "pt",
