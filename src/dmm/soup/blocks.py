@@ -23,7 +23,7 @@ class Blocks:
     """The blocks of one architecture.
 
     Attributes:
-        names: all of them, as the lists of weights that people share have them.
+        names: all of them, as the lists of weights that people share have them; none of a model without a UNet.
         layers: ResNets in each level of the UNet's way down.
     """
 
@@ -49,6 +49,8 @@ class Blocks:
                 else:
                     outputs = max(outputs, level * (layer + 1) + layer + 1)
         inputs = inputs or outputs
+        if not inputs:
+            return cls((), 0)
         names = ["BASE", *(f"IN{i:02}" for i in range(inputs)), "M00", *(f"OUT{i:02}" for i in range(outputs))]
         return cls(tuple(names), layers)
 
@@ -88,6 +90,11 @@ class Blocks:
             chosen = [name for name in tensors if expression.search(name)]
         else:
             first, _, last = (part.strip() for part in pattern.partition("-"))
+            if not self.names:
+                raise UserError(
+                    f"blocks: '{pattern}' is a block of a UNet, which these models have none of. Give a /regular "
+                    "expression/ for tensors' names, between slashes."
+                )
             for name in (first, last or first):
                 if name not in self.names:
                     raise UserError(

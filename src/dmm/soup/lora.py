@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dmm.errors import UserError
-from dmm.families import FAMILIES, Family, title_of_lora
+from dmm.families import FAMILIES, Family, title_of_lora, transformer_of
 from dmm.files.digest import sha256
 from dmm.files.outputs import check_file, new_file
 from dmm.formats.lora import LowRank, kohya_name_of, lora_file, read_lora_file
@@ -74,9 +74,7 @@ def make_lora(
     )
     tensors: dict[str, Tensor] = {}
     for name, factors in layers.items():
-        tensors[f"{name}.lora_down.weight"] = factors.down.to(dtype)
-        tensors[f"{name}.lora_up.weight"] = factors.up.to(dtype)
-        tensors[f"{name}.alpha"] = torch.tensor(factors.scaling * len(factors.down), dtype=torch.float32)
+        tensors |= _written(name, factors, dtype)
     check_finite(tensors, "the soup")
     ranks = {len(factors.down) for factors in layers.values()}
     metadata = {
@@ -92,6 +90,18 @@ def make_lora(
     sync_folder(output.resolve().parent)
     num_bytes = sum(tensor.nbytes for tensor in tensors.values())
     return Made(output, len(tensors), num_bytes, time.monotonic() - start, tuple(notes))
+
+
+def _written(layer: str, factors: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A layer's tensors in kohya's layout, or in diffusers' where its name is of that."""
+    if not layer.startswith("lora_"):
+        up = factors.up * factors.scaling
+        return {f"{layer}.lora_A.weight": factors.down.to(dtype), f"{layer}.lora_B.weight": up.to(dtype)}
+    return {
+        f"{layer}.lora_down.weight": factors.down.to(dtype),
+        f"{layer}.lora_up.weight": factors.up.to(dtype),
+        f"{layer}.alpha": torch.tensor(factors.scaling * len(factors.down), dtype=torch.float32),
+    }
 
 
 def add_factors(parts: Sequence[tuple[float, Factors]]) -> Factors:
@@ -339,8 +349,13 @@ def _read_factors(path: Path) -> tuple[dict[str, Factors], torch.dtype, dict[str
 
 
 def _layer_name(tensor: str, family: Family | None) -> str | None:
-    """Kohya's name of the layer whose weight a tensor is; None for what is no such layer's weight."""
+    """Kohya's name of the layer whose weight a tensor is, or of a transformer's model diffusers'; None for what is no
+    such layer's weight.
+    """
     component, _, name = tensor.partition("/")
     if not name.endswith(".weight") or name.endswith(_EMBEDDINGS):
         return None
+    if family is not None and transformer_of(family):  # kohya's layout counts their blocks otherwise
+        changed = {family.denoiser.name, *(one.name for one in family.clips)}
+        return f"{component}.{name.removesuffix('.weight')}" if component in changed else None
     return kohya_name_of(f"{component}.{name.removesuffix('.weight')}", family)

@@ -184,7 +184,8 @@ def _copy_configs(plan: Plan, folder: Path) -> None:
         stock = inspect.signature(plan.family.pipeline_class.__init__).parameters
         index = {name: part for name, part in index.items() if name.startswith("_") or name in stock}
         index["_class_name"] = plan.family.pipeline_class.__name__
-    index["requires_safety_checker"] = False
+        if "requires_safety_checker" in stock:
+            index["requires_safety_checker"] = False
     assert plan.scheduler is not None  # the configs have one
     index["scheduler"] = ["diffusers", plan.scheduler["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

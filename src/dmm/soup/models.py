@@ -185,14 +185,16 @@ def put_lora(model: OpenModel, changes: Sequence[LoraChange], path: Path, scale:
     tensors = dict(model.tensors)
     for change in changes:
         ours = f"{change.component}/{_with_level(change.component, f'{change.module}.{change.parameter}')}"
-        place = names.places[ours]
-        name = ours if model.layout == "folder" else place.name
+        # of transformers, only folders get here: no other layout has names for them
+        name = ours if model.layout == "folder" else names.places[ours].name
         kept = tensors.get(name)
         if kept is None:
             raise UserError(f"{model.label}: {model.path} has no '{name}', which the LoRA {path} changes.")
         if model.layout == "folder":
             tensors[name] = _changed(kept, change, scale)
-        elif place.num_parts > 1:
+            continue
+        place = names.places[ours]
+        if place.num_parts > 1:
             parts = [*_parts(model, place, kept)]
             parts[place.part] = _changed(parts[place.part], change, scale)
             tensors[name] = Joined(tuple(parts))

@@ -19,6 +19,7 @@ from dmm.formats.original_layout import is_unread
 from dmm.formats.schedules import (
     STOCK,
     check_same_schedule,
+    is_flow,
     marks,
     noise_schedule,
     predicted,
@@ -34,7 +35,7 @@ from dmm.soup.reading import WeightFile
 from dmm.soup.recipe import DENSITIES, SoupRecipe
 from dmm.soup.registry import METHODS, Method
 from dmm.soup.sources import Kept, Source
-from dmm.soup.transformers import check_guidance, is_transformer_alone, put_lora_by_names
+from dmm.soup.transformers import check_guidance, check_translates, is_transformer_alone, put_lora_by_names
 from dmm.soup.writing import Declared
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -141,6 +142,8 @@ def _plan(recipe: SoupRecipe, layout: Layout, opened: dict[tuple[Path, bool], Op
 
     configs = recipe.config or next((model.path for model in models if model.layout == "folder"), None)
     _check_schedules(models, configs)
+    if not alone:
+        check_translates(models, layout)
     mixed = not alone and (
         any(model.layout != layout for model in models) or any(teacher.all_loras for teacher in given)
     )
@@ -218,7 +221,8 @@ def _scheduler_of(
         return None
     own, followed = _own_scheduler(models[0], configs), _followed_scheduler(configs)
     chosen = followed if same_schedules(noise_schedule(followed), noise_schedule(own)) else own
-    return {**chosen, "prediction_type": prediction_type}
+    # schedulers of flows have no such setting: there is one only
+    return {**chosen} if is_flow(chosen) else {**chosen, "prediction_type": prediction_type}
 
 
 def _own_scheduler(model: OpenModel, configs: Path | None) -> Mapping[str, Any]:
@@ -366,6 +370,11 @@ def _weights(plan: Plan, names: Sequence[str], tensors: Sequence[str]) -> Callab
     blocks = Blocks.of(tensors)
     special: dict[str, list[float]] = {}
     for teacher, values in recipe.mbw.items():
+        if not blocks.names:
+            raise UserError(
+                f"mbw.{teacher}: its weights are those of a UNet's blocks, which these models have none of. Give "
+                "weights under blocks, by a /regular expression/ for tensors' names."
+            )
         if len(values) != len(blocks.names):
             raise UserError(
                 f"mbw.{teacher}: found {len(values)} weights; these models have {len(blocks.names)} blocks: "

@@ -12,7 +12,7 @@ from dmm.families import guidance_name, title_of_lora, transformer_of
 from dmm.formats.lora import LoraChange, read_lora_file
 from dmm.formats.lora.forms import Whole
 from dmm.formats.transformer_files import Span, Spot, layers_in_file
-from dmm.soup.models import OpenModel
+from dmm.soup.models import Layout, OpenModel
 from dmm.soup.sources import Change, Changed
 
 _TEXT_ENCODERS = ("lora_te", "text_encoder", "text_encoders.")
@@ -36,6 +36,23 @@ def check_guidance(models: Sequence[OpenModel]) -> None:
             f"{reads[None].label}: {reads[None].path} reads none. Their average would paint in "
             "neither way; choose models of one kind."
         )
+
+
+def check_translates(models: Sequence[OpenModel], layout: Layout) -> None:
+    """Refuse transformers of which some, or what is made, lie in folders and others in single files.
+
+    Args:
+        layout: of what is made.
+    Raises: UserError: naming the first that is kept otherwise.
+    """
+    for model in models:
+        if transformer_of(model.family) and model.layout != layout:
+            kinds = {"file": "a single file", "folder": "a folder"}
+            raise UserError(
+                f"{model.label}: {model.path} is {kinds[model.layout]}, and the soup {kinds[layout]}: of "
+                f"{model.family.title} names are not translated from one to the other. Make soups of single files as a "
+                "file (.safetensors), of folders as a folder."
+            )
 
 
 def put_lora_by_names(model: OpenModel, path: Path, scale: float) -> tuple[OpenModel, str | None]:
