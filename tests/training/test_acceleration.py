@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import STYLE_NAMES, tiny_pipeline
+from conftest import STYLE_NAMES, tiny_adapted, tiny_pipeline
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from helpers import paint
 from safetensors.torch import load_file
@@ -14,12 +15,15 @@ from tiny_families import tiny_sd3
 
 import dmm
 from dmm.cli import main
+from dmm.data import TrainingData
+from dmm.data.training import reader_in
 from dmm.errors import UserError
 from dmm.files.few_steps import FewSteps, read_few_steps
 from dmm.files.yaml import write_yaml
 from dmm.formats.tensors import read_header
 from dmm.models.few_step import fast_layers
-from dmm.models.styles import StylePrompts
+from dmm.models.styles import StylePrompts, styled_port
+from dmm.models.text_adapters import text_difference
 from dmm.pipeline.export import export_style
 from dmm.pipeline.removal import remove_style
 from dmm.pipeline.styled import add_styles
@@ -98,6 +102,25 @@ def test_the_result_is_a_stock_pipeline_with_the_same_styles(finished, merged_ad
     log = [json.loads(line) for line in (finished / "acceleration" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert {f"consistency/{name}" for name in STYLE_NAMES} < log[0].keys()
+
+
+def test_captions_are_read_as_each_style_reads_them(accelerate, tmp_path, monkeypatch):
+    pipe, asked, conditioning = tiny_adapted(), set(), TrainingData.conditioning
+    adapters = styled_port(pipe.unet).style_prompts.adapters
+    adapters["ink"] = replace(adapters["ink"], text=text_difference(tiny_pipeline(seed=5), pipe, 2))
+    dmm.save_pipeline(pipe, tmp_path / "merged")
+
+    def spied(data, encoder, rows, dropped):
+        asked.add(encoder)
+        return conditioning(data, encoder, rows, dropped)
+
+    monkeypatch.setattr(TrainingData, "conditioning", spied)
+    assert accelerate(tmp_path / "merged", tmp_path / "fast", training={"steps": 1}) == 0
+    assert asked == {"student", reader_in("ink")}
+    for file in (tmp_path / "merged" / "styles").glob("ink.*"):
+        kept, own = load_file(file), load_file(tmp_path / "fast" / "styles" / file.name)
+        assert kept.keys() == own.keys()
+        assert all(torch.equal(kept[key], own[key]) for key in kept)
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(accelerate, finished, merged_adapters, tmp_path, capsys):

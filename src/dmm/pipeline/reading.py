@@ -13,6 +13,7 @@ from dmm.models.adapters import Adapter
 from dmm.models.adapting import Adaptation, Chosen, twin_of
 from dmm.models.styles import StylePrompts
 from dmm.models.text_adapters import TextOf, clips_of, fitted
+from dmm.pipeline.choosing import uncompiled
 
 _STATE = "adaptation"  # a plain attribute: what is no submodule is not saved with the model
 
@@ -20,7 +21,7 @@ _STATE = "adaptation"  # a plain attribute: what is no submodule is not saved wi
 def attach_reading(pipe: Any, prompts: StylePrompts) -> None:
     """Let the text encoders of a pipeline read in its styles; until one is set they read as they did."""
     if prompts.adapters:
-        for encoder in clips_of(pipe).values():
+        for encoder in map(uncompiled, clips_of(pipe).values()):
             vars(encoder)[_STATE] = Adaptation(of_prompts=True)
 
 
@@ -72,5 +73,5 @@ def give_stock_reading(pipe: Any, twin: Any, adapter: Adapter) -> None:
 
 
 def _states(pipe: Any) -> dict[str, tuple[nn.Module, Adaptation]]:
-    clips = clips_of(pipe)
+    clips = {name: uncompiled(one) for name, one in clips_of(pipe).items()}
     return {name: (one, vars(one)[_STATE]) for name, one in clips.items() if _STATE in vars(one)}

@@ -34,9 +34,10 @@ def text_of_styles(recipe: Recipe, plan: Plan, base: Any) -> Text:
     """
     if recipe.kind == "controlnet" or not recipe.styles.has_adapters:
         return {}
-    if plan.style_prompts is not None:
-        earlier = {teacher.name: plan.style_prompts.adapters.get(teacher.name) for teacher in recipe.teachers}
-        return {name: adapter.text for name, adapter in earlier.items() if adapter is not None and adapter.text}
+    names = [teacher.name for teacher in recipe.teachers]
+    if plan.style_prompts is not None and all(name in plan.style_prompts.adapters for name in names):
+        earlier = {name: plan.style_prompts.adapters[name].text for name in names}
+        return {name: one for name, one in earlier.items() if one}
     rank, found = recipe.styles.text_rank, {}
     for teacher, source in zip(recipe.teachers, plan.teachers, strict=True) if rank else ():
         if not _may_differ(source, plan.base):
