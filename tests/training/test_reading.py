@@ -1,5 +1,7 @@
 """Merges of a teacher with a text encoder of its own: its style reads as it does, in training and ever after."""
 
+import logging
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -11,6 +13,7 @@ import dmm
 from dmm.cli import main
 from dmm.data import TrainingData
 from dmm.data.training import STUDENT, reader_in
+from dmm.errors import UserError
 from dmm.evaluation.held_out import Model, held_out_error, synthesize_held_out
 from dmm.evaluation.painting import Painting
 from dmm.families import denoiser_of
@@ -20,10 +23,12 @@ from dmm.formats.lora import save_kohya_lora
 from dmm.models.styles import styled_port
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.styled import load_pipeline
-from dmm.recipes.recipe import Recipe
+from dmm.recipes.recipe import Recipe, load_recipe
+from dmm.training.batches import Batches
+from dmm.training.merge import merge
 from dmm.training.trainer import Trainer
 
-OWN, ALIKE = {"name": "own", "model": "own"}, {"name": "alike", "model": "alike"}
+OWN, ALIKE, OTHER = ({"name": name, "model": name} for name in ("own", "alike", "other"))
 LINE = {"name": "line", "lora": "line.safetensors"}
 WHOLE = {"rank": 16, "train": "none", "samples": 8}  # of most layers the full rank, of the text encoder's all
 
@@ -51,12 +56,12 @@ def models(sd1_folder, tmp_path_factory):
         yield folder
 
 
-@pytest.fixture
-def run(models, sd1_folder):
-    """A dmm command of a recipe, in this process; returns its exit status."""
+@pytest.fixture(scope="module")
+def recipe(models, sd1_folder):
+    """The file of a recipe."""
 
-    def run(command, output, teachers, *options, **changes):
-        recipe = {
+    def write(teachers, **changes):
+        given = {
             "base": str(sd1_folder),
             "teachers": teachers,
             "data": {"synthesize": {"prompts": "prompts.txt", "count": 2, "steps": 2}},
@@ -68,14 +73,54 @@ def run(models, sd1_folder):
             "logging": {"every": 1, "sample_every": None, "score_error_every": 2},
             **changes,
         }
-        path = models / f"{output.name}.yaml"
-        path.write_text(write_yaml(recipe))
+        path = models / "recipe.yaml"
+        path.write_text(write_yaml(given))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def run(recipe):
+    """A merge by a recipe, in this process; returns its folder."""
+
+    def run(output, teachers, *, resume=False, **changes):
         try:
-            return main([*command, str(path), "--output", str(output), *options])
+            return merge(load_recipe(recipe(teachers, **changes)), output, resume=resume).folder
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """A merge, and whose text encoders its batches were read by."""
+    asked, conditioning = set(), TrainingData.conditioning
+
+    def spied(data, encoder, rows, dropped):
+        asked.add(encoder)
+        return conditioning(data, encoder, rows, dropped)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingData, "conditioning", spied)
+        return run(tmp_path_factory.mktemp("runs") / "trained", [OWN]), asked
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """A merge without training at full rank, and what it told."""
+    told, handler = [], logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("dmm.training.reading").addHandler(handler)
+    return run(tmp_path_factory.mktemp("runs") / "whole", [OWN, ALIKE, OTHER], styles=WHOLE), told
+
+
+@pytest.fixture(scope="module")
+def without(run, tmp_path_factory):
+    """The same as in the paper, where the base reads."""
+    styles = {**WHOLE, "text_encoder_rank": 0}
+    return run(tmp_path_factory.mktemp("runs") / "without", [OWN, ALIKE, OTHER], styles=styles)
 
 
 @torch.no_grad()
@@ -93,41 +138,58 @@ def styles_of(folder):
     return {path.name: path.read_bytes() for path in (folder / "styles").iterdir()}
 
 
-def test_a_style_reads_as_its_teacher_and_the_others_as_the_base(run, models, tmp_path):
-    assert run(["merge"], tmp_path / "merged", [OWN, ALIKE], styles=WHOLE) == 0
-    pipe, teacher = load_pipeline(tmp_path / "merged"), tiny_pipeline()
+def test_a_style_reads_as_its_teacher_and_the_others_as_the_base(whole, without, models):
+    pipe, base = load_pipeline(whole[0]), read(tiny_pipeline())
     assert same_weights(pipe, tiny_pipeline())
     expected = read(open_pipeline(ModelSource(models / "own")))
     assert (read(pipe, "own") - expected).abs().max() < 5e-3
-    assert (read(teacher) - expected).abs().max() > 0.1
-    assert (read(pipe, "alike")).equal(read(teacher))
-    assert adapters_of(pipe)["alike"].text == {}
-    # as in the paper
-    assert run(["merge"], tmp_path / "without", [OWN], styles={**WHOLE, "text_encoder_rank": 0}) == 0
-    without = load_pipeline(tmp_path / "without")
-    assert read(without, "own").equal(read(teacher))
-    assert adapters_of(without)["own"].text == {}
+    assert (base - expected).abs().max() > 0.1
+    for name in ("alike", "other"):
+        assert read(pipe, name).equal(base)
+        assert adapters_of(pipe)[name].text == {}
+    (told,) = whole[1]
+    assert told.startswith("teacher 'other': its text encoder has another shape than the base's, so the style reads")
+    papers = load_pipeline(without)
+    assert read(papers, "own").equal(base)
+    assert adapters_of(papers)["own"].text == {}
 
 
-def test_the_student_learns_what_it_reads_in_each_style(run, tmp_path, monkeypatch):
-    asked, conditioning = set(), TrainingData.conditioning
+def test_the_score_error_is_of_what_each_style_reads(whole, without, models, sd1_folder, tmp_path):
+    found = {}
+    for folder in (whole[0], without):
+        student = Model(lambda dtype, folder=folder: load_pipeline(folder, torch_dtype=dtype))
+        base = Model(lambda dtype: open_pipeline(ModelSource(sd1_folder), torch_dtype=dtype))
+        teacher = Model(lambda dtype: open_pipeline(ModelSource(models / "own"), torch_dtype=dtype))
+        painting = Painting(steps=2, width=16, height=16)
+        made = ({"own": teacher}, student, base, ["a cat", "a dog"], painting, 16, tmp_path / "cache", 0)
+        held_out = synthesize_held_out(*made, lambda _: None, num_latents=8)
+        error = held_out_error(student, "own", teacher, base, held_out, tmp_path / "cache", own=True)
+        found[folder] = error.by_style["own"]
+    assert found[whole[0]] < 0.3 * found[without]
 
-    def spied(data, encoder, rows, dropped):
-        asked.add(encoder)
-        return conditioning(data, encoder, rows, dropped)
 
-    monkeypatch.setattr(TrainingData, "conditioning", spied)
-    assert run(["merge"], tmp_path / "own", [OWN]) == 0
+def test_the_student_learns_what_it_reads_in_each_style(trained, run, tmp_path, monkeypatch):
+    _, asked = trained
     assert asked == {"own", reader_in("own")}
-    asked.clear()
-    styles = {"rank": 2, "train": "all", "samples": 8}
-    assert run(["merge"], tmp_path / "all", [OWN, ALIKE], styles=styles) == 0
-    assert asked == {"own", "alike", reader_in("own"), STUDENT}
+    # batches of several styles
+    read_by = []
+    build = Batches._read_by_student
+
+    def spied(batches, teachers, rows, dropped):
+        found = build(batches, teachers, rows, dropped)
+        read_by.append([batches._roles[teacher].student for teacher in teachers])
+        whole = batches._data.conditioning(STUDENT, rows, dropped)["encoder_hidden_states"]
+        of_base = (found["encoder_hidden_states"] == whole).flatten(1).all(1)
+        assert of_base.tolist() == [batches._roles[teacher].student == STUDENT for teacher in teachers]
+        return found
+
+    monkeypatch.setattr(Batches, "_read_by_student", spied)
+    run(tmp_path / "all", [OWN, ALIKE], styles={"rank": 2, "train": "all", "samples": 8})
+    assert [reader_in("own")] * 2 + [STUDENT] * 2 in read_by
     assert adapters_of(load_pipeline(tmp_path / "all"))["own"].text
 
 
-def test_a_stopped_run_and_what_is_added_later_keep_every_bit(run, tmp_path, monkeypatch):
-    assert run(["merge"], tmp_path / "whole", [OWN]) == 0
+def test_a_stopped_run_goes_on_to_the_bit(trained, run, tmp_path, monkeypatch):
     step = Trainer._step
 
     def fail(self, number):
@@ -136,69 +198,50 @@ def test_a_stopped_run_and_what_is_added_later_keep_every_bit(run, tmp_path, mon
         step(self, number)
 
     monkeypatch.setattr(Trainer, "_step", fail)
-    assert run(["merge"], tmp_path / "stopped", [OWN]) == 130
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", [OWN])
     monkeypatch.setattr(Trainer, "_step", step)
-    assert read(load_pipeline(tmp_path / "stopped" / "untrained"), "own").equal(
-        read(load_pipeline(tmp_path / "whole"), "own")
-    )
-    assert run(["merge"], tmp_path / "stopped", [OWN], "--resume") == 0
-    assert styles_of(tmp_path / "stopped") == styles_of(tmp_path / "whole")
-    assert run(["add", str(tmp_path / "whole")], tmp_path / "more", [ALIKE]) == 0
-    before, after = styles_of(tmp_path / "whole"), styles_of(tmp_path / "more")
-    assert {name: after[name] for name in before if name.startswith("own.")} == {
-        name: before[name] for name in before if name.startswith("own.")
-    }
-    # a run that starts from the merge reads on by what its styles have
-    assert run(["merge"], tmp_path / "on", [OWN], start=str(tmp_path / "whole")) == 0
-    assert read(load_pipeline(tmp_path / "on"), "own").equal(read(load_pipeline(tmp_path / "whole"), "own"))
+    expected = read(load_pipeline(trained[0]), "own")
+    assert read(load_pipeline(tmp_path / "stopped" / "untrained"), "own").equal(expected)
+    run(tmp_path / "stopped", [OWN], resume=True)
+    assert styles_of(tmp_path / "stopped") == styles_of(trained[0])
+    # what starts from it reads on by what its styles have
+    run(tmp_path / "on", [OWN], start=str(trained[0]))
+    assert read(load_pipeline(tmp_path / "on"), "own").equal(expected)
+
+
+def test_what_is_added_later_leaves_every_bit(trained, recipe, tmp_path):
+    try:
+        assert main(["add", str(trained[0]), str(recipe([ALIKE])), "--output", str(tmp_path / "more")]) == 0
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    before, after = styles_of(trained[0]), styles_of(tmp_path / "more")
+    own = [name for name in before if name.startswith("own.")]
+    assert len(own) == 2
+    assert all(before[name] == after[name] for name in own)
 
 
 def test_a_lora_that_reads_otherwise_is_carried_whole_and_not_trained(run, models, sd1_folder, tmp_path):
-    assert run(["merge"], tmp_path / "merged", [LINE], styles={"rank": 4, "samples": 8}) == 0
+    run(tmp_path / "merged", [LINE], styles={"rank": 4, "samples": 8})
     assert not (tmp_path / "merged" / "training" / "line").exists()
     teacher = open_pipeline(ModelSource(sd1_folder, loras=((models / "line.safetensors", 1.0),)))
     pipe = load_pipeline(tmp_path / "merged")
     assert (read(pipe, "line") - read(teacher)).abs().max() < 5e-3
-    torch.testing.assert_close(pipe.unet.state_dict(), teacher.unet.state_dict(), rtol=1e-4, atol=1e-6)
+    dmm.set_style(pipe, "line")
+    for name, parameter in teacher.unet.named_parameters():
+        torch.testing.assert_close(pipe.unet.get_parameter(name), parameter, rtol=1e-4, atol=1e-6)
     # by fewer ranks than it has the rest is to be learnt
-    styles = {"rank": 4, "text_encoder_rank": 1, "samples": 8}
-    assert run(["merge"], tmp_path / "fewer", [LINE], styles=styles) == 0
+    run(tmp_path / "fewer", [LINE], styles={"rank": 4, "text_encoder_rank": 1, "samples": 8})
     assert (tmp_path / "fewer" / "training" / "line").exists()
 
 
-def test_a_text_encoder_of_another_shape_is_told_and_the_bases_reads(run, tmp_path, caplog):
-    other = {"name": "other", "model": "other"}
-    assert run(["merge"], tmp_path / "merged", [other], styles=WHOLE) == 0
-    assert "teacher 'other': its text encoder has another shape than the base's, so the style" in caplog.text
-    assert read(load_pipeline(tmp_path / "merged"), "other").equal(read(tiny_pipeline()))
-
-
-def test_a_size_on_disk_is_of_the_text_encoder_too(run, tmp_path, capsys):
-    found = {}
-    for rank in (0, 4):
-        styles = {"size": "60KB", "text_encoder_rank": rank, "train": "none", "samples": 8}
-        assert run(["merge"], tmp_path / str(rank), [OWN], styles=styles) == 0
-        found[rank] = adapters_of(load_pipeline(tmp_path / str(rank)))["own"].num_parameters
-        assert 0.8 * 30_000 < found[rank] <= 30_000
-    styles = {"size": "2KB", "train": "none", "samples": 8}
-    assert run(["merge"], tmp_path / "refused", [OWN], styles=styles) == 2
-    assert "of which the differences of biases, norms and text encoders alone take" in capsys.readouterr().err
-
-
-def test_its_score_error_is_of_what_it_reads(run, models, sd1_folder, tmp_path):
-    found = {}
-    for rank in (0, 16):
-        folder = tmp_path / str(rank)
-        assert run(["merge"], folder, [OWN], styles={**WHOLE, "text_encoder_rank": rank}) == 0
-        student = Model(lambda dtype, folder=folder: load_pipeline(folder, torch_dtype=dtype))
-        base = Model(lambda dtype: open_pipeline(ModelSource(sd1_folder), torch_dtype=dtype))
-        teacher = Model(lambda dtype: open_pipeline(ModelSource(models / "own"), torch_dtype=dtype))
-        painting = Painting(steps=2, width=16, height=16)
-        made = ({"own": teacher}, student, base, ["a cat", "a dog"], painting, 16, tmp_path / "cache", 0)
-        held_out = synthesize_held_out(*made, lambda _: None, num_latents=8)
-        error = held_out_error(student, "own", teacher, base, held_out, tmp_path / "cache", own=True)
-        found[rank] = error.by_style["own"]
-    assert found[16] < 0.3 * found[0]
+def test_a_size_on_disk_is_of_the_text_encoder_too(run, tmp_path):
+    styles = {"size": "60KB", "text_encoder_rank": 4, "train": "none", "samples": 8}
+    own = adapters_of(load_pipeline(run(tmp_path / "merged", [OWN], styles=styles)))["own"]
+    assert own.text
+    assert 0.8 * 30_000 < own.num_parameters <= 30_000
+    with pytest.raises(UserError, match="of which the differences of biases, norms and text encoders alone take"):
+        run(tmp_path / "refused", [OWN], styles={**styles, "size": "2KB"})
 
 
 @pytest.mark.parametrize(
