@@ -26,6 +26,7 @@ from dmm.pipeline.styled import load_pipeline
 from dmm.recipes.recipe import Recipe, load_recipe
 from dmm.training.batches import Batches
 from dmm.training.merge import merge
+from dmm.training.preflight import check_merge
 from dmm.training.trainer import Trainer
 
 OWN, ALIKE, OTHER = ({"name": name, "model": name} for name in ("own", "alike", "other"))
@@ -152,6 +153,14 @@ def test_a_style_reads_as_its_teacher_and_the_others_as_the_base(whole, without,
     papers = load_pipeline(without)
     assert read(papers, "own").equal(base)
     assert adapters_of(papers)["own"].text == {}
+
+
+def test_a_plan_counts_what_text_encoders_take(whole, recipe):
+    planned = check_merge(load_recipe(recipe([OWN], styles=WHOLE)), 1, torch.device("cpu")).sizes.text_adapter
+    text = adapters_of(load_pipeline(whole[0]))["own"].text
+    assert planned == sum(one.num_parameters for one in text.values())
+    papers = load_recipe(recipe([OWN], styles={**WHOLE, "text_encoder_rank": 0}))
+    assert check_merge(papers, 1, torch.device("cpu")).sizes.text_adapter == 0
 
 
 def test_the_score_error_is_of_what_each_style_reads(whole, without, models, sd1_folder, tmp_path):

@@ -23,8 +23,9 @@ from dmm.evaluation.painting import Painting
 from dmm.evaluation.score_error import References, ScoreError, score_error
 from dmm.families import denoiser_of
 from dmm.models.teachers import naming
+from dmm.models.text_adapters import reading_as
 from dmm.pipeline.reading import reads_otherwise
-from dmm.pipeline.styled import stock_twin, style_prompts_of, temporary_style
+from dmm.pipeline.styled import style_prompts_of, temporary_style
 from dmm.training.batches import CaptionedLatents
 
 NUM_LATENTS = 64
@@ -122,7 +123,7 @@ def synthesize_held_out(
     for style, teacher in teachers.items():
         readers = {}
         if reads_otherwise(style_prompts_of(merged), style):
-            readers[reader_in(style)] = partial(stock_twin, merged, style)
+            readers[reader_in(style)] = partial(reading_as, merged, style_prompts_of(merged).adapters[style])
         of_student = dict.fromkeys(("student", *readers), student.clip_skip)
         skips = {name: skip for name, skip in (of_student | {style: teacher.clip_skip}).items() if skip}
         with naming(f"teacher '{style}'"):
