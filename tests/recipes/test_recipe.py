@@ -103,6 +103,7 @@ def test_a_short_run_shows_four_samples_and_a_long_one_many(folder):
     assert interval("training.steps=100000") == 2500
     assert interval("logging.sample_every=7") == 7
     assert interval("logging.sample_every=null") is None
+    assert interval("styles={rank: 4, train: none}") is None  # nothing changes that would be looked at
     for wrong in ("0", "often", "1.5"):
         assert "expected a number of steps, auto or null." in mistake(folder, PLAIN, f"logging.sample_every={wrong}")
 

@@ -195,7 +195,7 @@ def test_quick_reports_are_compared_without_fid_and_not_with_others():
     compared = compare_reports([("a", quick_figures(0.1)), ("b", quick_figures(0.3))])
     assert compared["KID"]["b"].value == 0.3
     assert "FIDt" not in compared
-    with pytest.raises(UserError, match="their num_images is 64 and 1000"):
+    with pytest.raises(UserError, match="num_images is 64 of the one, and 1000 of the other"):
         compare_reports([("a", quick_figures()), ("b", figures_of())])
 
 
@@ -231,7 +231,7 @@ def test_what_only_some_have_is_left_out():
 
 @pytest.mark.parametrize(("key", "value"), [("num_images", 500), ("extractor", "clip"), ("styles", ["ink"])])
 def test_what_cannot_be_compared_is_refused(key, value):
-    with pytest.raises(UserError, match=f"'a' and 'b' cannot be compared: their {key} is"):
+    with pytest.raises(UserError, match=f"'a' and 'b' cannot be compared: {key} is"):
         compare_reports([("a", figures_of()), ("b", {**figures_of(), key: value})])
 
 

@@ -190,8 +190,9 @@ def _told(merged: "Merged") -> str:
     lines = [
         f"Wrote {folder} in {merged.seconds:.0f} s: a stock {what} {styles}.",
         f"  paint:       dmm generate {paint}",
-        f"  curves:      {folder}/{logs}; samples, if any, in {folder}/samples",
     ]
+    if any(folder.glob(logs)):
+        lines.append(f"  curves:      {folder}/{logs}; samples, if any, in {folder}/samples")
     for where in (CHECKPOINTS, f"{STYLE_RUNS}/*/{CHECKPOINTS}"):
         if kept := sum(held_bytes(found) for found in folder.glob(where)):
             what = f"{folder}/{where}, {told_bytes(kept)}"

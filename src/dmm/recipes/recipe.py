@@ -114,7 +114,9 @@ class Recipe(Part):
 
     @property
     def sample_interval(self) -> int | None:
-        """Steps between two grids of samples; None for none."""
+        """Steps between two grids of samples; None for none, as where nothing is trained."""
+        if self.styles.trained == "none":
+            return None
         every = self.logging.sample_every
         return min(_MOST_WITHOUT_SAMPLES, -(-self.training.steps // 4)) if every == AUTO else every
 
