@@ -80,7 +80,8 @@ def compare_reports(named: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str,
         for key, ours, theirs in _shared(first, figures):
             if ours != theirs:
                 raise UserError(
-                    f"The reports '{first_name}' and '{name}' cannot be compared: {key} is {ours} of the one, and {theirs} of the other. "
+                    f"The reports '{first_name}' and '{name}' cannot be compared: {key} is {ours} of the one, "
+                    f"and {theirs} of the other. "
                     "Evaluate both alike."
                 )
     compared = {}
