@@ -24,7 +24,7 @@ from typing import Any
 
 from dmm.demo import story
 
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (2.5e-4, 5e-4, 1e-3)
 BATCH_SIZE: int = story.PAPER["training"]["batch_size"]
 WATCHED = 24
 """Points of a curve."""
