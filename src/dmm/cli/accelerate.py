@@ -29,6 +29,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dmm.cli.hardware import check_device
 from dmm.cli.merge import add_run_arguments
 from dmm.errors import UserError
 from dmm.files.claims import check_unclaimed
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what is there, --overwrite removes it: give one of them.")
+    check_device(args.device)
     # paths in a recipe are relative to it, those on a command line to where it is typed
     model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     with told_once():

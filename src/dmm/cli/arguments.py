@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dmm.cli.hardware import count_devices
 from dmm.errors import UserError, nearest
 
 MAX_SEED = 2**32 - 1  # torch's CPU generator reads no more than 32 bits of a seed
@@ -65,10 +64,6 @@ def add_device(parser: "argparse._ActionsContainer") -> None:
 def _device(text: str) -> str:
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", text):
         raise argparse.ArgumentTypeError(f"there is no device '{text}'; choose cuda, cuda:1, mps or cpu")
-    kind, _, index = text.partition(":")
-    count = count_devices(kind)
-    if count is not None and int(index or 0) >= count:
-        raise argparse.ArgumentTypeError(f"this machine has {count} of '{kind}'; choose another, or cpu")
     return text
 
 

@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import add_device, read_scaled_path
 from dmm.cli.evaluate_controls import run_controls
+from dmm.cli.hardware import check_device
 from dmm.cli.opening import check_path, check_there
 from dmm.cli.style_options import read_mix
 from dmm.errors import UserError
@@ -220,6 +221,7 @@ def _evaluate(args: argparse.Namespace, prompts: list[str] | None) -> None:
 def _check(args: argparse.Namespace) -> list[str] | None:
     """What can be checked before anything heavy is imported; the prompts, where a file is named."""
     check_there(args.model)
+    check_device(args.device)
     check_new_folder(args.output, overwrite=args.overwrite)
     check_settings(steps=args.steps, guidance_scale=args.guidance or GUIDANCE_SCALE, negative_prompt=args.negative)
     for name, size in (("width", args.width), ("height", args.height)):

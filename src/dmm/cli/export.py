@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from dmm.cli.arguments import add_device, add_overwrite
+from dmm.cli.hardware import check_device
 from dmm.cli.opening import check_there
 from dmm.cli.style_options import read_mix, write_style
 from dmm.errors import UserError
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
     if args.all and is_file:
         raise UserError(f"--output {args.output}: --all writes a folder, with the styles' files in it; name a folder.")
     check_there(args.model)
+    check_device(args.device)
     names = read_style_names(args.model)
     if names and args.style:
         mix_weights(names, args.style)

@@ -5,6 +5,21 @@ import os
 import sys
 from pathlib import Path
 
+from dmm.errors import UserError
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that this machine cannot have; whether torch finds it is seen later.
+
+    Args:
+        name: as ``--device`` takes it; None: none was named.
+    Raises: UserError.
+    """
+    kind, _, index = (name or "cpu").partition(":")
+    count = count_devices(kind)
+    if count is not None and int(index or 0) >= count:
+        raise UserError(f"--device {name}: this machine has {count} of '{kind}'; choose another, or cpu.")
+
 
 def count_devices(kind: str) -> int | None:
     """How many devices of a kind there are at most; None where only torch can say.

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dmm.cli.arguments import add_device
+from dmm.cli.hardware import check_device
 from dmm.errors import UserError
 from dmm.files.claims import check_unclaimed
 from dmm.files.outputs import held_bytes
@@ -128,6 +129,7 @@ def train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """
     if args.resume and args.overwrite:
         raise UserError("--resume goes on with what is there, --overwrite removes it: give one of them.")
+    check_device(args.device)
     with told_once():
         recipe = load_recipe(args.recipe, overrides)
         if is_main_process():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmm.cli.arguments import add_device, read_scaled_path
-from dmm.cli.hardware import count_devices
+from dmm.cli.hardware import check_device, count_devices
 from dmm.errors import UserError
 from dmm.files.runs import check_finished, find_run
 from dmm.files.weights import check_model_file
@@ -72,6 +72,7 @@ def check_opening(args: argparse.Namespace) -> None:
         _check_run(args)
     else:
         check_there(args.model, allow_pickle=args.allow_pickle)
+    check_device(args.device)
     if args.offload and (
         args.device == "cpu" or (not args.device and count_devices("cuda") == count_devices("mps") == 0)
     ):
