@@ -170,7 +170,7 @@ def test_the_score_error_is_of_what_each_style_reads(whole, without, models, sd1
         base = Model(lambda dtype: open_pipeline(ModelSource(sd1_folder), torch_dtype=dtype))
         teacher = Model(lambda dtype: open_pipeline(ModelSource(models / "own"), torch_dtype=dtype))
         painting = Painting(steps=2, width=16, height=16)
-        made = ({"own": teacher}, student, base, ["a cat", "a dog"], painting, 16, tmp_path / "cache", 0)
+        made = ({"own": teacher}, student, ["a cat", "a dog"], painting, 16, tmp_path / "cache", 0)
         held_out = synthesize_held_out(*made, lambda _: None, num_latents=8)
         error = held_out_error(student, "own", teacher, base, held_out, tmp_path / "cache", own=True)
         found[folder] = error.by_style["own"]

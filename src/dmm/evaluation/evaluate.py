@@ -301,7 +301,7 @@ def _score_error(
 
     def synthesize(styles: Sequence[str], progress: Callable[[float], object]) -> HeldOut:
         painters = {style: teachers[style] for style in styles}
-        arguments = (student, base, protocol.prompts, protocol.painting, size, cache, protocol.seed, progress)
+        arguments = (student, protocol.prompts, protocol.painting, size, cache, protocol.seed, progress)
         num_latents = NUM_LATENTS if protocol.with_fid else NUM_QUICK_LATENTS
         return synthesize_held_out(painters, *arguments, num_latents=num_latents)
 

@@ -87,7 +87,6 @@ class Everywhere:
 def synthesize_held_out(
     teachers: Mapping[str, Model],
     student: Model,
-    base: Model,
     prompts: Sequence[str],
     painting: Painting,
     size: int,
@@ -118,7 +117,7 @@ def synthesize_held_out(
         sampler=painting.sampler,
         seed=int.from_bytes(digest[:7], "big"),
     )
-    base_pipeline, merged = base.open(torch.float32), student.open(torch.float32)
+    merged = student.open(torch.float32)
     made = {}
     for style, teacher in teachers.items():
         readers = {}
@@ -129,7 +128,7 @@ def synthesize_held_out(
         with naming(f"teacher '{style}'"):
             made[style] = prepare_data(
                 synthesis,
-                base_pipeline,
+                merged,
                 {style: partial(teacher.open, torch.float32)},
                 size=size,
                 cache=cache,
@@ -166,7 +165,7 @@ def held_out_error(
 
     def keep(_: str, count: int, say: References) -> References:
         # the base reads captions as the student's text encoder does without a style
-        read_by, said_by = digest_text_encoders(base_pipeline), [made_by[style], made_by["base"]]
+        read_by, said_by = digest_text_encoders(pipelines["student"]), [made_by[style], made_by["base"]]
         references = partial(key_of, kind="references", models=said_by, student_reads=read_by, **made_on)
         rows = cached_rows(
             cache / "references", count, lambda span: references(span=[span.start, span.stop]), say, lambda _: None
