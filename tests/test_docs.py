@@ -35,7 +35,7 @@ def commands():
 
 @pytest.mark.parametrize("words", list(commands()))
 def test_every_command_is_one_that_the_program_takes(words, monkeypatch):
-    monkeypatch.setattr("dmm.cli.arguments.count_devices", lambda _: None)  # pages are for every machine
+    monkeypatch.setattr("dmm.cli.hardware.count_devices", lambda _: None)  # pages are for every machine
     command, *rest = words
     assert command in COMMANDS
     module = importlib.import_module(f"dmm.cli.{command}")
