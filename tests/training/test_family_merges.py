@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from helpers import same_weights
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_families import TINY, tiny_sdxl
 
 import dmm
 from dmm.cli import main
+from dmm.errors import UserError
 from dmm.families import FAMILIES
 from dmm.files.yaml import write_yaml
+from dmm.formats.single_file import save_single_file
 from dmm.models.teachers import ModelSource, open_pipeline
 from dmm.pipeline.sampling import sample
 from dmm.recipes.recipe import load_recipe
+from dmm.training.preflight import check_merge
 
 PAPER = {"rank": 0, "train": "all"}
 ADAPTERS = {"rank": 2, "train": "adapters", "samples": 8}
@@ -119,3 +124,38 @@ def test_teachers_of_two_schedules_meet_where_their_signal_is_equal(merge, veloc
     told = pipe.scheduler.config  # the base's
     assert (told.prediction_type == "v_prediction") == bool(told.rescale_betas_zero_snr) == (velocity == "base")
     assert not paint(pipe, "one").equal(paint(pipe, "two"))
+
+
+def test_it_merges_in_bf16(merge):
+    training = {"steps": 2, "batch_size": 4, "precision": "bf16"}
+    pipe = dmm.load_pipeline(merge("sdxl", "bf16", styles=ADAPTERS, training=training), torch_dtype=torch.bfloat16)
+    assert not paint(pipe, "one").equal(paint(pipe, "two"))
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory):
+    """What looks like SDXL and is none, as folders and single files, by name."""
+    at, sdxl = tmp_path_factory.mktemp("strangers"), tiny_sdxl()
+    TINY["sd2"]().save_pretrained(at / "sd2")
+    save_single_file(TINY["sd2"](), at / "sd2.safetensors")
+    parts = {name: sdxl.components[name] for name in ("text_encoder_2", "tokenizer_2", "unet", "vae", "scheduler")}
+    StableDiffusionXLImg2ImgPipeline(text_encoder=None, tokenizer=None, **parts).save_pretrained(at / "refiner")
+    save_single_file(sdxl, at / "whole.safetensors")
+    tensors = load_file(at / "whole.safetensors")
+    first, second = "conditioner.embedders.0.", "conditioner.embedders.1."
+    kept = {name.replace(second, first): one for name, one in tensors.items() if not name.startswith(first)}
+    save_file(kept, at / "refiner.safetensors")
+    sdxl.save_pretrained(at / "sdxl")
+    return at
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"], ids=["folder", "file"])
+@pytest.mark.parametrize(("stranger", "title"), [("sd2", r"SD 2\.x"), ("refiner", "the SDXL refiner")])
+def test_what_is_no_sdxl_is_refused_by_name_before_anything_is_loaded(strangers, stranger, title, suffix, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", None)  # nothing gets that far
+    teachers = [{"name": name, "model": model} for name, model in (("one", "sdxl"), ("two", stranger + suffix))]
+    recipe = {"base": "sdxl", "teachers": teachers, "data": {"images": "."}, "size": 16}
+    (strangers / "recipe.yaml").write_text(write_yaml(recipe))
+    message = rf"teacher 'two': .*{stranger}{suffix} is {title} \(.*\); SDXL was expected\. Choose models of one family"
+    with pytest.raises(UserError, match=message):
+        check_merge(load_recipe(strangers / "recipe.yaml"), 1, torch.device("cpu"))
