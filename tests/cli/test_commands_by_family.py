@@ -1,11 +1,13 @@
 """Commands on a tiny merged model of every family; SD 1.x has files of its own."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import tiny_pipeline
 from PIL import Image
 from tiny_families import TINY
 
@@ -94,3 +96,37 @@ def test_a_style_comes_and_another_goes_and_the_rest_is_painted_as_before(models
     assert dmm.style_names(dmm.load_pipeline(tmp_path / "less")) == ["photo", "line"]
     for style, before in {"photo": at / "merged", "line": tmp_path / "more"}.items():
         assert np.array_equal(paint(tmp_path / "less", style), paint(before, style))
+
+
+def test_a_teacher_of_another_family_is_refused(models, tmp_path, capsys):
+    family, at = models
+    tiny_pipeline().save_pretrained(tmp_path / "sd1")
+    words = ["evaluate", at / "merged", "--teacher", f"ink={tmp_path / 'sd1'}", "--teacher", f"photo={at / 'photo'}"]
+    words += ["--prompts", at / "prompts.txt", "--quick", "--extractor", "judge", "--output", tmp_path / "report"]
+    assert main([str(word) for word in words]) == 2
+    told = capsys.readouterr().err
+    assert f"teacher 'ink': {tmp_path / 'sd1'} is SD 1.x (model_index.json: StableDiffusionPipeline); " in told
+    assert f"{family.title} was expected" in told
+
+
+def test_a_folder_without_its_denoisers_config_is_told_so(models, tmp_path, capsys):
+    family, at = models
+    shutil.copytree(at / "line", tmp_path / "line")
+    missing = tmp_path / "line" / family.denoiser.name / "config.json"
+    missing.unlink()
+    assert main(["generate", str(tmp_path / "line"), "a cat", "--output", str(tmp_path / "out")]) == 2
+    assert f"{missing}: no such file, but a stock pipeline folder has one." in capsys.readouterr().err
+
+
+def test_a_folder_of_parts_of_two_families_is_told_so(models, tmp_path, capsys):
+    family, at = models
+    if family.name not in ("sd2", "sdxl"):
+        return  # their transformers are of other classes, and those of the index are asked for first
+    index = json.loads((at / "line" / "model_index.json").read_text())
+    kind = {"sd2": "StableDiffusionXLPipeline", "sdxl": "StableDiffusionPipeline"}[family.name]
+    shutil.copytree(at / "line", tmp_path / "line")
+    (tmp_path / "line" / "model_index.json").write_text(json.dumps(index | {"_class_name": kind}))
+    assert main(["generate", str(tmp_path / "line"), "a cat", "--output", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert f"its model_index.json names a {kind}" in told
+    assert f"unet/config.json describes that of {family.title}. Its parts do not belong together" in told

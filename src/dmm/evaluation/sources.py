@@ -10,11 +10,12 @@ import torch
 from dmm.errors import UserError
 from dmm.evaluation.held_out import Model
 from dmm.evaluation.known_teachers import NamedTeacher, check_unchanged, known_teachers, named_teacher, read_recipes
+from dmm.families import Family
 from dmm.files.digest import sha256
 from dmm.files.runs import RECIPE
 from dmm.models.side_car import read_side_car
 from dmm.models.style_names import STYLES_FOLDER
-from dmm.models.teachers import ModelSource, check_model, locate, open_pipeline
+from dmm.models.teachers import CheckedModel, ModelSource, check_model, locate, open_pipeline
 from dmm.pipeline.styled import load_pipeline
 from dmm.recipes.recipe import Recipe
 
@@ -60,6 +61,8 @@ def find_models(
     written = recipes[-1].config if recipes else None
     configs = base_path if base_path is not None and base_path.is_dir() else written
     base_source = None if base_path is None else ModelSource(base_path, config=configs if base_path.is_file() else None)
+    student_source = ModelSource(folder, config=configs if folder.is_file() else None, allow_pickle=allow_pickle)
+    checked = check_model(student_source, name="student")
     known = known_teachers(folder, recipes, configs)
     chosen = {
         name: named_teacher(name, one, known.get(name), base_source, allow_pickle=allow_pickle)
@@ -69,16 +72,16 @@ def find_models(
         raise UserError(
             f"{student} has no {RECIPE} that names its teachers; name them with --teacher NAME=PATH, one a style."
         )
+    base_model = None if base_source is None else _model("base", base_source, device, None, checked.family)
     try:
-        found = {name: _model(name, one.source, device, one.clip_skip) for name, one in chosen.items()}
+        found = {name: _model(name, one.source, device, one.clip_skip, checked.family) for name, one in chosen.items()}
     except UserError as error:
         if teachers:
             raise
         raise UserError(f"{error} Teachers that have moved are named with --teacher NAME=PATH.") from error
     notes = check_unchanged(folder, {name: (one.source, one.sha256) for name, one in found.items()}, teachers)
-    base_model = None if base_source is None else _model("base", base_source, device, None)
     recipe = recipes[0] if recipes else None
-    return Models(_student(student, folder, configs, device, allow_pickle), found, base_model, recipe, tuple(notes))
+    return Models(_student(student, student_source, checked, device), found, base_model, recipe, tuple(notes))
 
 
 def _base(named: str | None, recipes: Sequence[Recipe]) -> Path | None:
@@ -90,8 +93,8 @@ def _base(named: str | None, recipes: Sequence[Recipe]) -> Path | None:
     return locate(ModelSource(recipes[-1].base))
 
 
-def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int | None) -> Model:
-    checked = check_model(source, name="base" if name == "base" else f"teacher '{name}'")
+def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int | None, family: Family) -> Model:
+    checked = check_model(source, family=family, name="base" if name == "base" else f"teacher '{name}'")
 
     def open_model(dtype: torch.dtype) -> Any:
         return open_pipeline(source, torch_dtype=dtype).to(device)
@@ -99,9 +102,8 @@ def _model(name: str, source: ModelSource, device: torch.device, clip_skip: int 
     return Model(open_model, str(source), sha256(*checked.denoiser_files), clip_skip)
 
 
-def _student(told: str, path: Path, configs: Path | None, device: torch.device, allow_pickle: bool) -> Model:
-    source = ModelSource(path, config=configs if path.is_file() else None, allow_pickle=allow_pickle)
-    files = list(check_model(source, name="student").denoiser_files)
+def _student(told: str, source: ModelSource, checked: CheckedModel, device: torch.device) -> Model:
+    path, files = checked.path, list(checked.denoiser_files)
     has_styles = path.is_dir() and read_side_car(path) is not None
     if has_styles:
         files += sorted((path / STYLES_FOLDER).glob("*.safetensors"))

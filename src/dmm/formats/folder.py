@@ -83,7 +83,19 @@ def tell_folder(folder: Path) -> Family | Stranger:
     # only those that lie there are looked into: an index may name anything, a path elsewhere or one of no bounds
     files = {path.parent.name: path for path in folder.glob("*/config.json")}
     configs = {name: read_json(files[name]) if name in files else {} for name in parts}
-    return family_of_class(str(index.get("_class_name")), configs)
+    kind = str(index.get("_class_name"))
+    found = family_of_class(kind, configs)
+    for family in FAMILIES.values():
+        name = family.denoiser.name
+        if isinstance(found, Stranger) and found.title == kind and kind in family.class_names and name in parts:
+            config = read_json(files.get(name, folder / name / "config.json"))
+            owner = next((one.title for one in FAMILIES.values() if one.denoiser.name == name and one.owns(config)), "")
+            raise UserError(
+                f"{folder}: its model_index.json names a {kind}, which is {family.title}'s, but {name}/config.json "
+                f"describes {f'that of {owner}' if owner else 'another model'}. Its parts do not belong together; get "
+                "another copy."
+            )
+    return found
 
 
 def _other_family(folder: Path, found: Family | Stranger, expected: str) -> UserError:
