@@ -116,19 +116,19 @@ def adapt(run: Run) -> None:
 
     Raises: UserError; Stopped: see :meth:`dmm.training.trainer.Trainer.train`.
     """
-    unet = shared_weights(run.recipe, run.plan, run.base)
+    denoiser = shared_weights(run.recipe, run.plan, run.base)
     set_seed(run.recipe.seed)  # a new style's prompt, where there are prompts, is drawn
     prompts = _prompts_of(run.plan, run.new_styles)
-    starting, exact = _starting_adapters(run, unet, prompts)
+    starting, exact = _starting_adapters(run, denoiser, prompts)
     prompts.adapters = {**prompts.adapters, **{name: stored(one, name in exact) for name, one in starting.items()}}
     # what is trained may be in half precision: the result has the base's own bits
-    trained = copy.deepcopy(unet) if run.recipe.styles.trained == "adapters" else None
-    run.plan.subject.put(run.base, unet)
+    trained = copy.deepcopy(denoiser) if run.recipe.styles.trained == "adapters" else None
+    run.plan.subject.put(run.base, denoiser)
     run.plan.subject.add_styles(run.base, prompts)
     if run.recipe.styles.trained != "none":
         on_main(lambda: run.save(UNTRAINED))
     if run.recipe.styles.trained == "all":
-        _train_all(run, unet, prompts, starting)
+        _train_all(run, denoiser, prompts, starting)
     elif trained is not None:
         trained.to(run.accelerator.device, DTYPES[run.recipe.training.precision])
         before = 0
@@ -154,18 +154,18 @@ def _prompts_of(plan: Plan, new_styles: Sequence[str]) -> StylePrompts:
     return StylePrompts(list(plan.styles), 0)
 
 
-def _starting_adapters(run: Run, unet: nn.Module, prompts: StylePrompts) -> tuple[dict[str, Adapter], set[str]]:
+def _starting_adapters(run: Run, denoiser: nn.Module, prompts: StylePrompts) -> tuple[dict[str, Adapter], set[str]]:
     """The new styles' adapters before any training, float32, and which of these are their teachers' own."""
     if all(name in prompts.adapters for name in run.new_styles):  # an earlier stage has trained them
         return {name: prompts.adapters[name] for name in run.new_styles}, set()
     paths = _calibration_files(run)
-    on_all(lambda: _calibrate_share(run, unet, prompts, paths))
+    on_all(lambda: _calibrate_share(run, denoiser, prompts, paths))
     found = {name: read_calibrated(path) for name, path in paths.items()}
-    costs, shapes, styles = costs_of(unet), shapes_of(unet), run.recipe.styles
+    costs, shapes, styles = costs_of(denoiser), shapes_of(denoiser), run.recipe.styles
     if styles.error is not None:
         dealt = [deal_by_error(one, costs, styles.error) for one in found.values()]
     else:
-        dealt = deal_by_budget(list(found.values()), costs, _budget(run, unet, found))
+        dealt = deal_by_budget(list(found.values()), costs, _budget(run, denoiser, found))
     starting, exact = {}, set()
     for (name, one), ranks in zip(found.items(), dealt, strict=True):
         adapter = one.own_adapter() if ranks is None else one.adapter(ranks, shapes)
@@ -178,12 +178,12 @@ def _starting_adapters(run: Run, unet: nn.Module, prompts: StylePrompts) -> tupl
     return starting, exact
 
 
-def _budget(run: Run, unet: nn.Module, found: Mapping[str, Calibrated]) -> int:
+def _budget(run: Run, denoiser: nn.Module, found: Mapping[str, Calibrated]) -> int:
     """Parameters of a style's factors, on average."""
     styles = run.recipe.styles
     if styles.num_bytes is None:
         assert styles.rank is not None
-        return budget_of_rank(unet, styles.rank)
+        return budget_of_rank(denoiser, styles.rank)
     offsets = sum(offset.numel() for one in found.values() for offset in one.offsets.values())
     text = sum(adapter.num_parameters for of_style in run.text.values() for adapter in of_style.values())
     offsets = (offsets + text) // len(found)
@@ -212,10 +212,10 @@ def _calibration_files(run: Run) -> dict[str, Path]:
     }
 
 
-def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Mapping[str, Path]) -> None:
+def _calibrate_share(run: Run, denoiser: nn.Module, prompts: StylePrompts, paths: Mapping[str, Path]) -> None:
     """Calibrate this process's share of the styles, as far as that has not been done."""
     accelerator, recipe = run.accelerator, run.recipe
-    unet.to(accelerator.device)
+    denoiser.to(accelerator.device)
     for index in range(accelerator.process_index, len(recipe.teachers), accelerator.num_processes):
         name = recipe.teachers[index].name
         if paths[name].is_file():
@@ -239,10 +239,10 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
 
         opened = run.plan.subject.open(run.plan.teachers[index], name=f"teacher '{name}'")[0]
         teacher = freeze(opened).to(accelerator.device, memory_format=torch.channels_last)
-        with _prompted(run, unet, prompts, name), accelerator.autocast():
+        with _prompted(run, denoiser, prompts, name), accelerator.autocast():
             found = calibrate(
                 teacher,
-                unet,
+                denoiser,
                 samples,
                 seed=recipe.seed,
                 max_rank=num_kept(recipe.styles),
@@ -251,7 +251,7 @@ def _calibrate_share(run: Run, unet: nn.Module, prompts: StylePrompts, paths: Ma
         write_calibrated(found, paths[name])
         del opened, teacher  # before the next one is opened
         free_memory(accelerator.device)
-    unet.to("cpu")
+    denoiser.to("cpu")
 
 
 def _own_factors(run: Run, index: int) -> dict[str, Factors]:
@@ -288,7 +288,7 @@ def _own_factors(run: Run, index: int) -> dict[str, Factors]:
 
 
 @contextmanager
-def _prompted(run: Run, unet: nn.Module, prompts: StylePrompts, name: str) -> Iterator[None]:
+def _prompted(run: Run, denoiser: nn.Module, prompts: StylePrompts, name: str) -> Iterator[None]:
     """Within the block, a model has a style's prompt, where styles have prompts, baked in: on it stands the adapter."""
     if not prompts.config.dim:
         yield
@@ -296,11 +296,11 @@ def _prompted(run: Run, unet: nn.Module, prompts: StylePrompts, name: str) -> It
     with torch.no_grad():
         term = prompts(style_weights(prompts.names, name))
     kept = KeptWeights()
-    kept.fuse(unet, term_change(unet, term, run.plan.family.port))
+    kept.fuse(denoiser, term_change(denoiser, term, run.plan.family.port))
     try:
         yield
     finally:
-        kept.fuse(unet, NOTHING)
+        kept.fuse(denoiser, NOTHING)
 
 
 def stored(adapter: Adapter, is_own: bool = False) -> Adapter:
@@ -334,13 +334,13 @@ def style_folder(folder: Path, recipe: Recipe, name: str) -> Path:
 
 
 def _train(
-    run: Run, recipe: Recipe, unet: nn.Module, prompts: StylePrompts, name: str, start: Adapter, before: int
+    run: Run, recipe: Recipe, denoiser: nn.Module, prompts: StylePrompts, name: str, start: Adapter, before: int
 ) -> Adapter:
     """Train one style's adapter to the end of its own run.
 
     Args:
         recipe: of this run.
-        unet: with the shared weights, where and as it computes.
+        denoiser: with the shared weights, where and as it computes.
         before: steps that other styles have taken.
     """
     accelerator, training = run.accelerator, recipe.training
@@ -348,16 +348,16 @@ def _train(
     done = _finished(folder / CHECKPOINTS, training.steps, start)
     if done is not None:
         return done
-    with _prompted(run, unet, prompts, name):
+    with _prompted(run, denoiser, prompts, name):
         index = run.new_styles.index(name)
         roles = [role_of(recipe, run.plan, index, run.text)]
         new_batches = run.new_batches([name], roles)
-        set_changes(unet, {})
+        set_changes(denoiser, {})
         with accelerator.autocast():
-            watch = run.new_watch(unet, new_batches, [1], [name])
+            watch = run.new_watch(denoiser, new_batches, [1], [name])
         set_seed(recipe.seed)
         adversary = build_adversary(recipe, run.plan, run.base, accelerator.device, num_styles=1)
-        student = AdaptedStudent(unet, {name: start})
+        student = AdaptedStudent(denoiser, {name: start})
         teacher = open_teacher(recipe, run.plan, index)
         teacher.denoiser.to(accelerator.device)
         if watch is not None:
@@ -387,7 +387,7 @@ def _train(
         trainer.train()
         with trainer.averaged():
             adapter = student.adapter(name).to("cpu")
-        set_changes(unet, {})
+        set_changes(denoiser, {})
     accelerator.free_memory()
     free_memory(accelerator.device)
     return adapter
@@ -431,17 +431,17 @@ def _show(run: Run, student: AdaptedStudent, before: int, step: int) -> None:
     run.show(painter, student.names, before + step)
 
 
-def _train_all(run: Run, unet: nn.Module, prompts: StylePrompts, starting: Mapping[str, Adapter]) -> None:
+def _train_all(run: Run, denoiser: nn.Module, prompts: StylePrompts, starting: Mapping[str, Adapter]) -> None:
     """Train the shared weights and all adapters together; the pipeline has them in the end."""
     recipe, accelerator = run.recipe, run.accelerator
     styles = list(starting)
     roles = roles_of(recipe, run.plan, styles, run.text)
     new_batches = run.new_batches(styles, roles)
-    unet.to(accelerator.device)
-    watch = run.new_watch(unet, new_batches, [1] * len(styles), styles)
+    denoiser.to(accelerator.device)
+    watch = run.new_watch(denoiser, new_batches, [1] * len(styles), styles)
     set_seed(recipe.seed)
     adversary = build_adversary(recipe, run.plan, run.base, accelerator.device, num_styles=len(styles))
-    student = AdaptedStudent(unet, starting, train_shared=True)
+    student = AdaptedStudent(denoiser, starting, train_shared=True)
     groups = share_batch(
         recipe.training.batch_size,
         [role.share for role in roles],
@@ -462,7 +462,7 @@ def _train_all(run: Run, unet: nn.Module, prompts: StylePrompts, starting: Mappi
     trainer = Trainer(accelerator, student, lesson, batches, recipe, run.folder, styles, adversary, watch, show)
     trainer.train()
     with trainer.averaged():
-        set_changes(unet, {})
+        set_changes(denoiser, {})
         prompts.adapters = {name: stored(student.adapter(name).to("cpu")) for name in styles}
-        unet.requires_grad_(False).to("cpu")
+        denoiser.requires_grad_(False).to("cpu")
         on_main(lambda: run.save(None))
