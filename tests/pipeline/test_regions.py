@@ -44,6 +44,14 @@ def test_without_regions_it_is_the_style_of_everything(styled):
     assert abs(pixels(paint_regions(styled, [], "a cat", **SETTINGS)) - plain(styled, None)).max() <= 2
 
 
+def test_regions_without_guidance_are_painted_after_a_picture_with_it(styled):
+    regions = [Region((0, 0, 8, 16), "ink"), Region((8, 0, 16, 16), "photo")]
+    settings = {"steps": 2, "guidance_scale": 1.0}
+    before = paint_regions(styled, regions, "a cat", **settings)
+    styled("a cat", guidance_scale=3.0, num_inference_steps=1, output_type="latent")
+    assert np.array_equal(pixels(paint_regions(styled, regions, "a cat", **settings)), pixels(before))
+
+
 def test_each_region_counts_where_it_is(styled):
     """Latents mix the predictions, so with hard borders and one step each half is its own style's, bit for bit."""
     settings = {"steps": 1, "guidance_scale": 1.0, "sampler": "DDIM", "feather": 0}

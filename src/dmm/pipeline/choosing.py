@@ -29,6 +29,7 @@ def choose(model: Any, style: Chosen) -> None:
     port = styled_port(model)
     assert port is not None
     prompts = port.style_prompts
+    port.guided = bool  # whoever knows what runs says so afterwards: see dmm.pipeline.styled.set_style
     if style is None:
         adapt(model, None)
         port.term = None
@@ -51,12 +52,12 @@ def temporarily(model: Any, style: Chosen) -> Iterator[None]:
     """:func:`choose` for the length of a block; what was chosen before is chosen again after it."""
     port = styled_port(model)
     assert port is not None
-    before, adapted = port.term, port.adaptation.chosen
+    before, adapted, guided = port.term, port.adaptation.chosen, port.guided
     choose(model, style)
     try:
         yield
     finally:
-        port.term = before
+        port.term, port.guided = before, guided
         adapt(model, adapted)
 
 

@@ -22,6 +22,7 @@ from dmm.families import arguments, denoiser_of, family_of, set_denoiser
 from dmm.maths.canvas import WINDOWS, Box, box_mask, region_weights, tile_starts
 from dmm.maths.mixes import Mix
 from dmm.models.conditioning import encode_captions, encode_tokens, tokenize
+from dmm.pipeline.choosing import temporarily
 from dmm.pipeline.reading import reads_otherwise
 from dmm.pipeline.sampling import picture_size, sample, usual_batch_size
 from dmm.pipeline.style_schedule import check_style
@@ -190,8 +191,8 @@ class _RegionalDenoiser:
             # by guidance first, then by row: the order that a list of styles has
             tiles = torch.stack([sample[(slice(None), slice(None), *row.place)] for row in rows], 1).flatten(0, 1)
             read = [_conditioning(row.layer.conditioning, arguments, num_parts) for row in rows]
-            with temporary_style(self._pipe, [row.layer.style for row in rows]):
-                denoiser, more = denoiser_of(self._pipe), _stack(read)
+            denoiser, more = denoiser_of(self._pipe), _stack(read)
+            with temporarily(denoiser, [row.layer.style for row in rows]):
                 if by_name:
                     output = denoiser(hidden_states=tiles, timestep=timestep[:1].expand(len(tiles)), **more)[0]
                 else:

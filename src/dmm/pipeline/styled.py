@@ -149,14 +149,11 @@ def set_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> None:
 def temporary_style(pipe: Any, style: Mix | Sequence[Mix | None] | None) -> Iterator[None]:
     """:func:`set_style` for the length of a block; the style that was set before is set again after it."""
     port = _port(pipe)
-    before, prompts = port.guided, port.style_prompts
+    prompts = port.style_prompts
     with reading_restored(pipe, prompts), temporarily(denoiser_of(pipe), style):
         read_in(pipe, prompts, style)
         port.guided = _guidance_of(pipe)
-        try:
-            yield
-        finally:
-            port.guided = before
+        yield
 
 
 @contextmanager
@@ -199,6 +196,7 @@ def style_over_time(
         coming = style_at((step + 1) % num_steps / num_steps)
         if coming != current:
             choose(denoiser_of(pipe), coming)
+            _port(pipe).guided = _guidance_of(pipe)
             current = coming
         return tensors
 
