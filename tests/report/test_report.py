@@ -238,7 +238,7 @@ def test_what_cannot_be_compared_is_refused(key, value):
 def test_other_settings_are_refused():
     other = copy.deepcopy(figures_of())
     other["settings"]["steps"] = 10
-    with pytest.raises(UserError, match="their steps is 25 and 10"):
+    with pytest.raises(UserError, match="steps is 25 of the one, and 10 of the other"):
         compare_reports([("a", figures_of()), ("b", other)])
 
 
