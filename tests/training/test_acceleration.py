@@ -137,10 +137,8 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(accelerate, finished, me
         patch.setattr(Trainer, "_step", die)
         with pytest.raises(Killed):
             accelerate(merged_adapters, output)
-    too_short = (
-        "what is learnt at the path's end reaches its beginning in about 1,000 steps"  # 50 points, 20 steps each
-    )
-    assert too_short in capsys.readouterr().out
+    # 50 points, and an average that follows in 20 steps
+    assert "what is learnt at the path's end reaches its beginning in about 1,000 steps" in capsys.readouterr().out
     assert main(["generate", str(output), "a cat"]) == 2
     assert "is a few-step distillation that has not ended: step 2 of 4 is saved" in capsys.readouterr().err
     assert accelerate(merged_adapters, output) == 2
@@ -215,6 +213,12 @@ def test_the_lora_takes_part_in_a_style_that_is_added_later(lora, merged, sd1_fo
         pipe.load_lora_weights(lora)
         assert abs(in_few_steps(pipe) - without).max() > 1
         pipe.unload_lora_weights()
+    before = dmm.load_pipeline(merged)
+    for one in (before, pipe):
+        one.unload_lora_weights()
+        dmm.set_style(one, "ink")
+        one.load_lora_weights(lora)
+    assert (in_few_steps(before) == in_few_steps(pipe)).all()  # what was there before paints as it did
 
 
 def test_what_is_accelerated_bakes_and_takes_a_lora(finished, lora, tmp_path):
