@@ -4,7 +4,7 @@ The paper's settings are: start at the base, features weighed 0.001, a constant 
 that of a model four hundred times as large says nothing here. Beside them run our rank 0 (`dmm demo --paper`) and
 adapters (`dmm demo`), untrained and trained; same experts, same pictures, one process and one thread each.
 
-  python benchmarks/paper.py WORK                      an hour of one core; goes on where it was stopped
+  python benchmarks/paper.py WORK                      all, one after another; goes on where it was stopped
   python benchmarks/paper.py WORK --ways paper-0.001   one way alone, and no table: where there are many cores
   python benchmarks/paper.py WORK --samples 400 --num-images 20     to try it
 

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dmm.errors import UserError
-from dmm.files.json import parse_json, read_json
+from dmm.files.json import read_json
+from dmm.files.weights import read_declared
 
 STYLES_FOLDER = "styles"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 STYLE_PROMPTS_CLASS = "StylePrompts"
 CODEBOOK = "model_embedding.weight"
 """What the authors' layout calls the style prompts, among a UNet's weights."""
-
-_MAX_HEADER = 100_000_000  # bytes, as the safetensors format has it
 
 _WIDEST = 100_000  # of style prompts; of the models that there are, none is a tenth as wide
 
@@ -66,15 +65,11 @@ def find_side_car(folder: Path) -> Path | None:
 
 def _is_stock_file(path: Path) -> bool:
     """Whether a safetensors file surely has no styles in it; what is wrong with a file is told once it is opened."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(_MAX_HEADER, path.stat().st_size):
-            return False
-        try:
-            names = parse_json(file.read(length), str(path))
-        except UserError:
-            return False
-    return isinstance(names, dict) and not any(name.endswith(CODEBOOK) for name in names)
+    try:
+        names = read_declared(path)[0]
+    except UserError:
+        return False
+    return not any(name.endswith(CODEBOOK) for name in names)
 
 
 def read_style_config(path: Path) -> tuple[list[str], int]:

@@ -81,8 +81,7 @@ def compare_reports(named: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str,
             if ours != theirs:
                 raise UserError(
                     f"The reports '{first_name}' and '{name}' cannot be compared: {key} is {ours} of the one, "
-                    f"and {theirs} of the other. "
-                    "Evaluate both alike."
+                    f"and {theirs} of the other. Evaluate both alike."
                 )
     compared = {}
     for measure in MEASURES:
